@@ -1,0 +1,35 @@
+"""The PNP ranking loss for pytorch-metric-learning, exact and at home there.
+
+Importing this package changes nothing in pytorch-metric-learning (PML) and does not even import it:
+the names below are loaded on first use, so that `pml_pnp.functional` serves plain PyTorch users.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pml_pnp import functional, losses
+    from pml_pnp.loss import PNPLoss
+    from pml_pnp.registration import register, unregister
+
+__version__ = "0.1.0"
+__all__ = ["PNPLoss", "functional", "losses", "register", "unregister"]
+
+_MODULE_OF = {
+    "PNPLoss": "pml_pnp.loss",
+    "register": "pml_pnp.registration",
+    "unregister": "pml_pnp.registration",
+}
+_SUBMODULES = {"functional", "losses"}
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return import_module(f"pml_pnp.{name}")
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'pml_pnp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""Put PNPLoss in the place of PML's own, for code whose imports cannot be edited."""
+
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from pml_pnp import losses
+
+_MISSING = object()
+_saved: list[tuple[object, str, object]] = []
+
+
+def register() -> None:
+    """Make `pytorch_metric_learning.losses.PNPLoss` this package's and let PML's wrappers take it.
+
+    Afterwards `losses.PNPLoss(...)`, `losses.CrossBatchMemory(losses.PNPLoss(...), ...)` and
+    `losses.SelfSupervisedLoss(losses.PNPLoss(...))` work in code that imports
+    `pytorch_metric_learning.losses`. Call it before that code runs: a `from ... import PNPLoss` that
+    came earlier keeps the class it got. A second call does nothing. Logged by PML's logger.
+
+    Example:
+        >>> import pml_pnp
+        >>> from pytorch_metric_learning import losses
+        >>> pml_pnp.register()
+        >>> losses.PNPLoss is pml_pnp.PNPLoss
+        True
+        >>> pml_pnp.unregister()
+        >>> losses.PNPLoss is pml_pnp.PNPLoss
+        False
+    """
+    if _saved:
+        return
+    for wrapper in ("CrossBatchMemory", "SelfSupervisedLoss"):
+        supported = getattr(losses, wrapper).supported_losses
+        _replace(getattr(pml_losses, wrapper), "supported_losses", staticmethod(supported))
+    _replace(pml_losses, "PNPLoss", losses.PNPLoss)
+    c_f.LOGGER.info("pml_pnp registered: pytorch_metric_learning.losses.PNPLoss is pml_pnp.PNPLoss")
+
+
+def unregister() -> None:
+    """Undo `register`: every attribute is again the object it was. Does nothing without it."""
+    if not _saved:
+        return
+    while _saved:
+        owner, name, value = _saved.pop()
+        delattr(owner, name) if value is _MISSING else setattr(owner, name, value)
+    c_f.LOGGER.info("pml_pnp unregistered: pytorch_metric_learning.losses is as it was")
+
+
+def _replace(owner, name: str, value) -> None:
+    _saved.append((owner, name, vars(owner).get(name, _MISSING)))
+    setattr(owner, name, value)

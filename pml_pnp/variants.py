@@ -1,0 +1,97 @@
+"""The functions f(R) that turn the number of negatives before a positive into its loss.
+
+Choosing f is choosing how much gradient a positive gets as negatives pile up before it, which is the
+point of the PNP paper (arXiv 2102.04640). Every f here is zero at R = 0, rises with R, and is written
+so that value and gradient keep their relative accuracy for R near zero, where training ends up.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Variant(NamedTuple):
+    """One row of the table of variants."""
+
+    f: Callable[[Tensor, float, float], Tensor]
+    """f(R, alpha, b), elementwise."""
+    formula: str
+    equation: int
+    """Number of the equation in the paper."""
+    gradient: str
+    """What a positive's gradient does as R grows."""
+
+
+def _x_minus_log1p(x: Tensor) -> Tensor:
+    """x - log(1 + x) for x >= 0 without cancellation near zero.
+
+    With z = x / (2 + x), log(1 + x) = 2 atanh(z) and x - 2 z = x z, which leaves
+    x z - 2 z^3 (1/3 + z^2/5 + z^4/7 + ...). Below x = 1/2, z^2 is at most 1/25, so that 12 terms reach
+    float64 precision.
+    """
+    small = x < 0.5
+    near_zero = x.masked_fill(~small, 0)
+    z = near_zero / (2 + near_zero)
+    z2 = z * z
+    series = torch.zeros_like(z)
+    for k in range(12, 0, -1):
+        series = series * z2 + 1 / (2 * k + 1)
+    return torch.where(small, near_zero * z - 2 * z * z2 * series, x - torch.log1p(x))
+
+
+VARIANTS = {
+    "O": Variant(lambda r, alpha, b: r, "R", 5, "constant"),
+    "Iu": Variant(
+        lambda r, alpha, b: (1 + r) * torch.log1p(r), "(1 + R) log(1 + R)", 7, "grows without bound"
+    ),
+    "Ib": Variant(
+        lambda r, alpha, b: _x_minus_log1p(b * r) / b**2,
+        "(b R - log(1 + b R)) / b^2",
+        9,
+        "grows to 1/b",
+    ),
+    "Ds": Variant(lambda r, alpha, b: torch.log1p(r), "log(1 + R)", 12, "falls slowly"),
+    "Dq": Variant(
+        lambda r, alpha, b: -torch.expm1(-alpha * torch.log1p(r)),
+        "1 - 1 / (1 + R)^alpha",
+        13,
+        "falls quickly",
+    ),
+}
+
+
+def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> None:
+    """Raise TypeError or ValueError unless all four are what PNPLoss accepts."""
+    for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a positive finite number, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(variant, str):
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
+            )
+    elif not callable(variant):
+        raise TypeError(
+            f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
+        )
+
+
+def apply_variant(variant, r: Tensor, *, alpha: float, b: float) -> Tensor:
+    """f(R) by name or by the user's callable, which must return one value per entry of R."""
+    if isinstance(variant, str):
+        return VARIANTS[variant].f(r, alpha, b)
+    result = variant(r)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"variant must return a tensor, got {type(result).__name__}")
+    if result.shape != r.shape:
+        raise ValueError(
+            "variant must return one value per entry: "
+            f"expected shape {tuple(r.shape)}, got {tuple(result.shape)}"
+        )
+    return result

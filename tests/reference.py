@@ -1,0 +1,50 @@
+"""The loss as the formula says it: loops in float64 on one value at a time."""
+
+import math
+
+
+def f(variant, r, alpha, b):
+    return {
+        "O": lambda: r,
+        "Iu": lambda: (1 + r) * math.log(1 + r),
+        "Ib": lambda: (b * r - math.log(1 + b * r)) / b**2,
+        "Ds": lambda: math.log(1 + r),
+        "Dq": lambda: 1 - 1 / (1 + r) ** alpha,
+    }[variant]()
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def pnp_losses(
+    s,
+    positives,
+    negatives,
+    self_similarity,
+    *,
+    variant="O",
+    alpha=1,
+    b=2,
+    anneal=0.01,
+    k=1,
+    include_self=True,
+):
+    """{query: L(query)} of the counted queries.
+
+    s: N x M nested lists; positives, negatives: for each query the set of its references, without
+    itself; self_similarity: N values.
+    """
+    losses = {}
+    for a in range(len(s)):
+        if not positives[a]:
+            continue
+        targets = [s[a][p] for p in positives[a]]
+        if include_self:
+            targets.append(self_similarity[a])
+        total = 0.0
+        for target in targets:
+            r = sum(sigmoid(k * (s[a][n] - target) / anneal) for n in negatives[a])
+            total += f(variant, r, alpha, b)
+        losses[a] = total / len(targets)
+    return losses
