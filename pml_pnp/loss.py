@@ -138,6 +138,7 @@ class PNPLoss(BaseMetricLossFunction):
                 "losses": losses[indices],
                 "indices": indices,
                 "reduction_type": "element",
+                "divisor": len(indices),  # read by DivisorReducer alone
             }
         }
 

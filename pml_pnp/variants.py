@@ -43,6 +43,16 @@ def _x_minus_log1p(x: Tensor) -> Tensor:
     return torch.where(small, near_zero * z - 2 * z * z2 * series, x - torch.log1p(x))
 
 
+def _one_minus_exp(y: Tensor) -> Tensor:
+    """1 - exp(y) for y <= 0, value and gradient.
+
+    expm1 keeps the value near zero, but autograd differentiates it as expm1(y) + 1, which loses the
+    gradient where exp(y) is small: there the plain form is exact in both.
+    """
+    small = y > -0.5
+    return torch.where(small, -torch.expm1(y.masked_fill(~small, 0)), 1 - torch.exp(y))
+
+
 VARIANTS = {
     "O": Variant(lambda r, alpha, b: r, "R", 5, "constant"),
     "Iu": Variant(
@@ -56,7 +66,7 @@ VARIANTS = {
     ),
     "Ds": Variant(lambda r, alpha, b: torch.log1p(r), "log(1 + R)", 12, "falls slowly"),
     "Dq": Variant(
-        lambda r, alpha, b: -torch.expm1(-alpha * torch.log1p(r)),
+        lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)),
         "1 - 1 / (1 + R)^alpha",
         13,
         "falls quickly",

@@ -1,0 +1,73 @@
+"""What several test files need: batches, and the reference applied to them."""
+
+import reference
+import torch
+from torch.nn.functional import normalize
+
+VARIANTS = ["O", "Iu", "Ib", "Ds", "Dq"]
+
+
+def batch(n=24, d=8, classes=5, dtype=torch.float32, device="cpu", spread=0.3):
+    """Embeddings that cluster loosely by class, and labels in random order with unequal classes.
+
+    Loosely: with anneal 0.01 the ranks of a random batch saturate, and gradients vanish.
+    """
+    labels = torch.randint(0, classes, (n,))
+    labels[0] = classes + 7  # a class of one
+    centres = torch.randn(classes + 8, d)
+    embeddings = 0.3 * centres[labels] + torch.randn(1, d) + spread * torch.randn(n, d)
+    return embeddings.to(device, dtype), labels.to(device)
+
+
+def sets_from_labels(labels, ref_labels=None):
+    """Positives and negatives of each query; without ref_labels the query is in neither."""
+    refs = labels.tolist() if ref_labels is None else ref_labels.tolist()
+    own = ref_labels is None
+    positives, negatives = [], []
+    for a, label in enumerate(labels.tolist()):
+        positives.append({j for j, r in enumerate(refs) if r == label and not (own and j == a)})
+        negatives.append({j for j, r in enumerate(refs) if r != label})
+    return positives, negatives
+
+
+def sets_from_tuple(indices_tuple, n):
+    positives, negatives = [set() for _ in range(n)], [set() for _ in range(n)]
+    if len(indices_tuple) == 3:
+        a, p, q = indices_tuple
+        indices_tuple = a, p, a, q
+    a1, p, a2, q = (i.tolist() for i in indices_tuple)
+    for x, y in zip(a1, p, strict=True):
+        positives[x].add(y)
+    for x, y in zip(a2, q, strict=True):
+        negatives[x].add(y)
+    return positives, negatives
+
+
+def cosine_matrix(x, y):
+    return normalize(x.double().cpu()) @ normalize(y.double().cpu()).T
+
+
+def expected_losses(
+    embeddings, labels=None, *, ref_emb=None, ref_labels=None, tuple_=None, **kwargs
+):
+    """{query: loss} by the reference, for cosine similarity."""
+    refs = embeddings if ref_emb is None else ref_emb
+    if tuple_ is None:
+        positives, negatives = sets_from_labels(labels, ref_labels)
+    else:
+        positives, negatives = sets_from_tuple(tuple_, len(embeddings))
+    s = cosine_matrix(embeddings, refs).tolist()
+    own = cosine_matrix(embeddings, embeddings).diagonal().tolist()
+    return reference.pnp_losses(s, positives, negatives, own, **kwargs)
+
+
+def expected_mean(*args, **kwargs):
+    losses = expected_losses(*args, **kwargs)
+    return sum(losses.values()) / len(losses)
+
+
+def value_and_grad(loss_func, embeddings, *args, **kwargs):
+    x = embeddings.detach().clone().requires_grad_()
+    value = loss_func(x, *args, **kwargs)
+    value.backward()
+    return value.detach(), x.grad

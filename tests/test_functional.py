@@ -1,0 +1,294 @@
+import subprocess
+import sys
+
+import helpers
+import pytest
+import reference
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from pml_pnp.functional import pnp_loss, ranking_statistics
+from pml_pnp.kernels import eager
+
+
+def random_case(n=7, m=11, dtype=torch.float64, device="cpu", scale=0.1):
+    """Similarities, random positives and negatives that leave some pairs in neither, self similarity."""
+    s = scale * torch.randn(n, m)
+    kind = torch.randint(0, 3, (n, m))
+    kind[1] = 2  # a query without positives
+    kind[2, kind[2] == 2] = 0  # and one without negatives
+    own = scale * torch.randn(n) + scale
+    to = {"device": device, "dtype": dtype}
+    return s.to(**to), (kind == 1).to(device), (kind == 2).to(device), own.to(**to)
+
+
+def by_reference(s, positive, negative, own, **kwargs):
+    return reference.pnp_losses(
+        s.double().tolist(),
+        [set(row.nonzero().flatten().tolist()) for row in positive.cpu()],
+        [set(row.nonzero().flatten().tolist()) for row in negative.cpu()],
+        own.double().tolist(),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("is_inverted", [True, False], ids=["similarity", "distance"])
+@pytest.mark.parametrize("variant", helpers.VARIANTS)
+def test_masks_give_the_losses_of_the_formula(variant, is_inverted, include_self, dtype, device):
+    s, positive, negative, own = random_case(dtype=dtype, device=device)
+    losses, counted = pnp_loss(
+        s,
+        positive_mask=positive,
+        negative_mask=negative,
+        self_similarity=own,
+        variant=variant,
+        alpha=4,
+        anneal=0.05,
+        include_self=include_self,
+        is_inverted=is_inverted,
+    )
+    expected = by_reference(
+        s,
+        positive,
+        negative,
+        own,
+        variant=variant,
+        alpha=4,
+        anneal=0.05,
+        k=1 if is_inverted else -1,
+        include_self=include_self,
+    )
+    assert losses.dtype == dtype and losses.device == s.device
+    assert counted.nonzero().flatten().tolist() == sorted(expected)
+    assert losses[~counted].eq(0).all()
+    want = torch.tensor([expected[a] for a in sorted(expected)], dtype=torch.float64)
+    rtol = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+    torch.testing.assert_close(
+        losses[counted].double().cpu(), want, rtol=rtol[dtype], atol=rtol[dtype] * 1e-2
+    )
+
+
+def test_labels_alone_mean_the_batch_against_itself():
+    s, labels = torch.randn(8, 8, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 2, 1, 0, 3])
+    losses, counted = pnp_loss(s, labels, variant="Ds")
+    positives, negatives = helpers.sets_from_labels(labels)
+    expected = reference.pnp_losses(
+        s.tolist(), positives, negatives, s.diagonal().tolist(), variant="Ds"
+    )
+    assert counted.tolist() == [a in expected for a in range(8)]
+    assert losses[counted].tolist() == pytest.approx(list(expected.values()), rel=1e-12)
+
+
+def test_ref_labels_mean_another_set_of_references():
+    s, own = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    labels, ref_labels = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
+    losses, counted = pnp_loss(s, labels, ref_labels, self_similarity=own)
+    expected = reference.pnp_losses(
+        s.tolist(), *helpers.sets_from_labels(labels, ref_labels), own.tolist()
+    )
+    assert counted.tolist() == [True, True, False]
+    assert losses[counted].tolist() == pytest.approx(list(expected.values()), rel=1e-12)
+
+
+@pytest.mark.parametrize("is_inverted", [True, False])
+@pytest.mark.parametrize("variant", [*helpers.VARIANTS, torch.sinh])
+def test_gradients_of_first_and_second_order(variant, is_inverted):
+    s, positive, negative, own = random_case(n=4, m=6)
+
+    def call(s, own):
+        return pnp_loss(
+            s,
+            positive_mask=positive,
+            negative_mask=negative,
+            self_similarity=own,
+            variant=variant,
+            anneal=0.1,
+            is_inverted=is_inverted,
+        )[0]
+
+    inputs = (s.requires_grad_(), own.requires_grad_())
+    assert gradcheck(call, inputs)
+    assert gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("entries", [1, 7, 40, 200])
+def test_blocks_do_not_change_value_or_gradient(monkeypatch, entries):
+    s, positive, negative, own = random_case()
+    cotangent = torch.randn(len(s), dtype=s.dtype)
+
+    def run():
+        x, o = s.clone().requires_grad_(), own.clone().requires_grad_()
+        losses, _ = pnp_loss(
+            x, positive_mask=positive, negative_mask=negative, self_similarity=o, variant="Iu"
+        )
+        return losses.detach(), *torch.autograd.grad(losses, (x, o), cotangent, create_graph=True)
+
+    whole = run()
+    monkeypatch.setattr(eager, "BLOCK_ENTRIES", entries)
+    for got, want in zip(run(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_cover_every_pair_once():
+    for n, m, p, entries in [(5, 7, 3, 1), (5, 7, 3, 21), (1, 1, 1, 99), (9, 100, 50, 1000)]:
+        eager_blocks, eager.BLOCK_ENTRIES = eager.BLOCK_ENTRIES, entries
+        try:
+            seen = torch.zeros(n, p)
+            for rows, cols in eager._blocks(n, m, p):
+                seen[rows, cols] += 1
+                assert seen[rows, cols].numel() * m <= max(entries, m)
+        finally:
+            eager.BLOCK_ENTRIES = eager_blocks
+        assert (seen == 1).all()
+
+
+def test_a_callable_with_parameters_is_trained_along():
+    class Power(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.exponent = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, r):
+            return (1 + r) ** self.exponent - 1
+
+    s, positive, negative, own = random_case(dtype=torch.float32)
+    f = Power()
+    losses, _ = pnp_loss(
+        s, positive_mask=positive, negative_mask=negative, self_similarity=own, variant=f
+    )
+    losses.sum().backward()
+    assert f.exponent.grad > 0
+
+
+def test_a_callable_sees_no_odd_place_in_the_padding():
+    """sqrt has an infinite derivative at zero: rows shorter than the longest must not ask for it."""
+    s = torch.tensor([[0.3, 0.2, 0.1, 0.4], [0.3, 0.2, 0.1, 0.4]], requires_grad=True)
+    positive = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    losses, _ = pnp_loss(
+        s, positive_mask=positive, negative_mask=~positive, include_self=False, variant=torch.sqrt
+    )
+    losses.sum().backward()
+    assert s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (4, 0)])
+def test_empty_matrices_give_empty_or_zero_losses(shape):
+    s = torch.zeros(shape, requires_grad=True)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    losses, counted = pnp_loss(
+        s, positive_mask=mask, negative_mask=mask, self_similarity=torch.ones(shape[0])
+    )
+    losses.sum().backward()
+    assert losses.tolist() == [0.0] * shape[0] and not counted.any()
+    assert s.grad.shape == shape
+
+
+@pytest.mark.parametrize("is_inverted", [True, False])
+def test_ranking_statistics_count_by_hand(is_inverted):
+    s = torch.tensor([[0.9, 0.5, 0.7, 0.5], [0.1, 0.2, 0.3, 0.4], [0.3, 0.3, 0.3, 0.3]])
+    positive = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    negative = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    mean, share = ranking_statistics(
+        s if is_inverted else -s, positive, negative, is_inverted=is_inverted
+    )
+    assert mean.item() == pytest.approx(2 / 3)  # two before (0, 1), the tie does not count
+    assert share.item() == pytest.approx(1 / 3)
+
+
+def test_ranking_statistics_of_no_positives_are_zero():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert [x.item() for x in ranking_statistics(torch.randn(2, 3), nothing, ~nothing)] == [0, 0]
+
+
+def test_saved_memory_is_quadratic():
+    """What autograd keeps is a few N x M matrices, however many positives there are."""
+    n, positives = 256, 64
+    s = torch.randn(n, n, requires_grad=True)
+    labels = torch.arange(n) // positives
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pnp_loss(s, labels, variant="Dq")
+    assert n * n * 4 <= sum(saved.values()) <= 4 * n * n * 4
+
+
+def test_functional_does_not_import_pytorch_metric_learning():
+    code = (
+        "import sys, torch, pml_pnp.functional as f;"
+        "f.pnp_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]));"
+        "assert 'pytorch_metric_learning' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+S, Y = torch.eye(4), torch.tensor([0, 0, 1, 1])
+MASK = torch.zeros(4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        (([[1.0]], Y), {}, TypeError, "similarity must be a tensor, got list"),
+        ((S.long(), Y), {}, TypeError, "similarity must be floating point, got torch.int64"),
+        ((S[0], Y), {}, ValueError, r"similarity must have shape \(N, M\), got \(4,\)"),
+        ((S,), {}, ValueError, "expected either labels .* got none"),
+        (
+            (S, Y),
+            {"positive_mask": MASK, "negative_mask": MASK},
+            ValueError,
+            "got labels, positive_mask, negative_mask",
+        ),
+        ((S,), {"positive_mask": MASK}, ValueError, "got positive_mask"),
+        ((S, None, Y), {}, ValueError, "got ref_labels"),
+        (
+            (S, None, Y),
+            {"positive_mask": MASK, "negative_mask": MASK},
+            ValueError,
+            "got ref_labels, positive_mask",
+        ),
+        ((S[:2], Y[:2]), {}, ValueError, r"similarity must be square .* got shape \(2, 4\)"),
+        ((S, Y[:3]), {}, ValueError, r"labels must have shape \(4,\), got \(3,\)"),
+        ((S, [0, 0, 1, 1]), {}, TypeError, "labels must be a tensor, got list"),
+        ((S, Y, Y[:3]), {}, ValueError, r"ref_labels must have shape \(4,\), got \(3,\)"),
+        (
+            (S,),
+            {"positive_mask": MASK.long(), "negative_mask": MASK},
+            TypeError,
+            "positive_mask must be a bool tensor, got torch.int64",
+        ),
+        (
+            (S,),
+            {"positive_mask": MASK, "negative_mask": None},
+            ValueError,
+            "got positive_mask",
+        ),
+        (
+            (S,),
+            {"positive_mask": MASK, "negative_mask": MASK[:2]},
+            ValueError,
+            r"negative_mask must have the shape of similarity, \(4, 4\), got \(2, 4\)",
+        ),
+        (
+            (S, Y, Y),
+            {},
+            ValueError,
+            r"include_self=True needs self_similarity, one value per query \(4\).* got None",
+        ),
+        (
+            (S, Y, Y),
+            {"self_similarity": torch.ones(3)},
+            ValueError,
+            r"self_similarity must have shape \(4,\), got \(3,\)",
+        ),
+        ((S, Y), {"anneal": 0}, ValueError, "anneal must be a positive finite number, got 0"),
+        ((S, Y), {"variant": "D"}, ValueError, "variant must be one of O, Iu, Ib, Ds, Dq"),
+    ],
+)
+def test_bad_input_is_named(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        pnp_loss(*args, **kwargs)

@@ -1,0 +1,655 @@
+"""The rules of the loss in PML: each test is a promise to someone who writes losses.PNPLoss(...)."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import helpers
+import pytest
+import torch
+from conftest import RTOL
+from helpers import VARIANTS, batch, expected_losses, expected_mean, value_and_grad
+from pytorch_metric_learning import distances, reducers, regularizers
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+
+from pml_pnp import PNPLoss
+from pml_pnp.loss import _matrix
+
+BUILT_IN = getattr(pml_losses, "PNPLoss", None)
+needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
+
+
+# --- rule 1: the query is its own positive, queries without another positive do not count
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_value_is_the_formula(variant, include_self, dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    kwargs = {"variant": variant, "alpha": 4, "include_self": include_self}
+    loss = PNPLoss(**kwargs)(x, y)
+    assert loss.dtype == dtype and loss.device == x.device
+    assert loss.item() == pytest.approx(expected_mean(x, y, **kwargs), rel=RTOL[dtype])
+
+
+def test_queries_without_a_second_positive_give_no_element(device):
+    x, y = batch(device=device)
+    out = PNPLoss(reducer=reducers.DoNothingReducer())(x, y)["loss"]
+    expected = expected_losses(x, y)
+    assert out["reduction_type"] == "element"
+    assert out["indices"].tolist() == sorted(expected) and 0 not in expected
+    assert out["losses"].tolist() == pytest.approx(
+        [expected[a] for a in sorted(expected)], rel=1e-4
+    )
+
+
+def test_include_self_false_leaves_the_query_out():
+    x = torch.tensor([[1.0, 0], [0.6, 0.8], [0.99, 0.1]], dtype=torch.float64)
+    y = torch.tensor([0, 0, 1])
+    with_self, without = (PNPLoss(anneal=0.1, include_self=i)(x, y).item() for i in (True, False))
+    assert without == pytest.approx(expected_mean(x, y, anneal=0.1, include_self=False))
+    assert with_self < without  # the query stands before the negatives, its mate behind
+
+
+# --- rule 2: drop-in for PML's built-in
+
+
+@needs_built_in
+def test_signature_begins_like_the_built_in():
+    built_in = list(inspect.signature(BUILT_IN).parameters.values())[:-1]
+    assert list(inspect.signature(PNPLoss).parameters.values())[: len(built_in)] == built_in
+
+
+@needs_built_in
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alpha", [1, 4])
+def test_value_and_gradient_equal_the_built_in(variant, alpha, dtype, device):
+    x, y = batch(n=40, dtype=dtype, device=device)
+    ours = value_and_grad(PNPLoss(variant=variant, alpha=alpha), x, y)
+    theirs = value_and_grad(BUILT_IN(variant=variant, alpha=alpha), x, y)
+    assert theirs[1].abs().max() > 1e-3
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@needs_built_in
+def test_defaults_equal_the_built_in(device):
+    x, y = batch(device=device)
+    torch.testing.assert_close(PNPLoss()(x, y), BUILT_IN()(x, y))
+
+
+def test_order_of_the_batch_does_not_matter(device):
+    x, y = batch(dtype=torch.float64, device=device)
+    order = torch.randperm(len(x), device=device)
+    torch.testing.assert_close(
+        PNPLoss(variant="Dq")(x, y), PNPLoss(variant="Dq")(x[order], y[order])
+    )
+
+
+# --- rule 3: tuples
+
+
+def all_triplets(y):
+    return lmu.get_all_triplets_indices(y)
+
+
+@pytest.mark.parametrize(
+    "make", [lmu.get_all_pairs_indices, all_triplets], ids=["pairs", "triplets"]
+)
+def test_tuple_of_everything_equals_no_tuple(make, device):
+    x, y = batch(dtype=torch.float64, device=device)
+    for got, want in zip(
+        value_and_grad(PNPLoss(variant="Iu"), x, y, make(y)),
+        value_and_grad(PNPLoss(variant="Iu"), x, y),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_repeated_pairs_count_once(device):
+    x, y = batch(device=device)
+    once = lmu.get_all_pairs_indices(y)
+    twice = tuple(torch.cat([i, i.flip(0)]) for i in once)
+    torch.testing.assert_close(PNPLoss()(x, y, twice), PNPLoss()(x, y, once), rtol=0, atol=0)
+
+
+def test_tuple_alone_is_enough(device):
+    x, y = batch(device=device)
+    indices = tuple(i[::2] for i in lmu.get_all_pairs_indices(y))
+    torch.testing.assert_close(PNPLoss()(x, indices_tuple=indices), PNPLoss()(x, y, indices))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets"])
+def test_tuple_defines_positives_and_negatives(kind, dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    if kind == "pairs":
+        a1, p, a2, q = lmu.get_all_pairs_indices(y.cpu())
+        keep1 = torch.randperm(len(a1))[: len(a1) // 2]
+        keep2 = torch.randperm(len(a2))[: len(a2) // 2]
+        indices = a1[keep1], p[keep1], a2[keep2], q[keep2]
+    else:
+        a, p, q = all_triplets(y.cpu())
+        keep = torch.randperm(len(a))[:30]
+        indices = a[keep], p[keep], q[keep]
+    loss = PNPLoss(variant="Ds")(x, y, indices)
+    expected = expected_mean(x, tuple_=indices, variant="Ds")
+    assert loss.item() == pytest.approx(expected, rel=RTOL[dtype])
+
+
+def test_a_query_paired_with_itself_is_no_positive_besides_itself(device):
+    x = torch.randn(3, 4, device=device)
+    pairs = tuple(torch.tensor(i) for i in ([0], [0], [0, 0], [0, 1]))
+    out = PNPLoss(reducer=reducers.DoNothingReducer())(x, indices_tuple=pairs)
+    assert out["loss"]["losses"] == 0
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.uint8])
+def test_indices_may_be_of_any_integer_type(index_dtype, device):
+    x, y = batch(device=device)
+    indices = lmu.get_all_pairs_indices(y)
+    small = tuple(i.to(index_dtype) for i in indices)
+    torch.testing.assert_close(PNPLoss()(x, y, small), PNPLoss()(x, y, indices))
+
+
+# --- rule 5: references
+
+
+def test_references_that_are_the_batch_give_the_plain_value(device):
+    x, y = batch(dtype=torch.float64, device=device)
+    ref, ref_y = x.clone(), y.clone()
+    indices = lmu.get_all_pairs_indices(y, ref_y)
+    indices = lmu.remove_self_comparisons(
+        indices, torch.arange(len(x), device=device), len(ref), ref_is_subset=False
+    )
+    plain = PNPLoss(variant="Dq")(x, y)
+    torch.testing.assert_close(PNPLoss(variant="Dq")(x, y, indices, ref, ref_y), plain)
+
+
+def test_the_batch_itself_given_as_references_is_the_plain_call(device):
+    x, y = batch(device=device)
+    torch.testing.assert_close(PNPLoss()(x, y, ref_emb=x, ref_labels=y), PNPLoss()(x, y))
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_references_are_ranked_and_the_query_itself_is_its_own_positive(
+    include_self, dtype, device
+):
+    x, y = batch(dtype=dtype, device=device)
+    ref, ref_y = batch(n=33, dtype=dtype, device=device)
+    kwargs = {"variant": "Ds", "include_self": include_self}
+    loss = PNPLoss(**kwargs)(x, y, ref_emb=ref, ref_labels=ref_y)
+    expected = expected_mean(x, y, ref_emb=ref, ref_labels=ref_y, **kwargs)
+    assert loss.item() == pytest.approx(expected, rel=RTOL[dtype])
+
+
+def test_references_work_with_a_tuple_and_no_labels(device):
+    x, ref = torch.randn(2, 4, device=device), torch.randn(5, 4, device=device)
+    triplets = tuple(torch.tensor(i) for i in ([0, 0, 1], [0, 1, 4], [2, 3, 0]))
+    loss = PNPLoss()(x, indices_tuple=triplets, ref_emb=ref)
+    assert loss.item() == pytest.approx(expected_mean(x, ref_emb=ref, tuple_=triplets), rel=1e-4)
+
+
+def test_gradients_flow_to_references_that_ask_for_them():
+    x, y = batch(n=6, d=3, dtype=torch.float64)
+    ref, ref_y = batch(n=5, d=3, dtype=torch.float64)
+    loss_func = PNPLoss(
+        anneal=0.2, reducer=reducers.SumReducer(), distance=distances.DotProductSimilarity()
+    )
+
+    def call(x, ref):
+        return loss_func(x, y, ref_emb=ref, ref_labels=ref_y)
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), ref.requires_grad_()))
+
+
+# --- rule 6: distances
+
+
+class Manhattan(torch.nn.Module):
+    """A user's own distance, without any base class."""
+
+    is_inverted = False
+
+    def forward(self, query_emb, ref_emb=None):
+        return torch.cdist(query_emb, query_emb if ref_emb is None else ref_emb, p=1)
+
+
+class Bilinear(distances.BaseDistance):
+    """A user's own similarity that is not symmetric and learns."""
+
+    def __init__(self):
+        super().__init__(is_inverted=True)
+        self.weight = torch.nn.Parameter(torch.eye(8) + 0.1 * torch.randn(8, 8))
+
+    def compute_mat(self, query_emb, ref_emb):
+        return query_emb @ self.weight.to(query_emb) @ ref_emb.T
+
+
+DISTANCES = {
+    "cosine": distances.CosineSimilarity,
+    "dot": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "lp": distances.LpDistance,
+    "lp squared, not normalized": lambda: distances.LpDistance(normalize_embeddings=False, power=2),
+    "l1": lambda: distances.LpDistance(p=1, normalize_embeddings=False),
+    "snr": distances.SNRDistance,
+    "batched cosine": lambda: distances.BatchedDistance(distances.CosineSimilarity(), batch_size=5),
+    "batched lp": lambda: distances.BatchedDistance(distances.LpDistance(), batch_size=7),
+    "user's own": Manhattan,
+    "user's own, learning": Bilinear,
+}
+
+
+def test_every_distance_of_pml_is_tried():
+    ours = {type(make()) for make in DISTANCES.values()}
+    theirs = {c for n, c in vars(distances).items() if inspect.isclass(c) and n != "BaseDistance"}
+    assert theirs <= ours
+
+
+@pytest.mark.parametrize("with_references", [False, True], ids=["batch", "references"])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distance_decides_the_ranking(name, with_references, dtype, device):
+    distance = DISTANCES[name]().to(device)
+    x, y = batch(dtype=dtype, device=device)
+    ref, ref_y = batch(n=13, dtype=dtype, device=device) if with_references else (None, None)
+    loss = PNPLoss(distance=distance, anneal=0.1, variant="Ds")(x, y, ref_emb=ref, ref_labels=ref_y)
+    x64, ref64 = x.double(), None if ref is None else ref.double()
+    s, own = _matrix(distance, x64, ref64), _matrix(distance, x64, None).diagonal()
+    losses = helpers.reference.pnp_losses(
+        s.tolist(),
+        *helpers.sets_from_labels(y, ref_y),
+        own.tolist(),
+        k=1 if distance.is_inverted else -1,
+        anneal=0.1,
+        variant="Ds",
+    )
+    assert loss.item() == pytest.approx(sum(losses.values()) / len(losses), rel=RTOL[dtype])
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_gradient_goes_through_the_distance(name):
+    distance = DISTANCES[name]().double()
+    x, y = batch(n=7, classes=2, dtype=torch.float64)
+    loss_func = PNPLoss(distance=distance, anneal=0.3, variant="Iu")
+    assert torch.autograd.gradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
+def test_batched_distance_equals_the_distance_and_keeps_the_users_iter_fn():
+    x, y = batch()
+    calls = []
+    batched = distances.BatchedDistance(
+        distances.LpDistance(), lambda *args: calls.append(args), batch_size=5
+    )
+    iter_fn = batched.iter_fn
+    torch.testing.assert_close(
+        PNPLoss(distance=batched)(x, y), PNPLoss(distance=distances.LpDistance())(x, y)
+    )
+    assert batched.iter_fn is iter_fn and not calls
+
+
+def test_distance_of_wrong_shape_or_kind_is_named():
+    class Wrong(torch.nn.Module):
+        is_inverted = True
+
+        def forward(self, query_emb, ref_emb=None):
+            return query_emb
+
+    x, y = batch(n=24, d=8)
+    with pytest.raises(
+        ValueError, match=r"distance must return a matrix of shape \(24, 24\), got \(24, 8\)"
+    ):
+        PNPLoss(distance=Wrong())(x, y)
+    with pytest.raises(TypeError, match="distance must .* is_inverted, got Identity"):
+        PNPLoss(distance=torch.nn.Identity())
+
+
+# --- rule 8: precision
+
+
+def float64_reference_gradient(variant, x, y):
+    return value_and_grad(PNPLoss(variant=variant, alpha=4), x.double(), y)[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_is_as_good_as_the_dtype(variant, dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    value, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
+    want = float64_reference_gradient(variant, x, y)
+    assert grad.dtype == dtype and grad.isfinite().all()
+    error = (grad.double() - want).norm() / want.norm()
+    assert error < {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4}.get(
+        dtype, 1e-10
+    )
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_computes_and_returns_float32(variant, low, device):
+    x, y = batch(dtype=low, device=device)
+    with torch.autocast(device.type, dtype=low):
+        value, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
+    assert value.dtype == torch.float32 and grad.dtype == low
+    expected = expected_mean(x, y, variant=variant, alpha=4)
+    assert value.item() == pytest.approx(expected, rel=RTOL[torch.float32])
+    assert grad.isfinite().all()
+
+
+def test_autocast_keeps_float64(device):
+    x, y = batch(dtype=torch.float64, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = PNPLoss()(x, y)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, PNPLoss()(x, y))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_far_apart_and_coinciding_embeddings_have_finite_gradients(variant, dtype, device):
+    x = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [0, 1], [0, 0]], dtype=dtype, device=device)
+    y = torch.tensor([0, 0, 1, 1, 1], device=device)
+    if dtype == torch.float16:
+        x[4] = 0.01  # the slope of a normalized vector of length 0 is 1e12, beyond float16
+    value, grad = value_and_grad(PNPLoss(variant=variant), x, y)
+    assert value.isfinite() and grad.isfinite().all()
+
+
+def test_references_of_another_dtype(device):
+    x, y = batch(dtype=torch.float16, device=device)
+    ref, ref_y = batch(n=9, dtype=torch.float32, device=device)
+    loss = PNPLoss()(x, y, ref_emb=ref, ref_labels=ref_y)
+    assert loss.dtype == torch.float16
+    expected = expected_mean(x, y, ref_emb=ref, ref_labels=ref_y)
+    assert loss.item() == pytest.approx(expected, rel=2e-3)
+
+
+# --- rule 4 and the edges: nothing to rank
+
+
+EDGES = {
+    "one class": (torch.randn(4, 3), torch.zeros(4, dtype=torch.long), None),
+    "lone examples": (torch.randn(4, 3), torch.arange(4), None),
+    "batch of one": (torch.randn(1, 3), torch.zeros(1, dtype=torch.long), None),
+    "empty batch": (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), None),
+    "empty triplets": (torch.randn(4, 3), torch.arange(4) // 2, 3),
+    "empty pairs": (torch.randn(4, 3), torch.arange(4) // 2, 4),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", EDGES)
+def test_nothing_to_rank_is_zero_connected_to_the_graph(case, variant, dtype, device):
+    x, y, length = EDGES[case]
+    x, y = x.to(device, dtype), y.to(device)
+    indices = (
+        None if length is None else tuple(torch.tensor([], device=device) for _ in range(length))
+    )
+    value, grad = value_and_grad(PNPLoss(variant=variant), x, y, indices)
+    assert value == 0 and value.dtype == dtype
+    assert grad.shape == x.shape and grad.eq(0).all()
+
+
+def test_no_references_is_zero():
+    x, y = batch()
+    value, grad = value_and_grad(
+        PNPLoss(), x, y, None, torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)
+    )
+    assert value == 0 and grad.eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("distance", ["cosine", "dot", "lp", "lp squared, not normalized", "snr"])
+@pytest.mark.parametrize("labels", ["mixed", "one class", "lone examples"])
+def test_a_broken_embedding_gives_nan(labels, distance, bad):
+    x, y = batch(n=6)
+    y = {"mixed": y, "one class": y * 0, "lone examples": torch.arange(6)}[labels]
+    x[3, 1] = bad
+    assert PNPLoss(distance=DISTANCES[distance](), variant="Dq")(x, y).isnan()
+
+
+def test_a_broken_reference_gives_nan():
+    x, y = batch()
+    ref, ref_y = batch(n=9)
+    ref[2] = float("inf")
+    assert PNPLoss(distance=DISTANCES["dot"]())(x, y, ref_emb=ref, ref_labels=ref_y).isnan()
+
+
+# --- rule 10: determinism
+
+
+@pytest.mark.parametrize("kind", ["labels", "tuple", "references"])
+def test_same_input_same_bits(kind, device):
+    x, y = batch(n=64, device=device)
+    ref, ref_y = batch(n=80, device=device)
+    args = {
+        "labels": (y,),
+        "tuple": (y, all_triplets(y)),
+        "references": (y, None, ref, ref_y),
+    }[kind]
+    first = value_and_grad(PNPLoss(variant="Dq"), x, *args)
+    for _ in range(3):
+        for got, want in zip(value_and_grad(PNPLoss(variant="Dq"), x, *args), first, strict=True):
+            assert torch.equal(got, want)
+
+
+# --- callable variants
+
+
+def test_a_callable_variant_is_any_f(device):
+    x, y = batch(dtype=torch.float64, device=device)
+    for name, f in {"Ds": torch.log1p, "O": lambda r: r}.items():
+        for got, want in zip(
+            value_and_grad(PNPLoss(variant=f), x, y),
+            value_and_grad(PNPLoss(variant=name), x, y),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("f", "error", "message"),
+    [
+        (lambda r: r.sum(), ValueError, r"one value per entry: expected shape .*, got \(\)"),
+        (lambda r: r.sum(dim=1, keepdim=True), ValueError, "one value per entry"),
+        (lambda r: 1.0, TypeError, "variant must return a tensor, got float"),
+    ],
+)
+def test_a_callable_that_does_not_return_one_value_per_entry_is_named(f, error, message):
+    with pytest.raises(error, match=message):
+        PNPLoss(variant=f)(*batch())
+
+
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, r):
+        return self.weight * r
+
+
+def test_a_module_as_variant_is_part_of_the_loss():
+    loss_func = PNPLoss(variant=Scale())
+    assert [name for name, _ in loss_func.named_parameters()] == ["variant.weight"]
+    x, y = batch()
+    loss_func(x, y).backward()
+    expected = PNPLoss()(x, y)
+    torch.testing.assert_close(loss_func.variant.weight.grad, expected)
+
+
+# --- what PML records
+
+
+def recorded(loss_func, kind):
+    return {name: getattr(loss_func, name) for name in getattr(loss_func, kind, [])}
+
+
+def test_hyperparameters_are_recorded():
+    loss_func = PNPLoss(b=3, alpha=4, anneal=0.02, variant="Dq", include_self=False)
+    assert recorded(loss_func, "_record_these") == {
+        "b": 3,
+        "alpha": 4,
+        "anneal": 0.02,
+        "variant_name": "Dq",
+        "include_self": False,
+    }
+    assert PNPLoss(variant=torch.log1p).variant_name == "log1p"
+    assert PNPLoss(variant=Scale()).variant_name == "Scale"
+
+
+def test_statistics_are_recorded_when_asked_for():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, -0.8]])
+    y = torch.tensor([0, 0, 1, 2])
+    loss_func = PNPLoss(collect_stats=True)
+    loss_func(x, y)
+    # Query 0 finds 2 before 1; query 1 finds 2 before 0. Nothing else has a positive.
+    assert recorded(loss_func, "_record_these_stats") == {
+        "negatives_before_positive": 1,
+        "positives_behind_negatives": 1,
+    }
+    # Query 0 finds nothing before 2, 1 finds 0 and 2 before 3, 2 finds 1 before 0, 3 nothing before 1.
+    loss_func(x, torch.tensor([0, 1, 0, 1]))
+    assert loss_func.negatives_before_positive == 3 / 4
+    assert loss_func.positives_behind_negatives == 2 / 4
+    loss_func(x, torch.arange(4))
+    assert loss_func.negatives_before_positive == loss_func.positives_behind_negatives == 0
+
+
+def test_statistics_do_not_change_the_loss_and_are_off_by_default():
+    x, y = batch()
+    loss_func = PNPLoss()
+    assert not hasattr(loss_func, "negatives_before_positive")
+    for got, want in zip(
+        value_and_grad(PNPLoss(collect_stats=True), x, y),
+        value_and_grad(loss_func, x, y),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+def test_statistics_follow_the_distance():
+    x, y = batch()
+    stats = []
+    for distance in (distances.CosineSimilarity(), distances.LpDistance()):
+        loss_func = PNPLoss(distance=distance, collect_stats=True)
+        loss_func(x, y)
+        stats.append(recorded(loss_func, "_record_these_stats"))
+    assert stats[0] == stats[1] and stats[0]["negatives_before_positive"] > 0
+
+
+# --- it is a PML loss and a torch module
+
+
+def test_it_is_a_pml_loss_with_pmls_defaults():
+    loss_func = PNPLoss()
+    assert isinstance(loss_func, pml_losses.BaseMetricLossFunction)
+    assert type(loss_func.distance) is distances.CosineSimilarity
+    assert type(loss_func.reducer) is reducers.MeanReducer
+
+
+def test_embedding_regularizer_is_added(device):
+    x, y = batch(device=device)
+    plain = PNPLoss()(x, y)
+    loss_func = PNPLoss(
+        embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5
+    )
+    regularizer = regularizers.LpRegularizer()(x) * 0.5
+    torch.testing.assert_close(loss_func(x, y), plain + regularizer)
+
+
+def test_labels_may_be_on_another_device_or_of_another_dtype(device):
+    x, y = batch(device=device)
+    want = PNPLoss()(x, y)
+    for labels in (y.cpu(), y.float(), y.int()):
+        assert torch.equal(PNPLoss()(x, labels), want)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("variant", ["Dq", torch.log1p, Scale()], ids=str)
+def test_copies_compute_the_same(clone, variant):
+    x, y = batch()
+    loss_func = PNPLoss(variant=variant, distance=distances.LpDistance(), anneal=0.03)
+    assert torch.equal(clone(loss_func)(x, y), loss_func(x, y))
+
+
+def test_state_dict_round_trip():
+    assert PNPLoss().state_dict() == {}
+    source, target = PNPLoss(variant=Scale()), PNPLoss(variant=Scale())
+    with torch.no_grad():
+        source.variant.weight.fill_(5)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target.load_state_dict(torch.load(file, weights_only=True))
+    assert target.variant.weight.item() == 5
+
+
+def test_hyperparameters_may_be_scheduled():
+    x, y = batch()
+    loss_func = PNPLoss(anneal=0.1)
+    loss_func.anneal = 0.02
+    assert torch.equal(loss_func(x, y), PNPLoss(anneal=0.02)(x, y))
+    loss_func.anneal = 0
+    with pytest.raises(ValueError, match="anneal must be a positive finite number, got 0"):
+        loss_func(x, y)
+
+
+def test_a_subclass_may_change_the_distance():
+    class Euclidean(PNPLoss):
+        def get_default_distance(self):
+            return distances.LpDistance()
+
+    x, y = batch()
+    assert torch.equal(Euclidean()(x, y), PNPLoss(distance=distances.LpDistance())(x, y))
+
+
+def test_embeddings_are_left_alone(device):
+    x, y = batch(device=device)
+    x0, y0 = x.clone(), y.clone()
+    PNPLoss()(x, y)
+    assert torch.equal(x, x0) and torch.equal(y, y0)
+
+
+def test_no_grad_and_inference_mode(device):
+    x, y = batch(device=device)
+    want = PNPLoss()(x, y)
+    with torch.no_grad():
+        assert torch.equal(PNPLoss()(x, y), want)
+    with torch.inference_mode():
+        assert torch.equal(PNPLoss()(x.clone(), y), want)
+
+
+def test_second_order_gradient():
+    x, y = batch(n=6, d=3, classes=2, dtype=torch.float64)
+    loss_func = PNPLoss(anneal=0.3, variant="Ds")
+    assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
+def test_compiled_training_step_equals_the_eager_one():
+    model = torch.nn.Linear(8, 4)
+    x, y = batch()
+    loss_func = PNPLoss(variant="Dq", alpha=4)
+
+    def step(x, y):
+        return loss_func(model(x), y)
+
+    def run(step):
+        model.zero_grad()
+        loss = step(x, y)
+        loss.backward()
+        return loss.detach(), model.weight.grad.clone()
+
+    eager = run(step)
+    torch._dynamo.reset()
+    try:
+        for got, want in zip(run(torch.compile(step)), eager, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_pmls_global_collect_stats_is_honoured(monkeypatch):
+    monkeypatch.setattr(c_f, "COLLECT_STATS", True)
+    assert hasattr(PNPLoss(), "negatives_before_positive")
