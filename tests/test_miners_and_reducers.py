@@ -1,0 +1,148 @@
+"""Every PML miner x reducer x distance, against the reference."""
+
+import inspect
+
+import helpers
+import pytest
+import torch
+from helpers import batch, sets_from_labels, sets_from_tuple, value_and_grad
+from pytorch_metric_learning import distances, miners, reducers
+from test_loss import DISTANCES
+
+from pml_pnp import PNPLoss
+from pml_pnp.loss import _matrix
+
+MINERS = {
+    "angular": lambda: miners.AngularMiner(angle=10),
+    "easy-semihard": miners.BatchEasyHardMiner,
+    "hard-semihard": lambda: miners.BatchEasyHardMiner("hard", "semihard"),
+    "all-hard": lambda: miners.BatchEasyHardMiner("all", "hard"),
+    "hard-all": lambda: miners.BatchEasyHardMiner("hard", "all"),
+    "batch hard": miners.BatchHardMiner,
+    "distance weighted": miners.DistanceWeightedMiner,
+    "already packaged": miners.EmbeddingsAlreadyPackagedAsTriplets,
+    "hdc": miners.HDCMiner,
+    "multi similarity": miners.MultiSimilarityMiner,
+    "pair margin": miners.PairMarginMiner,
+    "triplet margin": miners.TripletMarginMiner,
+    "triplet margin, hard": lambda: miners.TripletMarginMiner(type_of_triplets="hard"),
+    "uniform histogram": miners.UniformHistogramMiner,
+}
+CLASS_WEIGHTS = torch.linspace(0.1, 2, 20)
+
+
+# name: (reducer, what it makes of {query: loss})
+REDUCERS = {
+    "mean": (reducers.MeanReducer, lambda v, y: sum(v.values()) / len(v)),
+    "sum": (reducers.SumReducer, lambda v, y: sum(v.values())),
+    "threshold": (
+        lambda: reducers.ThresholdReducer(low=0.5, high=3),
+        lambda v, y: mean_or_zero([x for x in v.values() if 0.5 < x < 3]),
+    ),
+    "average of non-zero": (
+        reducers.AvgNonZeroReducer,
+        lambda v, y: mean_or_zero([x for x in v.values() if x > 1e-38]),  # zero in float32,
+    ),
+    "per anchor": (reducers.PerAnchorReducer, lambda v, y: sum(v.values()) / len(v)),
+    "per anchor, sum": (
+        lambda: reducers.PerAnchorReducer(reducers.SumReducer()),
+        lambda v, y: sum(v.values()),
+    ),
+    "class weighted": (
+        lambda: reducers.ClassWeightedReducer(CLASS_WEIGHTS.clone()),
+        lambda v, y: sum(x * CLASS_WEIGHTS[y[a]].item() for a, x in v.items()) / len(v),
+    ),
+    "divisor": (reducers.DivisorReducer, lambda v, y: sum(v.values()) / len(v)),
+    "multiple": (
+        lambda: reducers.MultipleReducers({"loss": reducers.SumReducer()}),
+        lambda v, y: sum(v.values()),
+    ),
+    "nothing": (reducers.DoNothingReducer, None),
+}
+
+
+def mean_or_zero(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def test_every_miner_of_pml_is_tried():
+    theirs = {c for n, c in vars(miners).items() if inspect.isclass(c) and n != "BaseMiner"}
+    assert theirs <= {type(make()) for make in MINERS.values()}
+
+
+def test_every_reducer_of_pml_is_tried():
+    theirs = {c for n, c in vars(reducers).items() if inspect.isclass(c) and n != "BaseReducer"}
+    assert theirs <= {type(make()) for make, _ in REDUCERS.values()}
+
+
+def expected(distance, x, y, indices, ref=None, ref_y=None):
+    """{query: loss}, from a float64 copy of the distance matrix."""
+    s = _matrix(distance, x.double(), None if ref is None else ref.double())
+    own = _matrix(distance, x.double(), None).diagonal()
+    sets = sets_from_labels(y, ref_y) if indices is None else sets_from_tuple(indices, len(x))
+    return helpers.reference.pnp_losses(
+        s.tolist(),
+        *sets,
+        own.tolist(),
+        k=1 if distance.is_inverted else -1,
+        anneal=0.1,
+        variant="Ds",
+    )
+
+
+def assert_reduced(reducer_name, result, losses, y):
+    reduce = REDUCERS[reducer_name][1]
+    if reduce is None:
+        assert result["loss"]["reduction_type"] == "element"
+        assert result["loss"]["indices"].tolist() == sorted(losses)
+        got = dict(zip(sorted(losses), result["loss"]["losses"].tolist(), strict=True))
+        assert got == pytest.approx(losses, rel=1e-3, abs=1e-6)
+    else:
+        assert result.item() == pytest.approx(reduce(losses, y), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("distance_name", DISTANCES)
+@pytest.mark.parametrize("miner_name", [None, *MINERS])
+def test_miner_distance_and_every_reducer_work_together(miner_name, distance_name, device):
+    distance = DISTANCES[distance_name]().to(device)
+    x, y = batch(device=device)
+    indices = None if miner_name is None else MINERS[miner_name]()(x, y)
+    losses = expected(distance, x, y, indices)
+    assert losses  # the miner found something to rank
+    for reducer_name, (make_reducer, _) in REDUCERS.items():
+        loss_func = PNPLoss(distance=distance, reducer=make_reducer(), anneal=0.1, variant="Ds")
+        assert_reduced(reducer_name, loss_func(x, y, indices), losses, y)
+
+
+@pytest.mark.parametrize("miner_name", MINERS)
+def test_miners_with_references(miner_name, device):
+    if miner_name == "already packaged":
+        pytest.skip("it packs triplets within one batch and knows no references")
+    x, y = batch(device=device)
+    ref, ref_y = batch(n=40, device=device)
+    indices = MINERS[miner_name]()(x, y, ref, ref_y)
+    value, grad = value_and_grad(PNPLoss(anneal=0.1, variant="Ds"), x, y, indices, ref, ref_y)
+    losses = expected(distances.CosineSimilarity(), x, y, indices, ref, ref_y)
+    assert value.item() == pytest.approx(sum(losses.values()) / len(losses), rel=1e-3)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.parametrize("reducer_name", REDUCERS)
+def test_reducers_pass_on_the_gradient(reducer_name, dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    x.requires_grad_()
+    result = PNPLoss(reducer=REDUCERS[reducer_name][0](), variant="Ds")(x, y)
+    loss = result["loss"]["losses"].sum() if reducer_name == "nothing" else result
+    loss.backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+@pytest.mark.parametrize("reducer_name", REDUCERS)
+def test_reducers_meet_a_batch_with_nothing_to_rank(reducer_name, dtype, device):
+    x = torch.randn(4, 3, dtype=dtype, device=device, requires_grad=True)
+    result = PNPLoss(reducer=REDUCERS[reducer_name][0]())(x, torch.arange(4))
+    if reducer_name == "nothing":
+        assert result["loss"]["losses"] == 0
+    else:
+        result.backward()
+        assert result == 0 and x.grad.eq(0).all()

@@ -1,0 +1,149 @@
+"""`pml_pnp.losses`, `register`/`unregister`, and what a bare import does not do."""
+
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml_losses
+
+import pml_pnp
+from pml_pnp import losses
+
+REPLACED = {"PNPLoss", "CrossBatchMemory", "SelfSupervisedLoss"}
+
+
+def snapshot():
+    """Every attribute of PML's losses module and of the two wrapper classes, by identity."""
+    return [
+        {name: id(value) for name, value in vars(owner).items()}
+        for owner in (pml_losses, pml_losses.CrossBatchMemory, pml_losses.SelfSupervisedLoss)
+    ]
+
+
+@pytest.fixture
+def registered():
+    before = snapshot()
+    pml_pnp.register()
+    yield
+    pml_pnp.unregister()
+    assert snapshot() == before
+
+
+def test_every_public_name_of_pml_is_in_the_namespace():
+    theirs = {name: value for name, value in vars(pml_losses).items() if not name.startswith("_")}
+    for name, value in theirs.items():
+        if name not in REPLACED:
+            assert getattr(losses, name) is value
+    assert losses.PNPLoss is pml_pnp.PNPLoss
+    assert set(losses.__all__) == {*theirs, "PNPLoss"}
+
+
+@pytest.mark.parametrize("name", sorted(REPLACED - {"PNPLoss"}))
+def test_the_wrappers_differ_from_pmls_in_one_name_only(name):
+    ours, theirs = getattr(losses, name), getattr(pml_losses, name)
+    assert issubclass(ours, theirs)
+    assert ours.supported_losses() == [*theirs.supported_losses(), "PNPLoss"]
+    assert inspect.signature(ours) == inspect.signature(theirs)
+
+
+def test_wrapped_losses_can_be_pickled():
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    loss_func = losses.CrossBatchMemory(losses.PNPLoss(), 4, 16)
+    loss_func(x, y)
+    copy = pickle.loads(pickle.dumps(loss_func))
+    assert torch.equal(copy(x, y), loss_func(x, y))
+
+
+def test_pml_alone_refuses_its_own_wrappers():
+    with pytest.raises(Exception, match="not supported for PNPLoss"):
+        pml_losses.CrossBatchMemory(losses.PNPLoss(), 8)
+
+
+def test_register_puts_the_loss_in_pmls_place(registered):
+    assert pml_losses.PNPLoss is pml_pnp.PNPLoss
+    memory = pml_losses.CrossBatchMemory(pml_losses.PNPLoss(), 4, 16)
+    views = pml_losses.SelfSupervisedLoss(pml_losses.PNPLoss())
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    assert memory(x, y).isfinite() and views(x, x + 0.1).isfinite()
+
+
+def test_register_is_idempotent_and_the_namespace_still_works(registered):
+    before = snapshot()
+    pml_pnp.register()
+    assert snapshot() == before
+    assert losses.CrossBatchMemory(losses.PNPLoss(), 4).supported_losses().count("PNPLoss") == 1
+
+
+def test_register_again_after_unregister(registered):
+    pml_pnp.unregister()
+    assert pml_losses.PNPLoss is not pml_pnp.PNPLoss
+    pml_pnp.register()
+    assert pml_losses.PNPLoss is pml_pnp.PNPLoss
+
+
+def test_unregister_without_register_does_nothing():
+    before = snapshot()
+    pml_pnp.unregister()
+    assert snapshot() == before
+
+
+def test_unregister_removes_a_name_that_pml_did_not_have(monkeypatch):
+    monkeypatch.delattr(pml_losses, "PNPLoss")
+    pml_pnp.register()
+    assert pml_losses.PNPLoss is pml_pnp.PNPLoss
+    pml_pnp.unregister()
+    assert not hasattr(pml_losses, "PNPLoss")
+
+
+def test_registration_is_logged_by_pmls_logger(caplog):
+    with caplog.at_level(logging.INFO, logger="PML"):
+        pml_pnp.register()
+        pml_pnp.register()
+        pml_pnp.unregister()
+        pml_pnp.unregister()
+    assert [(r.name, r.getMessage().split(":")[0]) for r in caplog.records] == [
+        ("PML", "pml_pnp registered"),
+        ("PML", "pml_pnp unregistered"),
+    ]
+
+
+def run(code):
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_alone_changes_nothing_and_loads_nothing():
+    run(
+        "import sys, pml_pnp\n"
+        "assert not {'torch', 'pytorch_metric_learning', 'pml_pnp.loss'} & set(sys.modules)\n"
+    )
+
+
+def test_use_without_register_changes_nothing_in_pml():
+    run(
+        "from pytorch_metric_learning import losses as pml\n"
+        "owners = pml, pml.CrossBatchMemory, pml.SelfSupervisedLoss\n"
+        "before = [dict(vars(o)) for o in owners]\n"
+        "import torch, pml_pnp\n"
+        "from pml_pnp import losses, PNPLoss, functional, register, unregister\n"
+        "losses.CrossBatchMemory(losses.PNPLoss(), 4)(torch.randn(4, 4), torch.arange(4) // 2)\n"
+        "assert before == [dict(vars(o)) for o in owners]\n"
+    )
+
+
+def test_nothing_heavy_is_imported_by_the_loss():
+    run(
+        "import sys, pml_pnp; pml_pnp.PNPLoss(); pml_pnp.register()\n"
+        "heavy = {'torchvision', 'timm', 'triton', 'tensorboard', 'record_keeper', 'faiss'}\n"
+        "import pytorch_metric_learning.losses\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'pml_pnp' has no attribute 'PNPLos'"):
+        pml_pnp.PNPLos  # noqa: B018
+    assert set(pml_pnp.__all__) <= set(dir(pml_pnp))
