@@ -4,12 +4,13 @@ import math
 
 
 def f(variant, r, alpha, b):
+    log1p, expm1 = math.log1p, math.expm1  # log(1 + r) and exp(x) - 1, also for tiny r
     return {
         "O": lambda: r,
-        "Iu": lambda: (1 + r) * math.log(1 + r),
-        "Ib": lambda: (b * r - math.log(1 + b * r)) / b**2,
-        "Ds": lambda: math.log(1 + r),
-        "Dq": lambda: 1 - 1 / (1 + r) ** alpha,
+        "Iu": lambda: (1 + r) * log1p(r),
+        "Ib": lambda: (b * r - log1p(b * r)) / b**2,
+        "Ds": lambda: log1p(r),
+        "Dq": lambda: -expm1(-alpha * log1p(r)),  # 1 - 1 / (1 + r)^alpha
     }[variant]()
 
 

@@ -41,7 +41,7 @@ REDUCERS = {
     ),
     "average of non-zero": (
         reducers.AvgNonZeroReducer,
-        lambda v, y: mean_or_zero([x for x in v.values() if x > 1e-38]),  # zero in float32,
+        lambda v, y: mean_or_zero([x for x in v.values() if x > 1e-38]),  # float32's zero
     ),
     "per anchor": (reducers.PerAnchorReducer, lambda v, y: sum(v.values()) / len(v)),
     "per anchor, sum": (
