@@ -1,0 +1,71 @@
+"""One rank of test_distributed.py: python distributed_worker.py OUTPUT_FOLDER, under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning import miners
+from pytorch_metric_learning.utils.distributed import (
+    DistributedLossWrapper,
+    DistributedMinerWrapper,
+)
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_pnp import losses
+
+# Named so that each is one parametrized test: (with miner, with references, with memory, efficient)
+CASES = {
+    "plain": {},
+    "efficient": {"efficient": True},
+    "miner": {"miner": True},
+    "efficient miner": {"miner": True, "efficient": True},
+    "references": {"references": True},
+    "memory": {"memory": True},
+}
+
+
+def data(half=None):
+    """Inputs, labels, references and their labels; `half` 0 or 1 for one rank, None for the joined batch."""
+    g = torch.Generator().manual_seed(3)
+    x, ref = (torch.randn(24, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    y, ref_y = (torch.randint(0, 4, (24,), generator=g) for _ in range(2))
+    y[:8] = y[12:20] = torch.arange(8) % 4  # every query counts on either rank
+    rows = slice(None) if half is None else slice(12 * half, 12 * half + 12)
+    return x[rows], y[rows], ref[rows], ref_y[rows]
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(6, 4).double()
+
+
+def loss_function(memory=False, **_):
+    loss = losses.PNPLoss(variant="Ds", anneal=0.05)
+    return losses.CrossBatchMemory(loss, 4, 48).double() if memory else loss
+
+
+def main():
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    x, y, ref, ref_y = data(rank)
+    results = {}
+    for name, case in CASES.items():
+        net = DistributedDataParallel(model())
+        efficient = case.get("efficient", False)
+        loss_func = DistributedLossWrapper(loss_function(**case), efficient=efficient)
+        embeddings, args = net(x), {}
+        if case.get("miner"):
+            miner = DistributedMinerWrapper(miners.MultiSimilarityMiner(), efficient=efficient)
+            args["indices_tuple"] = miner(embeddings, y)
+        if case.get("references"):
+            args |= {"ref_emb": ref[:, :4], "ref_labels": ref_y}
+        loss = loss_func(embeddings, y, **args)
+        loss.backward()
+        results[name] = (loss.detach(), net.module.weight.grad.clone())
+    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""PNPLoss in PML's trainers, with its samplers, testers, hooks and record-keeper."""
+
+import csv
+import sqlite3
+
+import pytest
+import torch
+from conftest import DEVICE
+from pytorch_metric_learning import miners, samplers, testers, trainers
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch.utils.data import Dataset
+
+from pml_pnp import losses
+
+pytest.importorskip("faiss", reason="PML's AccuracyCalculator needs faiss")
+
+
+class Points(Dataset):
+    """Noisy points around class centres; labels (class, coarse class); a second view if asked for."""
+
+    def __init__(self, n=96, classes=8, views=1, hierarchy=False):
+        g = torch.Generator().manual_seed(1)
+        labels = torch.arange(n) % classes
+        centres = torch.randn(classes, 12, generator=g)
+        self.views = [centres[labels] + torch.randn(n, 12, generator=g) for _ in range(views)]
+        self.labels = torch.stack([labels, labels // 2], dim=1) if hierarchy else labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return *(view[index] for view in self.views), self.labels[index]
+
+
+def linear(d_in, d_out):
+    return torch.nn.Linear(d_in, d_out).to(DEVICE)
+
+
+def train(trainer_class, dataset, loss_funcs, models=None, mining_funcs=None, epochs=1, **kwargs):
+    """Train; returns the trainer and the weights of the trunk before and after."""
+    models = {"trunk": linear(12, 10), "embedder": linear(10, 6), **(models or {})}
+    if "sampler" not in kwargs:
+        kwargs["sampler"] = samplers.MPerClassSampler(dataset.labels, 4, 24, 96)
+    trainer = trainer_class(
+        models=models,
+        optimizers={
+            f"{name}_optimizer": torch.optim.Adam(model.parameters(), lr=0.01)
+            for name, model in models.items()
+        },
+        batch_size=24,
+        loss_funcs=loss_funcs,
+        dataset=dataset,
+        mining_funcs=mining_funcs,
+        data_device=DEVICE,
+        dataloader_num_workers=0,
+        **kwargs,
+    )
+    before = models["trunk"].weight.detach().clone()
+    trainer.train(num_epochs=epochs)
+    return trainer, before, models["trunk"].weight.detach()
+
+
+def assert_trained(before, after):
+    assert after.isfinite().all() and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
+def test_metric_loss_only(miner):
+    mining_funcs = {} if miner is None else {"tuple_miner": miner}
+    _, *weights = train(
+        trainers.MetricLossOnly,
+        Points(),
+        {"metric_loss": losses.PNPLoss(variant="Dq", anneal=0.05)},
+        mining_funcs=mining_funcs,
+    )
+    assert_trained(*weights)
+
+
+def test_train_with_classifier():
+    _, *weights = train(
+        trainers.TrainWithClassifier,
+        Points(),
+        {"metric_loss": losses.PNPLoss(), "classifier_loss": torch.nn.CrossEntropyLoss()},
+        models={"classifier": linear(6, 8)},
+    )
+    assert_trained(*weights)
+
+
+def test_cascaded_embeddings():
+    _, *weights = train(
+        lambda **kwargs: trainers.CascadedEmbeddings(embedding_sizes=[3, 3], **kwargs),
+        Points(),
+        {"metric_loss_0": losses.PNPLoss(), "metric_loss_1": losses.PNPLoss(variant="Ds")},
+        mining_funcs={
+            "tuple_miner_0": miners.HDCMiner(0.5),
+            "tuple_miner_1": miners.HDCMiner(0.25),
+        },
+    )
+    assert_trained(*weights)
+
+
+def test_two_stream_metric_loss():
+    _, *weights = train(
+        trainers.TwoStreamMetricLoss, Points(views=2), {"metric_loss": losses.PNPLoss()}
+    )
+    assert_trained(*weights)
+
+
+def test_deep_adversarial_metric_learning():
+    _, *weights = train(
+        trainers.DeepAdversarialMetricLearning,
+        Points(),
+        {
+            "metric_loss": losses.PNPLoss(),
+            "synth_loss": losses.PNPLoss(),
+            "g_adv_loss": losses.TripletMarginLoss(),
+        },
+        models={"generator": linear(30, 10)},
+        loss_weights=dict.fromkeys(
+            ["metric_loss", "synth_loss", "g_adv_loss", "g_hard_loss", "g_reg_loss"], 1
+        ),
+        g_triplets_per_anchor=2,
+    )
+    assert_trained(*weights)
+
+
+def test_cross_batch_memory_in_a_trainer():
+    loss_func = losses.CrossBatchMemory(
+        losses.PNPLoss(), embedding_size=6, memory_size=64, miner=miners.MultiSimilarityMiner()
+    )
+    _, *weights = train(trainers.MetricLossOnly, Points(), {"metric_loss": loss_func}, epochs=2)
+    assert_trained(*weights)
+    assert loss_func.has_been_filled
+
+
+def tuples_to_weights(dataset):
+    model = linear(12, 6)
+    sampler = samplers.TuplesToWeightsSampler(
+        model, miners.MultiSimilarityMiner(), dataset, data_device=DEVICE, dataloader_num_workers=0
+    )
+    return {"sampler": sampler}
+
+
+def fixed_triplets(dataset):
+    return {
+        "sampler": samplers.FixedSetOfTriplets(dataset.labels, 24),
+        "mining_funcs": {"tuple_miner": miners.EmbeddingsAlreadyPackagedAsTriplets()},
+    }
+
+
+@pytest.mark.parametrize("make", [tuples_to_weights, fixed_triplets])
+def test_samplers_feed_the_loss(make):
+    dataset = Points()
+    _, *weights = train(
+        trainers.MetricLossOnly, dataset, {"metric_loss": losses.PNPLoss()}, **make(dataset)
+    )
+    assert_trained(*weights)
+
+
+def test_hierarchical_sampler_feeds_the_loss():
+    dataset = Points(hierarchy=True)
+    sampler = samplers.HierarchicalSampler(
+        dataset.labels, batch_size=24, samples_per_class=4, batches_per_super_tuple=1
+    )
+    model = linear(12, 6)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler)
+    for x, y in loader:
+        loss = losses.PNPLoss()(model(x.to(DEVICE)), y[:, 0])
+        loss.backward()
+    assert len(loader) > 0 and model.weight.grad.isfinite().all() and model.weight.grad.any()
+
+
+def test_m_per_class_sampler_makes_every_query_count():
+    dataset = Points()
+    sampler = samplers.MPerClassSampler(
+        dataset.labels, m=3, batch_size=24, length_before_new_iter=24
+    )
+    x, y = zip(*(dataset[i] for i in sampler), strict=True)
+    reducer = losses.PNPLoss().reducer
+    loss_func = losses.PNPLoss(reducer=type(reducer)(collect_stats=True))
+    loss_func(torch.stack(x), torch.stack(y))
+    assert loss_func.reducer.losses_size == 24
+
+
+@pytest.mark.parametrize(
+    ("tester_class", "dataset", "level"),
+    [
+        (testers.GlobalEmbeddingSpaceTester, Points(), 0),
+        (testers.GlobalTwoStreamEmbeddingSpaceTester, Points(views=2), 0),
+        (testers.WithSameParentLabelTester, Points(hierarchy=True), 0),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_testers_measure_what_the_loss_trained(tester_class, dataset, level):
+    two_streams = len(dataset.views) == 2
+    trainer_class = trainers.TwoStreamMetricLoss if two_streams else trainers.MetricLossOnly
+    sampler = samplers.MPerClassSampler(dataset.labels.view(96, -1)[:, 0], 4, 24, 96)
+    models = {"trunk": linear(12, 10), "embedder": linear(10, 6)}
+    tester = tester_class(
+        accuracy_calculator=AccuracyCalculator(
+            include=("mean_average_precision_at_r",), k="max_bin_count", device=torch.device("cpu")
+        ),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        label_hierarchy_level=level,
+    )
+
+    def score():
+        on_cpu = [model.cpu() for model in models.values()]
+        accuracies = tester.test({"val": dataset}, 0, *on_cpu)["val"]
+        for model in models.values():
+            model.to(DEVICE)
+        return accuracies["mean_average_precision_at_r_level0"]
+
+    untrained = score()
+    loss_func = losses.PNPLoss(variant="Ds", anneal=0.05)
+    train(trainer_class, dataset, {"metric_loss": loss_func}, models, epochs=15, sampler=sampler)
+    assert score() > untrained + 0.02
+
+
+def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
+    pytest.importorskip("record_keeper")
+    pytest.importorskip("tensorboard")
+    from pytorch_metric_learning.utils import logging_presets
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keeper, _, _ = logging_presets.get_record_keeper(tmp_path / "logs", tmp_path / "tensorboard")
+    hooks = logging_presets.get_hook_container(keeper, log_freq=1)
+    dataset = Points()
+    tester = testers.GlobalEmbeddingSpaceTester(
+        end_of_testing_hook=hooks.end_of_testing_hook,
+        accuracy_calculator=AccuracyCalculator(k="max_bin_count", device=torch.device("cpu")),
+        data_device=DEVICE,
+        dataloader_num_workers=0,
+    )
+    loss_func = losses.PNPLoss(variant=torch.log1p, alpha=4, collect_stats=True)
+    train(
+        trainers.MetricLossOnly,
+        dataset,
+        {"metric_loss": loss_func},
+        epochs=2,
+        end_of_iteration_hook=hooks.end_of_iteration_hook,
+        end_of_epoch_hook=hooks.end_of_epoch_hook(
+            tester, {"val": dataset}, str(tmp_path / "models")
+        ),
+    )
+    keeper.tensorboard_writer.flush()
+    hyperparameters = {
+        "b": 2,
+        "alpha": 4,
+        "anneal": 0.01,
+        "variant_name": "log1p",
+        "include_self": 1,
+    }
+    statistics = ["negatives_before_positive", "positives_behind_negatives"]
+
+    with open(tmp_path / "logs" / "metric_loss_PNPLoss.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8  # every iteration of two epochs
+    assert rows[0]["variant_name"] == "log1p" and float(rows[0]["alpha"]) == 4
+    assert all(float(row[name]) >= 0 for row in rows for name in statistics)
+    assert any(float(row["negatives_before_positive"]) > 0 for row in rows)
+
+    with sqlite3.connect(tmp_path / "logs" / "logs.db") as database:
+        database.row_factory = sqlite3.Row
+        row = database.execute("SELECT * FROM metric_loss_PNPLoss").fetchone()
+    assert {name: row[name] for name in hyperparameters} == hyperparameters
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    for name in ["alpha", *statistics]:
+        assert f"metric_loss_PNPLoss/{name}" in tags
+    assert any("mean_average_precision_at_r" in tag for tag in tags)
+
+
+def test_models_saved_by_the_hooks_load_again(tmp_path):
+    loss_func = losses.CrossBatchMemory(losses.PNPLoss(), embedding_size=6, memory_size=48)
+    trainer, *_ = train(trainers.MetricLossOnly, Points(), {"metric_loss": loss_func})
+    c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
+    fresh = {"metric_loss": losses.CrossBatchMemory(losses.PNPLoss(), 6, 48)}
+    c_f.load_dict_of_models(fresh, "1", str(tmp_path), DEVICE)
+    torch.testing.assert_close(
+        fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
+    )
