@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pml_pnp.checks import check_hyperparameters, check_relation, check_similarity, check_vector
 from pml_pnp.kernels import count_negatives_before, negatives_before
-from pml_pnp.variants import apply_variant, check_hyperparameters
+from pml_pnp.variants import apply_variant
 
 
 def pnp_loss(
@@ -26,8 +27,8 @@ def pnp_loss(
 ) -> tuple[Tensor, Tensor]:
     r"""PNP loss of every query, from the similarities of N queries to M references.
 
-    With :math:`s_{aj}` the similarity of query a to reference j, P(a) its positives, N(a) its negatives,
-    :math:`\tau` = `anneal` and k = +1 for a similarity, -1 for a distance,
+    With :math:`s_{aj}` the similarity of query a to reference j, P(a) its positives, N(a) its
+    negatives, :math:`\tau` = `anneal` and k = +1 for a similarity, -1 for a distance,
 
     .. math::
         R(a,p) = \sum_{n \in N(a)} \sigma\left(\frac{k (s_{an} - s_{ap})}{\tau}\right)
@@ -50,31 +51,32 @@ def pnp_loss(
         ref_labels: (M,).
         positive_mask: (N, M), bool.
         negative_mask: (N, M), bool.
-        self_similarity: (N,), the similarity of each query to itself. Needed when `include_self` is on
-            and the references are not the queries; otherwise it is the diagonal of `similarity`.
+        self_similarity: (N,), the similarity of each query to itself. Needed when `include_self` is
+            on and the references are not the queries; otherwise it is the diagonal of `similarity`.
         b: bound of variant "Ib": its gradient grows to 1/b. Positive; 2 in the paper.
         alpha: speed of variant "Dq". Positive; the authors' code uses 4, the paper 8.
         anneal: temperature of the sigmoid, in units of `similarity`. Positive; 0.01 in the paper.
-        variant: "O", "Iu", "Ib", "Ds", "Dq", or a differentiable callable f(R) that maps a tensor to
-            one of the same shape, elementwise. It may be an `nn.Module` with parameters of its own.
+        variant: "O", "Iu", "Ib", "Ds", "Dq", or a differentiable callable f(R) that maps a tensor
+            to one of the same shape, elementwise. It may be an `nn.Module` with parameters of its
+            own.
         include_self: count the query as its own positive, as the authors' code does.
         is_inverted: True if larger means closer (a similarity), False for a distance; the name is
             pytorch-metric-learning's.
 
     Returns:
-        `losses` (N,), in the dtype of `similarity` and on its device, and `counted` (N,), bool. A query
-        without a positive besides itself is not counted and has loss zero: average with
+        `losses` (N,), in the dtype of `similarity` and on its device, and `counted` (N,), bool. A
+        query without a positive besides itself is not counted and has loss zero: average with
         `losses[counted].mean()`. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: an argument that should be a tensor or a number is something else; `similarity` is
-            not floating point; a mask is not bool; the callable does not return a tensor.
+        TypeError: an argument that should be a tensor or a number is something else; `similarity`
+            is not floating point; a mask is not bool; the callable does not return a tensor.
         ValueError: a shape does not fit; neither or both of labels and masks are given; `anneal`,
             `alpha` or `b` is not positive and finite; `variant` is an unknown name;
             `self_similarity` is missing; the callable changes the shape.
 
-    Memory: a few N x M matrices and N x max|P(a)| numbers; the N x |P(a)| x M sigmoids are summed in
-    blocks as they are made, and made again in backward.
+    Memory: a few N x M matrices and N x max|P(a)| numbers; the N x |P(a)| x M sigmoids are summed
+    in blocks as they are made, and made again in backward.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.8, 0.9], [0.8, 1.0, 0.7], [0.9, 0.7, 1.0]])
@@ -91,24 +93,13 @@ def pnp_loss(
     Instances before Positive Ones is Enough*, AAAI 2022, arXiv 2102.04640.
     """
     check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
-    _check_similarity(similarity)
-    if labels is not None and positive_mask is None and negative_mask is None:
+    check_similarity(similarity)
+    check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
+    if labels is not None:
         positive_mask, negative_mask = masks_from_labels(similarity, labels, ref_labels)
         own_references = ref_labels is None
-    elif positive_mask is not None and negative_mask is not None and labels is ref_labels is None:
-        _check_masks(similarity, positive_mask, negative_mask)
-        own_references = similarity.shape[0] == similarity.shape[1]
     else:
-        raise ValueError(
-            "expected either labels (and perhaps ref_labels) or both positive_mask and negative_mask, "
-            "got "
-            + _names_given(
-                labels=labels,
-                ref_labels=ref_labels,
-                positive_mask=positive_mask,
-                negative_mask=negative_mask,
-            )
-        )
+        own_references = similarity.shape[0] == similarity.shape[1]
     s = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     own = _self_similarity(s, self_similarity, own_references) if include_self else None
 
@@ -160,14 +151,14 @@ def masks_from_labels(
 ) -> tuple[Tensor, Tensor]:
     """Positive and negative mask, (N, M) bool; without `ref_labels` the diagonal is in neither."""
     n, m = similarity.shape
-    _check_vector("labels", labels, n)
+    check_vector("labels", labels, n)
     if ref_labels is None and n != m:
         raise ValueError(
             "without ref_labels, similarity must be square (the references are the queries), "
             f"got shape {(n, m)}"
         )
     if ref_labels is not None:
-        _check_vector("ref_labels", ref_labels, m)
+        check_vector("ref_labels", ref_labels, m)
     labels = labels.to(similarity.device)
     others = labels if ref_labels is None else ref_labels.to(similarity.device)
     same = labels.unsqueeze(1) == others.unsqueeze(0)
@@ -175,7 +166,10 @@ def masks_from_labels(
 
 
 def _similarity_of_positives(s: Tensor, positive_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """s at the positives of each row, packed to the left of an (N, max|P(a)|) tensor, and which are real."""
+    """Pack s at the positives of each row to the left of an (N, max|P(a)|) tensor.
+
+    Returns it and which of its entries are no padding, bool.
+    """
     rows, columns = positive_mask.nonzero(as_tuple=True)  # in row order
     counts = positive_mask.sum(dim=1)
     width = int(counts.max()) if len(counts) else 0
@@ -187,7 +181,7 @@ def _similarity_of_positives(s: Tensor, positive_mask: Tensor) -> tuple[Tensor, 
 
 def _self_similarity(s: Tensor, given: Tensor | None, own_references: bool) -> Tensor:
     if given is not None:
-        _check_vector("self_similarity", given, len(s))
+        check_vector("self_similarity", given, len(s))
         return given.to(s)
     if not own_references:
         raise ValueError(
@@ -195,35 +189,3 @@ def _self_similarity(s: Tensor, given: Tensor | None, own_references: bool) -> T
             f"({len(s)}), when the references are not the queries, got None"
         )
     return s.diagonal()
-
-
-def _check_similarity(similarity: Tensor) -> None:
-    if not isinstance(similarity, Tensor):
-        raise TypeError(f"similarity must be a tensor, got {type(similarity).__name__}")
-    if not similarity.is_floating_point():
-        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
-    if similarity.ndim != 2:
-        raise ValueError(f"similarity must have shape (N, M), got {tuple(similarity.shape)}")
-
-
-def _check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor) -> None:
-    for name, mask in (("positive_mask", positive_mask), ("negative_mask", negative_mask)):
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"{name} must be a bool tensor, got {kind}")
-        if mask.shape != similarity.shape:
-            raise ValueError(
-                f"{name} must have the shape of similarity, {tuple(similarity.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
-
-
-def _check_vector(name: str, vector: Tensor, length: int) -> None:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
-    if vector.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
-
-
-def _names_given(**arguments) -> str:
-    return ", ".join(name for name, value in arguments.items() if value is not None) or "none"

@@ -5,15 +5,16 @@ from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 
+from pml_pnp.checks import check_hyperparameters, check_inputs
 from pml_pnp.functional import masks_from_labels, pnp_loss, ranking_statistics
-from pml_pnp.variants import check_hyperparameters
 
 
 class PNPLoss(BaseMetricLossFunction):
     r"""Penalize the negatives that are ranked before a positive (PNP, AAAI 2022, arXiv 2102.04640).
 
-    For every query a of the batch, with positives P(a), negatives N(a), :math:`s_{aj}` what `distance`
-    returns, k = +1 for a similarity (`distance.is_inverted`) or -1 for a distance, :math:`\tau` = `anneal`:
+    For every query a of the batch, with positives P(a), negatives N(a), :math:`s_{aj}` what
+    `distance` returns, k = +1 for a similarity (`distance.is_inverted`) or -1 for a distance,
+    :math:`\tau` = `anneal`:
 
     .. math::
         R(a,p) = \sum_{n \in N(a)} \sigma\left(\frac{k (s_{an} - s_{ap})}{\tau}\right)
@@ -33,9 +34,10 @@ class PNPLoss(BaseMetricLossFunction):
     Args:
         b: bound of "Ib", positive. Default 2, the paper's value.
         alpha: exponent of "Dq", positive. Default 1; the authors' code uses 4, the paper 8.
-        anneal: temperature :math:`\tau`, positive, in units of `distance`. Default 0.01, the paper's.
-        variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one of
-            the same shape, elementwise. An `nn.Module` with parameters is trained along.
+        anneal: temperature :math:`\tau`, positive, in units of `distance`. Default 0.01, the
+            paper's.
+        variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one
+            of the same shape, elementwise. An `nn.Module` with parameters is trained along.
         include_self: count the query as its own positive, as the paper's code and PML's PNPLoss do.
         **kwargs: PML's own: `distance` (any; default `CosineSimilarity`), `reducer` (any; default
             `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`.
@@ -43,32 +45,33 @@ class PNPLoss(BaseMetricLossFunction):
     Call with:
         embeddings: (N, d), any floating dtype, any device.
         labels: (N,); may be left out if `indices_tuple` is given.
-        indices_tuple: triplets or pairs, as every PML miner returns them. They define P(a) and N(a);
-            a repeated pair counts once, a pair of a query with itself not at all.
-        ref_emb: (M, d), references to rank instead of the batch. With them the query's similarity to
-            itself is `distance` of its embedding to itself.
+        indices_tuple: triplets or pairs, as every PML miner returns them. They define P(a) and
+            N(a); a repeated pair counts once, a pair of a query with itself not at all.
+        ref_emb: (M, d), references to rank instead of the batch. With them the query's similarity
+            to itself is `distance` of its embedding to itself.
         ref_labels: (M,); needed with `ref_emb` unless `indices_tuple` is given.
 
     Returns:
-        What the reducer makes of L(a) over the queries with at least one positive besides themselves
-        (reduction type "element"). Zero, connected to the graph, if there is none; NaN if an embedding
-        or reference is NaN or infinite. In the dtype of `embeddings` and on their device; float32 for
-        float16 and bfloat16 embeddings under autocast. Distance and loss are computed in at least
-        float32, with autocast off.
+        What the reducer makes of L(a) over the queries with at least one positive besides
+        themselves (reduction type "element"). Zero, connected to the graph, if there is none; NaN
+        if an embedding or reference is NaN or infinite. In the dtype of `embeddings` and on their
+        device; float32 for float16 and bfloat16 embeddings under autocast. Distance and loss are
+        computed in at least float32, with autocast off.
 
     Raises:
-        TypeError: `b`, `alpha` or `anneal` is not a number; `variant` is neither a name nor callable;
-            `distance` does not say whether it is a similarity (`is_inverted`); an argument of the call
-            is not the tensor described above.
-        ValueError: `b`, `alpha` or `anneal` is not positive and finite; an unknown `variant`; neither
-            labels nor tuple; `ref_emb` without `ref_labels` or tuple, or `ref_labels` without `ref_emb`;
-            lengths that do not fit; a tuple that is not of 3 or 4 index tensors, or an index outside
-            the batch or the references; a callable `variant` that changes the shape.
+        TypeError: `b`, `alpha` or `anneal` is not a number; `variant` is neither a name nor
+            callable; `distance` does not say whether it is a similarity (`is_inverted`); an
+            argument of the call is not the tensor described above.
+        ValueError: `b`, `alpha` or `anneal` is not positive and finite; an unknown `variant`;
+            neither labels nor tuple; `ref_emb` without `ref_labels` or tuple, or `ref_labels`
+            without `ref_emb`; lengths that do not fit; a tuple that is not of 3 or 4 index tensors,
+            or an index outside the batch or the references; a callable `variant` that changes the
+            shape.
 
-    Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of negatives
-    ranked before a positive and `positives_behind_negatives` the share (0 to 1) of positives with at
-    least one, over the (query, positive) pairs of the last batch, by hard counts, without the queries
-    themselves.
+    Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
+    negatives ranked before a positive and `positives_behind_negatives` the share (0 to 1) of
+    positives with at least one, over the (query, positive) pairs of the last batch, by hard counts,
+    without the queries themselves.
 
     Memory: a few N x M matrices; the N x |P(a)| x M sigmoids are never held together.
 
@@ -76,7 +79,9 @@ class PNPLoss(BaseMetricLossFunction):
         >>> import torch
         >>> from pml_pnp import losses
         >>> loss_func = losses.PNPLoss(variant="Dq", alpha=4)
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.1], [0.0, 1.0]], requires_grad=True)
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.1], [0.0, 1.0]])
+        >>> embeddings.requires_grad_()  # doctest: +ELLIPSIS
+        tensor(...
         >>> labels = torch.tensor([0, 0, 1, 1])
         >>> loss = loss_func(embeddings, labels)
         >>> loss.backward()
@@ -94,7 +99,7 @@ class PNPLoss(BaseMetricLossFunction):
         super().__init__(**kwargs)
         if not hasattr(self.distance, "is_inverted"):
             raise TypeError(
-                "distance must be a pytorch_metric_learning distance or have the attribute is_inverted, "
+                "distance must be a distance of pytorch_metric_learning or have is_inverted, "
                 f"got {type(self.distance).__name__}"
             )
         self.b = b
@@ -117,15 +122,16 @@ class PNPLoss(BaseMetricLossFunction):
         return getattr(self.variant, "__name__", type(self.variant).__name__)
 
     def get_default_distance(self):
+        """Return what `distance=None` stands for."""
         return CosineSimilarity()
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
-        _check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        """Per-query losses for the reducer; called by PML, which has set `ref_emb` if it was None."""
+        """Return per-query losses for the reducer; PML calls this, with `ref_emb` set."""
         with torch.autocast(embeddings.device.type, enabled=False):
             losses, counted = self._losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         indices = counted.nonzero().squeeze(1)
@@ -219,94 +225,5 @@ def _masks_from_tuple(similarity: Tensor, indices_tuple) -> tuple[Tensor, Tensor
 
 
 def _zero_or_nan(*embeddings: Tensor | None) -> Tensor:
-    """Zero, or NaN if anything is NaN or infinite: a sigmoid would turn infinity into a plausible rank."""
+    """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity."""
     return sum(e.detach().sum() * 0 for e in embeddings if e is not None)
-
-
-def _check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
-    _check_embeddings("embeddings", embeddings)
-    _check_labels("labels", labels, "embeddings", embeddings)
-    if ref_emb is None:
-        if ref_labels is not None:
-            raise ValueError("ref_labels needs ref_emb, got ref_labels alone")
-        if labels is None and indices_tuple is None:
-            raise ValueError("expected labels or indices_tuple, got neither")
-        ref_emb = embeddings
-    else:
-        _check_embeddings("ref_emb", ref_emb)
-        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
-        if ref_emb.shape[1] != embeddings.shape[1]:
-            raise ValueError(
-                "ref_emb must have the embedding size of embeddings, "
-                f"{embeddings.shape[1]}, got {ref_emb.shape[1]}"
-            )
-        if indices_tuple is None and (labels is None or ref_labels is None):
-            missing = "ref_labels" if labels is not None else "labels"
-            raise ValueError(
-                f"ref_emb needs labels and ref_labels, or indices_tuple, got no {missing}"
-            )
-    if indices_tuple is not None:
-        _check_tuple(indices_tuple, len(embeddings), len(ref_emb))
-
-
-def _check_embeddings(name: str, embeddings) -> None:
-    if not isinstance(embeddings, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(embeddings).__name__}")
-    if not embeddings.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (batch size, embedding size), got {tuple(embeddings.shape)}"
-        )
-
-
-def _check_labels(name: str, labels, embeddings_name: str, embeddings: Tensor) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
-    if labels.shape != (len(embeddings),):
-        raise ValueError(
-            f"{name} must have shape ({len(embeddings)},), one per row of {embeddings_name}, "
-            f"got {tuple(labels.shape)}"
-        )
-
-
-def _check_tuple(indices_tuple, n: int, m: int) -> None:
-    expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
-    if not isinstance(indices_tuple, (tuple, list)):
-        raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
-    if len(indices_tuple) not in (3, 4):
-        raise ValueError(f"{expected}, got {len(indices_tuple)}")
-    for position, indices in enumerate(indices_tuple):
-        if not isinstance(indices, Tensor):
-            raise TypeError(f"{expected}, got {type(indices).__name__} at position {position}")
-        if indices.ndim != 1:
-            raise ValueError(f"{expected}, got shape {tuple(indices.shape)} at position {position}")
-        if len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
-            raise TypeError(f"{expected}, got {indices.dtype} at position {position}")
-    lengths = [len(indices) for indices in indices_tuple]
-    if lengths[0] != lengths[1] or lengths[-1] != lengths[-2]:
-        raise ValueError(
-            "indices_tuple must have as many anchors as positives and as many anchors as negatives, "
-            f"got lengths {lengths}"
-        )
-    sizes = (n, m, m) if len(indices_tuple) == 3 else (n, m, n, m)
-    _check_range(indices_tuple, sizes)
-
-
-def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
-    filled = [position for position, indices in enumerate(indices_tuple) if len(indices)]
-    if not filled:
-        return
-    # One transfer for all of them; an index left unchecked would end a CUDA process.
-    extremes = torch.stack(
-        [torch.stack(indices_tuple[i].aminmax()).long() for i in filled]
-    ).tolist()
-    for position, (low, high) in zip(filled, extremes, strict=True):
-        size = sizes[position]
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, "
-                f"got {low if low < 0 else high}"
-            )

@@ -1,8 +1,8 @@
 """All of `pytorch_metric_learning.losses`, with this package's PNPLoss in it.
 
 Change the import line of an existing pipeline to `from pml_pnp import losses` and nothing else:
-`losses.PNPLoss` is the one of this package, `losses.CrossBatchMemory` and `losses.SelfSupervisedLoss`
-are PML's and take it too, and every other name is PML's own.
+`losses.PNPLoss` is the one of this package, `losses.CrossBatchMemory` and
+`losses.SelfSupervisedLoss` are PML's and take it too, and every other name is PML's own.
 
 Example:
     >>> from pml_pnp import losses
@@ -14,15 +14,15 @@ Example:
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
-from pml_pnp.loss import PNPLoss
+from pml_pnp.loss import PNPLoss  # noqa: F401, in __all__
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
     __all__.append("PNPLoss")
 
 
-# PML's wrappers admit a loss by its class name, from a list that lacks PNPLoss. The two classes below
-# only lengthen it; as subclasses they pass every isinstance check on the originals.
+# PML's wrappers admit a loss by its class name, from a list that lacks PNPLoss. The two classes
+# below only lengthen it; as subclasses they pass every isinstance check on the originals.
 def _with_pnp_loss(wrapper) -> staticmethod:
     supported = wrapper.supported_losses  # bound now: registration replaces it on the original
     return staticmethod(lambda: [*supported(), "PNPLoss"])

@@ -14,8 +14,8 @@ def register() -> None:
 
     Afterwards `losses.PNPLoss(...)`, `losses.CrossBatchMemory(losses.PNPLoss(...), ...)` and
     `losses.SelfSupervisedLoss(losses.PNPLoss(...))` work in code that imports
-    `pytorch_metric_learning.losses`. Call it before that code runs: a `from ... import PNPLoss` that
-    came earlier keeps the class it got. A second call does nothing. Logged by PML's logger.
+    `pytorch_metric_learning.losses`. Call it before that code runs: a `from ... import PNPLoss`
+    that came earlier keeps the class it got. A second call does nothing. Logged by PML's logger.
 
     Example:
         >>> import pml_pnp

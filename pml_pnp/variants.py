@@ -1,13 +1,12 @@
 """The functions f(R) that turn the number of negatives before a positive into its loss.
 
-Choosing f is choosing how much gradient a positive gets as negatives pile up before it, which is the
-point of the PNP paper (arXiv 2102.04640). Every f here is zero at R = 0, rises with R, and is written
-so that value and gradient keep their relative accuracy for R near zero, where training ends up.
+Choosing f is choosing how much gradient a positive gets as negatives pile up before it, which is
+the point of the PNP paper (arXiv 2102.04640). Every f here is zero at R = 0, rises with R, and is
+written so that value and gradient keep their relative accuracy for R near zero, where training ends
+up.
 """
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -27,11 +26,11 @@ class Variant(NamedTuple):
 
 
 def _x_minus_log1p(x: Tensor) -> Tensor:
-    """x - log(1 + x) for x >= 0 without cancellation near zero.
+    """Compute x - log(1 + x) for x >= 0 without cancellation near zero.
 
     With z = x / (2 + x), log(1 + x) = 2 atanh(z) and x - 2 z = x z, which leaves
-    x z - 2 z^3 (1/3 + z^2/5 + z^4/7 + ...). Below x = 1/2, z^2 is at most 1/25, so that 12 terms reach
-    float64 precision.
+    x z - 2 z^3 (1/3 + z^2/5 + z^4/7 + ...). Below x = 1/2, z^2 is at most 1/25, so that 12 terms
+    reach float64 precision.
     """
     small = x < 0.5
     near_zero = x.masked_fill(~small, 0)
@@ -44,7 +43,7 @@ def _x_minus_log1p(x: Tensor) -> Tensor:
 
 
 def _one_minus_exp(y: Tensor) -> Tensor:
-    """1 - exp(y) for y <= 0, value and gradient.
+    """Compute 1 - exp(y) for y <= 0 without cancellation in value or gradient.
 
     expm1 keeps the value near zero, but autograd differentiates it as expm1(y) + 1, which loses the
     gradient where exp(y) is small: there the plain form is exact in both.
@@ -72,24 +71,6 @@ VARIANTS = {
         "falls quickly",
     ),
 }
-
-
-def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> None:
-    """Raise TypeError or ValueError unless all four are what PNPLoss accepts."""
-    for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a positive finite number, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    if isinstance(variant, str):
-        if variant not in VARIANTS:
-            raise ValueError(
-                f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
-            )
-    elif not callable(variant):
-        raise TypeError(
-            f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
-        )
 
 
 def apply_variant(variant, r: Tensor, *, alpha: float, b: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Device and dtypes of the run, as in PML's own suite: TEST_DEVICE=cuda TEST_DTYPES=float16,float32."""
+"""Device and dtypes of the run, as in PML's own suite: TEST_DEVICE=cuda TEST_DTYPES=float16."""
 
 import os
 import random

@@ -26,7 +26,7 @@ CASES = {
 
 
 def data(half=None):
-    """Inputs, labels, references and their labels; `half` 0 or 1 for one rank, None for the joined batch."""
+    """Inputs, labels, references, their labels; `half` 0 or 1 of one rank, None for both."""
     g = torch.Generator().manual_seed(3)
     x, ref = (torch.randn(24, 6, generator=g, dtype=torch.float64) for _ in range(2))
     y, ref_y = (torch.randint(0, 4, (24,), generator=g) for _ in range(2))

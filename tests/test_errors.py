@@ -83,7 +83,7 @@ def i(*values, dtype=torch.long):
         (
             (X, Y, (i(0), i(1), i(2, 3))),
             ValueError,
-            r"as many anchors as positives and as many anchors as negatives, got lengths \[1, 1, 2\]",
+            r"as many anchors as positives, and as many as negatives, got lengths \[1, 1, 2\]",
         ),
         ((X, Y, (i(0), i(1, 2), i(0), i(3))), ValueError, r"got lengths \[1, 2, 1, 1\]"),
         ((X, Y, (i(0), i(1), i(0, 1), i(3))), ValueError, r"got lengths \[1, 1, 2, 1\]"),

@@ -12,7 +12,7 @@ from pml_pnp.kernels import eager
 
 
 def random_case(n=7, m=11, dtype=torch.float64, device="cpu", scale=0.1):
-    """Similarities, random positives and negatives that leave some pairs in neither, self similarity."""
+    """Similarities, random positives and negatives, and the similarity of queries to themselves."""
     s = scale * torch.randn(n, m)
     kind = torch.randint(0, 3, (n, m))
     kind[1] = 2  # a query without positives
@@ -162,7 +162,7 @@ def test_a_callable_with_parameters_is_trained_along():
 
 
 def test_a_callable_sees_no_odd_place_in_the_padding():
-    """sqrt has an infinite derivative at zero: rows shorter than the longest must not ask for it."""
+    """A square root has an infinite derivative at zero, which padding must not ask for."""
     s = torch.tensor([[0.3, 0.2, 0.1, 0.4], [0.3, 0.2, 0.1, 0.4]], requires_grad=True)
     positive = torch.tensor([[True, False, False, False], [True, True, True, False]])
     losses, _ = pnp_loss(

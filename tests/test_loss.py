@@ -1,4 +1,4 @@
-"""The rules of the loss in PML: each test is a promise to someone who writes losses.PNPLoss(...)."""
+"""The rules of the loss in PML, each a promise to someone who writes losses.PNPLoss(...)."""
 
 import copy
 import inspect
@@ -509,7 +509,7 @@ def test_statistics_are_recorded_when_asked_for():
         "negatives_before_positive": 1,
         "positives_behind_negatives": 1,
     }
-    # Query 0 finds nothing before 2, 1 finds 0 and 2 before 3, 2 finds 1 before 0, 3 nothing before 1.
+    # Query 0 finds nothing before 2, 1 finds 0 and 2 before 3, 2 finds 1 before 0, 3 nothing.
     loss_func(x, torch.tensor([0, 1, 0, 1]))
     assert loss_func.negatives_before_positive == 3 / 4
     assert loss_func.positives_behind_negatives == 2 / 4

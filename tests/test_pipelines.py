@@ -17,7 +17,7 @@ pytest.importorskip("faiss", reason="PML's AccuracyCalculator needs faiss")
 
 
 class Points(Dataset):
-    """Noisy points around class centres; labels (class, coarse class); a second view if asked for."""
+    """Noisy points around class centres, in one or two views; with a coarse class if hierarchy."""
 
     def __init__(self, n=96, classes=8, views=1, hierarchy=False):
         g = torch.Generator().manual_seed(1)

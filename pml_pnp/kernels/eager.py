@@ -2,9 +2,9 @@
 
     R[a, i] = sum over j with negative[a, j] of sigmoid(scale * (s[a, j] - t[a, i]))
 
-`s` (N, M) are the similarities, `t` (N, P) those of the positives. All N * P * M sigmoids are computed,
-but only one chunk of rows is held at a time, in forward and again in backward; what is kept in between
-is the input.
+`s` (N, M) are the similarities, `t` (N, P) those of the positives. All N * P * M sigmoids are
+computed, but only one chunk of rows is held at a time, in forward and again in backward; what is
+kept in between is the input.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries of one (rows, P, M) block: 1 MiB in float32, so that a block and its temporaries stay in the
-# cache of a CPU core, while small batches still run as a single block.
+# Entries of one (rows, P, M) block: 1 MiB in float32, so that a block and its temporaries stay in
+# the cache of a CPU core, while small batches still run as a single block.
 BLOCK_ENTRIES = 2**18
 
 
 def _blocks(n: int, m: int, p: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (N, P) into (rows, positives) blocks of at most BLOCK_ENTRIES / M pairs, but at least one."""
+    """Cut (N, P) into (rows, positives) blocks of BLOCK_ENTRIES / M pairs, but at least one."""
     pairs = max(1, BLOCK_ENTRIES // max(1, m))
     columns = min(max(1, p), pairs)
     rows = pairs // columns
@@ -28,7 +28,7 @@ def _blocks(n: int, m: int, p: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """scale * (s[a, j] - t[a, i]) as (rows, P, M), minus infinity where j is no negative of a."""
+    """Compute scale * (s[a, j] - t[a, i]), (rows, P, M), or -inf where j is no negative of a."""
     absent = float("-inf") if scale > 0 else float("inf")
     return (s.masked_fill(~negative, absent).unsqueeze(1) - t.unsqueeze(2)) * scale
 

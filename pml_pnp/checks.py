@@ -1,0 +1,165 @@
+"""Checks of what a user passes, each with an error that says what was expected and what came."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from pml_pnp.variants import VARIANTS
+
+
+def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> None:
+    """Raise TypeError or ValueError unless all four are what PNPLoss accepts."""
+    for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a positive finite number, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(variant, str):
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
+            )
+    elif not callable(variant):
+        raise TypeError(
+            f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
+        )
+
+
+def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
+    """Raise TypeError or ValueError unless these are arguments that PNPLoss can be called with."""
+    _check_embeddings("embeddings", embeddings)
+    _check_labels("labels", labels, "embeddings", embeddings)
+    if ref_emb is None:
+        if ref_labels is not None:
+            raise ValueError("ref_labels needs ref_emb, got ref_labels alone")
+        if labels is None and indices_tuple is None:
+            raise ValueError("expected labels or indices_tuple, got neither")
+        ref_emb = embeddings
+    else:
+        _check_embeddings("ref_emb", ref_emb)
+        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        if ref_emb.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                "ref_emb must have the embedding size of embeddings, "
+                f"{embeddings.shape[1]}, got {ref_emb.shape[1]}"
+            )
+        if indices_tuple is None and (labels is None or ref_labels is None):
+            missing = "ref_labels" if labels is not None else "labels"
+            raise ValueError(
+                f"ref_emb needs labels and ref_labels, or indices_tuple, got no {missing}"
+            )
+    if indices_tuple is not None:
+        _check_tuple(indices_tuple, len(embeddings), len(ref_emb))
+
+
+def _check_embeddings(name: str, embeddings) -> None:
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(embeddings).__name__}")
+    if not embeddings.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (batch size, embedding size), got {tuple(embeddings.shape)}"
+        )
+
+
+def _check_labels(name: str, labels, embeddings_name: str, embeddings: Tensor) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    if labels.shape != (len(embeddings),):
+        raise ValueError(
+            f"{name} must have shape ({len(embeddings)},), one per row of {embeddings_name}, "
+            f"got {tuple(labels.shape)}"
+        )
+
+
+def _check_tuple(indices_tuple, n: int, m: int) -> None:
+    expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
+    if not isinstance(indices_tuple, (tuple, list)):
+        raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(f"{expected}, got {len(indices_tuple)}")
+    for position, indices in enumerate(indices_tuple):
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"{expected}, got {type(indices).__name__} at position {position}")
+        if indices.ndim != 1:
+            raise ValueError(f"{expected}, got shape {tuple(indices.shape)} at position {position}")
+        if len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
+            raise TypeError(f"{expected}, got {indices.dtype} at position {position}")
+    lengths = [len(indices) for indices in indices_tuple]
+    if lengths[0] != lengths[1] or lengths[-1] != lengths[-2]:
+        raise ValueError(
+            "indices_tuple must have as many anchors as positives, and as many as negatives, "
+            f"got lengths {lengths}"
+        )
+    sizes = (n, m, m) if len(indices_tuple) == 3 else (n, m, n, m)
+    _check_range(indices_tuple, sizes)
+
+
+def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
+    filled = [position for position, indices in enumerate(indices_tuple) if len(indices)]
+    if not filled:
+        return
+    # One transfer for all of them; an index left unchecked would end a CUDA process.
+    extremes = torch.stack(
+        [torch.stack(indices_tuple[i].aminmax()).long() for i in filled]
+    ).tolist()
+    for position, (low, high) in zip(filled, extremes, strict=True):
+        size = sizes[position]
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, "
+                f"got {low if low < 0 else high}"
+            )
+
+
+def check_similarity(similarity: Tensor) -> None:
+    """Raise TypeError or ValueError unless it is a floating point matrix."""
+    if not isinstance(similarity, Tensor):
+        raise TypeError(f"similarity must be a tensor, got {type(similarity).__name__}")
+    if not similarity.is_floating_point():
+        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
+    if similarity.ndim != 2:
+        raise ValueError(f"similarity must have shape (N, M), got {tuple(similarity.shape)}")
+
+
+def check_relation(similarity: Tensor, labels, ref_labels, positive_mask, negative_mask) -> None:
+    """Raise unless labels, with or without ref_labels, or else two fitting masks are given."""
+    given = {
+        "labels": labels is not None,
+        "ref_labels": ref_labels is not None,
+        "positive_mask": positive_mask is not None,
+        "negative_mask": negative_mask is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names == ["positive_mask", "negative_mask"]:
+        _check_masks(similarity, positive_mask, negative_mask)
+    elif names not in (["labels"], ["labels", "ref_labels"]):
+        raise ValueError(
+            "expected either labels (and ref_labels) or both positive_mask and negative_mask, "
+            f"got {', '.join(names) or 'none of them'}"
+        )
+
+
+def _check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor) -> None:
+    for name, mask in (("positive_mask", positive_mask), ("negative_mask", negative_mask)):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name} must be a bool tensor, got {kind}")
+        if mask.shape != similarity.shape:
+            raise ValueError(
+                f"{name} must have the shape of similarity, {tuple(similarity.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
+
+
+def check_vector(name: str, vector: Tensor, length: int) -> None:
+    """Raise TypeError or ValueError unless `vector` is a tensor of shape (length,)."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
