@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import shutil
 
 import helpers
 import pytest
@@ -627,7 +628,17 @@ def test_second_order_gradient():
     assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
 
 
-def test_compiled_training_step_equals_the_eager_one():
+def test_functional_gradient():
+    x, y = batch()
+    loss_func = PNPLoss(variant="Dq")
+    got = torch.func.grad(lambda x: loss_func(x, y))(x)
+    torch.testing.assert_close(got, value_and_grad(loss_func, x, y)[1])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_step_equals_the_eager_one(backend):
+    if backend == "inductor" and not any(map(shutil.which, ["c++", "g++", "clang++", "cl"])):
+        pytest.skip("inductor needs a C++ compiler")
     model = torch.nn.Linear(8, 4)
     x, y = batch()
     loss_func = PNPLoss(variant="Dq", alpha=4)
@@ -644,7 +655,7 @@ def test_compiled_training_step_equals_the_eager_one():
     eager = run(step)
     torch._dynamo.reset()
     try:
-        for got, want in zip(run(torch.compile(step)), eager, strict=True):
+        for got, want in zip(run(torch.compile(step, backend=backend)), eager, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     finally:
         torch._dynamo.reset()

@@ -35,14 +35,17 @@ def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor
 
 class _NegativesBefore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(s, t, negative)
-        ctx.scale = scale
+    def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
         r = torch.empty_like(t)
         for rows, cols in _blocks(*s.shape, t.shape[1]):
             x = _differences(s[rows], t[rows, cols], negative[rows], scale)
             r[rows, cols] = torch.sigmoid_(x).sum(dim=2)
         return r
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        s, t, negative, ctx.scale = inputs
+        ctx.save_for_backward(s, t, negative)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
