@@ -50,7 +50,7 @@ REDUCERS = {
     ),
     "class weighted": (
         lambda: reducers.ClassWeightedReducer(CLASS_WEIGHTS.clone()),
-        lambda v, y: sum(x * CLASS_WEIGHTS[y[a]].item() for a, x in v.items()) / len(v),
+        lambda v, y: sum(x * CLASS_WEIGHTS[int(y[a])].item() for a, x in v.items()) / len(v),
     ),
     "divisor": (reducers.DivisorReducer, lambda v, y: sum(v.values()) / len(v)),
     "multiple": (
