@@ -14,7 +14,7 @@ def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> 
     for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a positive finite number, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < _as_float(value) < math.inf:
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     if isinstance(variant, str):
         if variant not in VARIANTS:
@@ -25,6 +25,13 @@ def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> 
         raise TypeError(
             f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
         )
+
+
+def _as_float(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an int beyond the range of float
+        return math.inf
 
 
 def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
@@ -106,7 +113,7 @@ def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
         return
     # One transfer for all of them; an index left unchecked would end a CUDA process.
     extremes = torch.stack(
-        [torch.stack(indices_tuple[i].aminmax()).long() for i in filled]
+        [torch.stack(indices_tuple[i].long().aminmax()) for i in filled]
     ).tolist()
     for position, (low, high) in zip(filled, extremes, strict=True):
         size = sizes[position]

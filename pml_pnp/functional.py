@@ -52,9 +52,10 @@ def pnp_loss(
         positive_mask: (N, M), bool.
         negative_mask: (N, M), bool.
         self_similarity: (N,), the similarity of each query to itself. Needed when `include_self` is
-            on and the references are not the queries; otherwise it is the diagonal of `similarity`.
-        b: bound of variant "Ib": its gradient grows to 1/b. Positive; 2 in the paper.
-        alpha: speed of variant "Dq". Positive; the authors' code uses 4, the paper 8.
+            on, except with `labels` alone, where it is the diagonal of `similarity`.
+        b: slope of variant "Ib", whose gradient grows to 1/b. Positive; 2 in the paper.
+        alpha: exponent of variant "Dq". Positive; 4 in the authors' README, 8 in the paper
+            according to pytorch-metric-learning.
         anneal: temperature of the sigmoid, in units of `similarity`. Positive; 0.01 in the paper.
         variant: "O", "Iu", "Ib", "Ds", "Dq", or a differentiable callable f(R) that maps a tensor
             to one of the same shape, elementwise. It may be an `nn.Module` with parameters of its
@@ -95,25 +96,26 @@ def pnp_loss(
     check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
     check_similarity(similarity)
     check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
+    s = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     if labels is not None:
         positive_mask, negative_mask = masks_from_labels(similarity, labels, ref_labels)
-        own_references = ref_labels is None
-    else:
-        own_references = similarity.shape[0] == similarity.shape[1]
-    s = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
-    own = _self_similarity(s, self_similarity, own_references) if include_self else None
+        if ref_labels is None and self_similarity is None:
+            self_similarity = s.diagonal()
+    positive_mask, negative_mask = positive_mask.to(s.device), negative_mask.to(s.device)
 
     t, valid = _similarity_of_positives(s, positive_mask)
     counted = positive_mask.any(dim=1)
-    if own is not None:
+    if include_self:
+        own = _checked_self_similarity(s, self_similarity)
         t = torch.cat([t, own.unsqueeze(1)], dim=1)
-        valid = torch.cat([valid, valid.new_ones(len(valid), 1)], dim=1)
-    scale = 1 / anneal if is_inverted else -1 / anneal
+        valid = torch.cat([valid, counted.unsqueeze(1)], dim=1)
+    scale = (1 if is_inverted else -1) / float(anneal)
     r = negatives_before(s, t, negative_mask, scale)
-    # Padding is kept at R = 1 so that no f, and no derivative of it, is asked for at an odd place.
-    per_positive = apply_variant(variant, r.masked_fill(~valid, 1), alpha=alpha, b=b)
-    total = per_positive.masked_fill(~valid, 0).sum(dim=1)
-    losses = (total / valid.sum(dim=1).clamp(min=1)).masked_fill(~counted, 0)
+    # What is padding, or of a query that does not count, is kept at R = 1, so that no f, and no
+    # derivative of it, is asked for at an odd place.
+    r = r.masked_fill(~valid, 1)
+    per_positive = apply_variant(variant, r, alpha=float(alpha), b=float(b)).masked_fill(~valid, 0)
+    losses = per_positive.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
     return losses.to(similarity.dtype), counted
 
 
@@ -149,7 +151,13 @@ def ranking_statistics(
 def masks_from_labels(
     similarity: Tensor, labels: Tensor, ref_labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Positive and negative mask, (N, M) bool; without `ref_labels` the diagonal is in neither."""
+    """Positive and negative mask, (N, M) bool; without `ref_labels` the diagonal is in neither.
+
+    Raises:
+        TypeError: labels are no tensors.
+        ValueError: their lengths are not N and M, or `similarity` is not square without
+            `ref_labels`.
+    """
     n, m = similarity.shape
     check_vector("labels", labels, n)
     if ref_labels is None and n != m:
@@ -176,16 +184,14 @@ def _similarity_of_positives(s: Tensor, positive_mask: Tensor) -> tuple[Tensor, 
     slots = torch.arange(len(rows), device=s.device) - (counts.cumsum(0) - counts)[rows]
     index = columns.new_zeros(len(s), width).index_put_((rows, slots), columns)
     valid = torch.arange(width, device=s.device) < counts.unsqueeze(1)
-    return s.gather(1, index), valid
+    return s.gather(1, index).masked_fill(~valid, 0), valid
 
 
-def _self_similarity(s: Tensor, given: Tensor | None, own_references: bool) -> Tensor:
-    if given is not None:
-        check_vector("self_similarity", given, len(s))
-        return given.to(s)
-    if not own_references:
+def _checked_self_similarity(s: Tensor, given: Tensor | None) -> Tensor:
+    if given is None:
         raise ValueError(
-            "include_self=True needs self_similarity, one value per query "
-            f"({len(s)}), when the references are not the queries, got None"
+            f"include_self=True needs self_similarity, one value for each of the {len(s)} queries, "
+            "unless labels say that the references are the queries, got None"
         )
-    return s.diagonal()
+    check_vector("self_similarity", given, len(s))
+    return given.to(s)

@@ -1,5 +1,7 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
+from contextlib import nullcontext
+
 import torch
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
@@ -7,6 +9,8 @@ from torch import Tensor
 
 from pml_pnp.checks import check_hyperparameters, check_inputs
 from pml_pnp.functional import masks_from_labels, pnp_loss, ranking_statistics
+
+SELF_SIMILARITY_BLOCK = 128
 
 
 class PNPLoss(BaseMetricLossFunction):
@@ -32,8 +36,9 @@ class PNPLoss(BaseMetricLossFunction):
     ======= ======================= ======== ==========================================
 
     Args:
-        b: bound of "Ib", positive. Default 2, the paper's value.
-        alpha: exponent of "Dq", positive. Default 1; the authors' code uses 4, the paper 8.
+        b: slope of "Ib", whose gradient grows to 1/b; positive. Default 2, the paper's value.
+        alpha: exponent of "Dq", positive. Default 1, as in PML; 4 in the authors' README, 8 in the
+            paper according to PML.
         anneal: temperature :math:`\tau`, positive, in units of `distance`. Default 0.01, the
             paper's.
         variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one
@@ -53,27 +58,30 @@ class PNPLoss(BaseMetricLossFunction):
 
     Returns:
         What the reducer makes of L(a) over the queries with at least one positive besides
-        themselves (reduction type "element"). Zero, connected to the graph, if there is none; NaN
-        if an embedding or reference is NaN or infinite. In the dtype of `embeddings` and on their
-        device; float32 for float16 and bfloat16 embeddings under autocast. Distance and loss are
-        computed in at least float32, with autocast off.
+        themselves (reduction type "element"); zero, connected to the graph, if there is none. Every
+        L(a) is NaN if an embedding or reference is NaN or infinite. Everything is computed in at
+        least float32, with autocast off; the result has the dtype of `embeddings` and is on their
+        device, but under autocast it is float32 for float16 and bfloat16 embeddings. With
+        `DoNothingReducer`, the dictionary that PML's reducers take.
 
     Raises:
         TypeError: `b`, `alpha` or `anneal` is not a number; `variant` is neither a name nor
-            callable; `distance` does not say whether it is a similarity (`is_inverted`); an
-            argument of the call is not the tensor described above.
-        ValueError: `b`, `alpha` or `anneal` is not positive and finite; an unknown `variant`;
-            neither labels nor tuple; `ref_emb` without `ref_labels` or tuple, or `ref_labels`
-            without `ref_emb`; lengths that do not fit; a tuple that is not of 3 or 4 index tensors,
-            or an index outside the batch or the references; a callable `variant` that changes the
-            shape.
+            callable, or does not return a tensor; `distance` does not say whether it is a
+            similarity (`is_inverted`) or does not return a floating point tensor; an argument of
+            the call is not the tensor described above.
+        ValueError: `b`, `alpha` or `anneal` is not positive and finite; an unknown `variant`, or a
+            callable one that changes the shape; neither labels nor tuple; `ref_emb` without labels
+            and `ref_labels` or tuple, or `ref_labels` without `ref_emb`; lengths or embedding sizes
+            that do not fit; a tuple that is not of 3 or 4 index tensors, or an index outside the
+            batch or the references; a distance that returns a matrix of another shape.
 
     Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
     negatives ranked before a positive and `positives_behind_negatives` the share (0 to 1) of
     positives with at least one, over the (query, positive) pairs of the last batch, by hard counts,
     without the queries themselves.
 
-    Memory: a few N x M matrices; the N x |P(a)| x M sigmoids are never held together.
+    Memory: a few N x M matrices, and what `distance` needs (PML's SNRDistance N x M x d); the
+    N x |P(a)| x M sigmoids are never held together.
 
     Example:
         >>> import torch
@@ -108,7 +116,14 @@ class PNPLoss(BaseMetricLossFunction):
         self.variant = variant
         self.include_self = include_self
         self.add_to_recordable_attributes(
-            list_of_names=["b", "alpha", "anneal", "variant_name", "include_self"], is_stat=False
+            list_of_names=[
+                "b",
+                "alpha",
+                "anneal",
+                "variant" if isinstance(variant, str) else "variant_name",
+                "include_self",
+            ],
+            is_stat=False,
         )
         self.add_to_recordable_attributes(
             list_of_names=["negatives_before_positive", "positives_behind_negatives"], is_stat=True
@@ -116,7 +131,7 @@ class PNPLoss(BaseMetricLossFunction):
 
     @property
     def variant_name(self) -> str:
-        """`variant` as text, for record-keeper, which has no use for a callable."""
+        """`variant` as text; recorded in its place if it is a callable, which cannot be."""
         if isinstance(self.variant, str):
             return self.variant
         return getattr(self.variant, "__name__", type(self.variant).__name__)
@@ -128,17 +143,41 @@ class PNPLoss(BaseMetricLossFunction):
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
         check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if ref_emb is embeddings and ref_labels is labels:
+            ref_emb = ref_labels = None
+        # Distance, loss, regularizer and reducer all work in float32 at least: a similarity that is
+        # rounded to bfloat16 is off by up to 0.002, and is then divided by anneal.
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        device = embeddings.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            loss = super().forward(
+                embeddings.to(dtype),
+                labels,
+                indices_tuple,
+                None if ref_emb is None else ref_emb.to(dtype),
+                ref_labels,
+            )
+        if isinstance(loss, Tensor) and not autocast:
+            loss = loss.to(embeddings.dtype)
+        return loss
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """Return per-query losses for the reducer; PML calls this, with `ref_emb` set."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            losses, counted = self._losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        # PML's losses, too, tell the batch from a set of references by identity.
+        own_references = ref_emb is embeddings and ref_labels is labels
+        losses, counted = self._losses(
+            embeddings, labels, indices_tuple, None if own_references else ref_emb, ref_labels
+        )
         indices = counted.nonzero().squeeze(1)
         if len(indices) == 0:
-            return self.zero_losses()
-        if not torch.is_autocast_enabled(embeddings.device.type):
-            losses = losses.to(embeddings.dtype)
+            return {
+                "loss": {
+                    "losses": losses.sum(),
+                    "indices": None,
+                    "reduction_type": "already_reduced",
+                }
+            }
         return {
             "loss": {
                 "losses": losses[indices],
@@ -148,26 +187,22 @@ class PNPLoss(BaseMetricLossFunction):
             }
         }
 
-    def _losses(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        dtype = torch.promote_types(
-            torch.promote_types(embeddings.dtype, ref_emb.dtype), torch.float32
-        )
-        queries = embeddings.to(dtype)
-        # As in PML, references are the batch itself only if they are the same object.
-        references = None if ref_emb is embeddings else ref_emb.to(queries)
-        self_similarity = None
-        if references is not None and self.include_self:
-            self_similarity = _matrix(self.distance, queries, None).diagonal()
-        similarity = _matrix(self.distance, queries, references)
-        if indices_tuple is None:
-            own = references is None and ref_labels is labels
-            masks = masks_from_labels(similarity, labels, None if own else ref_labels)
-        else:
-            masks = _masks_from_tuple(similarity, indices_tuple)
-        positive_mask, negative_mask = masks
+    def _losses(self, queries, labels, indices_tuple, references, ref_labels):
+        """L(a) of every query, and which count; `references` None stands for the queries."""
         if references is None:
-            positive_mask.fill_diagonal_(False)
-            negative_mask.fill_diagonal_(False)
+            similarity = _matrix(self.distance, queries, None)
+            self_similarity = similarity.diagonal()
+        else:
+            self_similarity = self._self_similarity(queries) if self.include_self else None
+            similarity = _matrix(self.distance, queries, references)
+        if indices_tuple is None:
+            others = None if references is None else ref_labels
+            positive_mask, negative_mask = masks_from_labels(similarity, labels, others)
+        else:
+            positive_mask, negative_mask = _masks_from_tuple(similarity, indices_tuple)
+            if references is None:
+                positive_mask.fill_diagonal_(False)
+                negative_mask.fill_diagonal_(False)
         if self.collect_stats:
             self._set_stats(similarity, positive_mask, negative_mask)
         losses, counted = pnp_loss(
@@ -184,6 +219,11 @@ class PNPLoss(BaseMetricLossFunction):
         )
         return losses + _zero_or_nan(queries, references), counted
 
+    def _self_similarity(self, queries: Tensor) -> Tensor:
+        """Similarity of each query to itself, from small blocks: only diagonals are wanted."""
+        blocks = queries.split(SELF_SIMILARITY_BLOCK)
+        return torch.cat([_matrix(self.distance, block, None).diagonal() for block in blocks])
+
     def _set_stats(self, similarity, positive_mask, negative_mask) -> None:
         mean, share = ranking_statistics(
             similarity, positive_mask, negative_mask, is_inverted=self.distance.is_inverted
@@ -194,9 +234,12 @@ class PNPLoss(BaseMetricLossFunction):
 
 def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
     """What `distance` returns, (N, M); `references` None stands for the queries."""
+    expected = (len(queries), len(queries if references is None else references))
+    if isinstance(distance, BatchedDistance) and len(queries) == 0:
+        distance = distance.distance
     if isinstance(distance, BatchedDistance):
         rows = []
-        # A copy: the user's iter_fn stays theirs.
+        # A copy, whose iter_fn collects: the user's own is left alone.
         batched = BatchedDistance(
             distance.distance, lambda mat, start, end: rows.append(mat), distance.batch_size
         )
@@ -204,7 +247,9 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
         matrix = torch.cat(rows)
     else:
         matrix = distance(queries, references)
-    expected = (len(queries), len(queries if references is None else references))
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"distance must return a floating point tensor, got {kind}")
     if matrix.shape != expected:
         raise ValueError(
             f"distance must return a matrix of shape {expected}, got {tuple(matrix.shape)}"
@@ -226,4 +271,5 @@ def _masks_from_tuple(similarity: Tensor, indices_tuple) -> tuple[Tensor, Tensor
 
 def _zero_or_nan(*embeddings: Tensor | None) -> Tensor:
     """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity."""
-    return sum(e.detach().sum() * 0 for e in embeddings if e is not None)
+    extremes = [x for e in embeddings if e is not None and e.numel() for x in e.detach().aminmax()]
+    return sum(0 * x for x in extremes)

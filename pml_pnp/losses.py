@@ -14,7 +14,7 @@ Example:
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
-from pml_pnp.loss import PNPLoss  # noqa: F401, in __all__
+from pml_pnp.loss import PNPLoss
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
@@ -25,14 +25,21 @@ if "PNPLoss" not in __all__:
 # below only lengthen it; as subclasses they pass every isinstance check on the originals.
 def _with_pnp_loss(wrapper) -> staticmethod:
     supported = wrapper.supported_losses  # bound now: registration replaces it on the original
-    return staticmethod(lambda: [*supported(), "PNPLoss"])
+    return staticmethod(lambda: [*supported(), *_names_of_family(PNPLoss)])
+
+
+def _names_of_family(cls: type) -> list[str]:
+    """Names of a class and of all that are derived from it so far."""
+    return [cls.__name__, *(n for sub in cls.__subclasses__() for n in _names_of_family(sub))]
 
 
 class CrossBatchMemory(_pml.CrossBatchMemory):
-    __doc__ = _pml.CrossBatchMemory.__doc__
+    """PML's CrossBatchMemory, which takes PNPLoss too."""
+
     supported_losses = _with_pnp_loss(_pml.CrossBatchMemory)
 
 
 class SelfSupervisedLoss(_pml.SelfSupervisedLoss):
-    __doc__ = _pml.SelfSupervisedLoss.__doc__
+    """PML's SelfSupervisedLoss, which takes PNPLoss too."""
+
     supported_losses = _with_pnp_loss(_pml.SelfSupervisedLoss)

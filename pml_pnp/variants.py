@@ -18,11 +18,8 @@ class Variant(NamedTuple):
 
     f: Callable[[Tensor, float, float], Tensor]
     """f(R, alpha, b), elementwise."""
-    formula: str
     equation: int
-    """Number of the equation in the paper."""
-    gradient: str
-    """What a positive's gradient does as R grows."""
+    """Its number in the paper."""
 
 
 def _x_minus_log1p(x: Tensor) -> Tensor:
@@ -53,23 +50,16 @@ def _one_minus_exp(y: Tensor) -> Tensor:
 
 
 VARIANTS = {
-    "O": Variant(lambda r, alpha, b: r, "R", 5, "constant"),
-    "Iu": Variant(
-        lambda r, alpha, b: (1 + r) * torch.log1p(r), "(1 + R) log(1 + R)", 7, "grows without bound"
-    ),
-    "Ib": Variant(
-        lambda r, alpha, b: _x_minus_log1p(b * r) / b**2,
-        "(b R - log(1 + b R)) / b^2",
-        9,
-        "grows to 1/b",
-    ),
-    "Ds": Variant(lambda r, alpha, b: torch.log1p(r), "log(1 + R)", 12, "falls slowly"),
-    "Dq": Variant(
-        lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)),
-        "1 - 1 / (1 + R)^alpha",
-        13,
-        "falls quickly",
-    ),
+    # R
+    "O": Variant(lambda r, alpha, b: r, 5),
+    # (1 + R) log(1 + R)
+    "Iu": Variant(lambda r, alpha, b: (1 + r) * torch.log1p(r), 7),
+    # (b R - log(1 + b R)) / b^2
+    "Ib": Variant(lambda r, alpha, b: _x_minus_log1p(b * r) / b**2, 9),
+    # log(1 + R)
+    "Ds": Variant(lambda r, alpha, b: torch.log1p(r), 12),
+    # 1 - 1 / (1 + R)^alpha
+    "Dq": Variant(lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)), 13),
 }
 
 

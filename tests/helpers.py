@@ -1,10 +1,27 @@
-"""What several test files need: batches, and the reference applied to them."""
+"""What several test files need: the run's device and dtypes, batches, the reference for them.
+
+As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose device and dtypes.
+"""
+
+import os
 
 import reference
 import torch
 from torch.nn.functional import normalize
 
-VARIANTS = ["O", "Iu", "Ib", "Ds", "Dq"]
+from pml_pnp.variants import VARIANTS as TABLE
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+DTYPES = [
+    getattr(torch, name)
+    for name in os.environ.get("TEST_DTYPES", "float16,bfloat16,float32,float64").split(",")
+]
+# Relative tolerance of a loss against the float64 reference: a few units in the last place of the
+# result for the half precisions, since everything before it is computed in float32.
+RTOL = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4, torch.float64: 1e-10}
+
+VARIANTS = list(TABLE)
+VARIANTS_OF_THE_PAPER = {"O": 5, "Iu": 7, "Ib": 9, "Ds": 12, "Dq": 13}  # and their equations
 
 
 def batch(n=24, d=8, classes=5, dtype=torch.float32, device="cpu", spread=0.3):
@@ -45,6 +62,12 @@ def sets_from_tuple(indices_tuple, n):
 
 def cosine_matrix(x, y):
     return normalize(x.double().cpu()) @ normalize(y.double().cpu()).T
+
+
+def distance_matrix(distance, x, ref=None):
+    """(N, M) in float64 by the user's distance; of a BatchedDistance, by the one inside."""
+    distance = getattr(distance, "distance", distance)
+    return distance(x.double(), x.double() if ref is None else ref.double())
 
 
 def expected_losses(

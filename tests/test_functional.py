@@ -44,6 +44,7 @@ def test_masks_give_the_losses_of_the_formula(variant, is_inverted, include_self
         self_similarity=own,
         variant=variant,
         alpha=4,
+        b=3,
         anneal=0.05,
         include_self=include_self,
         is_inverted=is_inverted,
@@ -55,6 +56,7 @@ def test_masks_give_the_losses_of_the_formula(variant, is_inverted, include_self
         own,
         variant=variant,
         alpha=4,
+        b=3,
         anneal=0.05,
         k=1 if is_inverted else -1,
         include_self=include_self,
@@ -162,14 +164,48 @@ def test_a_callable_with_parameters_is_trained_along():
 
 
 def test_a_callable_sees_no_odd_place_in_the_padding():
-    """A square root has an infinite derivative at zero, which padding must not ask for."""
-    s = torch.tensor([[0.3, 0.2, 0.1, 0.4], [0.3, 0.2, 0.1, 0.4]], requires_grad=True)
-    positive = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    """A square root has an infinite derivative at R = 0, which padding must not ask for."""
+    s = torch.tensor([[-1.0, -1.01, -0.99], [-1.0, -1.01, -0.99]], requires_grad=True)
+    positive = torch.tensor([[True, False, False], [True, True, False]])
     losses, _ = pnp_loss(
         s, positive_mask=positive, negative_mask=~positive, include_self=False, variant=torch.sqrt
     )
     losses.sum().backward()
     assert s.grad.isfinite().all()
+
+
+def test_a_query_that_does_not_count_is_not_shown_to_the_callable():
+    """Its rank may lie where f overflows, and would then make the gradient NaN."""
+    s = torch.full((200, 200), 0.5)
+    s[:2, :2] = 1
+    s.requires_grad_()
+    labels = torch.arange(200)
+    labels[1] = 0
+    losses, counted = pnp_loss(s, labels, variant=torch.expm1)  # the others have R = 99.5
+    assert counted.nonzero().flatten().tolist() == [0, 1]
+    losses.sum().backward()
+    assert losses.isfinite().all() and s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["labels", "masks"])
+def test_minus_infinity_may_stand_where_the_loss_does_not_look(by):
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    s = (0.1 * torch.randn(5, 5)).fill_diagonal_(float("-inf")).requires_grad_()
+    if by == "labels":
+        kwargs = {"labels": labels}
+    else:
+        s = s.detach()
+        s[:, 0] = float("-inf")  # the column that padding would point to
+        s.requires_grad_()
+        same = labels[:, None] == labels
+        same.fill_diagonal_(False)
+        seen = torch.ones(5, 5, dtype=torch.bool)
+        seen[:, 0] = False
+        different = labels[:, None] != labels
+        kwargs = {"positive_mask": same & seen, "negative_mask": different & seen}
+    losses, _ = pnp_loss(s, include_self=False, **kwargs)
+    losses.sum().backward()
+    assert losses.isfinite().all() and s.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (4, 0)])
@@ -277,7 +313,13 @@ MASK = torch.zeros(4, 4, dtype=torch.bool)
             (S, Y, Y),
             {},
             ValueError,
-            r"include_self=True needs self_similarity, one value per query \(4\).* got None",
+            "include_self=True needs self_similarity, one value for each of the 4 .* got None",
+        ),
+        (
+            (S,),
+            {"positive_mask": MASK, "negative_mask": MASK},
+            ValueError,
+            "include_self=True needs self_similarity, one value for each of the 4 .* got None",
         ),
         (
             (S, Y, Y),
@@ -286,7 +328,7 @@ MASK = torch.zeros(4, 4, dtype=torch.bool)
             r"self_similarity must have shape \(4,\), got \(3,\)",
         ),
         ((S, Y), {"anneal": 0}, ValueError, "anneal must be a positive finite number, got 0"),
-        ((S, Y), {"variant": "D"}, ValueError, "variant must be one of O, Iu, Ib, Ds, Dq"),
+        ((S, Y), {"variant": "D"}, ValueError, "variant must be one of O, Iu, .*, got 'D'"),
     ],
 )
 def test_bad_input_is_named(args, kwargs, error, message):

@@ -9,15 +9,22 @@ import shutil
 import helpers
 import pytest
 import torch
-from conftest import RTOL
-from helpers import VARIANTS, batch, expected_losses, expected_mean, value_and_grad
+from helpers import (
+    RTOL,
+    VARIANTS,
+    VARIANTS_OF_THE_PAPER,
+    batch,
+    distance_matrix,
+    expected_losses,
+    expected_mean,
+    value_and_grad,
+)
 from pytorch_metric_learning import distances, reducers, regularizers
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss
-from pml_pnp.loss import _matrix
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
@@ -30,7 +37,7 @@ needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PN
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_value_is_the_formula(variant, include_self, dtype, device):
     x, y = batch(dtype=dtype, device=device)
-    kwargs = {"variant": variant, "alpha": 4, "include_self": include_self}
+    kwargs = {"variant": variant, "alpha": 4, "b": 3, "include_self": include_self}
     loss = PNPLoss(**kwargs)(x, y)
     assert loss.dtype == dtype and loss.device == x.device
     assert loss.item() == pytest.approx(expected_mean(x, y, **kwargs), rel=RTOL[dtype])
@@ -66,12 +73,12 @@ def test_signature_begins_like_the_built_in():
 
 @needs_built_in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("alpha", [1, 4])
-def test_value_and_gradient_equal_the_built_in(variant, alpha, dtype, device):
+@pytest.mark.parametrize("variant", VARIANTS_OF_THE_PAPER)
+@pytest.mark.parametrize("kwargs", [{}, {"alpha": 4, "b": 0.7, "anneal": 0.02}], ids=str)
+def test_value_and_gradient_equal_the_built_in(variant, kwargs, dtype, device):
     x, y = batch(n=40, dtype=dtype, device=device)
-    ours = value_and_grad(PNPLoss(variant=variant, alpha=alpha), x, y)
-    theirs = value_and_grad(BUILT_IN(variant=variant, alpha=alpha), x, y)
+    ours = value_and_grad(PNPLoss(variant=variant, **kwargs), x, y)
+    theirs = value_and_grad(BUILT_IN(variant=variant, **kwargs), x, y)
     assert theirs[1].abs().max() > 1e-3
     tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {}
     for a, b in zip(ours, theirs, strict=True):
@@ -142,11 +149,16 @@ def test_tuple_defines_positives_and_negatives(kind, dtype, device):
     assert loss.item() == pytest.approx(expected, rel=RTOL[dtype])
 
 
-def test_a_query_paired_with_itself_is_no_positive_besides_itself(device):
+def test_a_query_paired_with_itself_is_no_positive_and_no_negative(device):
     x = torch.randn(3, 4, device=device)
-    pairs = tuple(torch.tensor(i) for i in ([0], [0], [0, 0], [0, 1]))
-    out = PNPLoss(reducer=reducers.DoNothingReducer())(x, indices_tuple=pairs)
-    assert out["loss"]["losses"] == 0
+    positive = tuple(torch.tensor(i) for i in ([0, 1], [0, 1], [0, 0], [1, 2]))
+    out = PNPLoss(reducer=reducers.DoNothingReducer(), anneal=1)(x, indices_tuple=positive)
+    assert out["loss"]["losses"] == 0 and out["loss"]["indices"] is None
+    with_self, without = (
+        PNPLoss(anneal=1)(x, indices_tuple=tuple(torch.tensor(i) for i in pairs))
+        for pairs in (([0], [1], [0, 0], [0, 2]), ([0], [1], [0], [2]))
+    )
+    assert torch.equal(with_self, without)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.uint8])
@@ -176,6 +188,26 @@ def test_the_batch_itself_given_as_references_is_the_plain_call(device):
     torch.testing.assert_close(PNPLoss()(x, y, ref_emb=x, ref_labels=y), PNPLoss()(x, y))
 
 
+def test_the_batch_with_other_labels_is_a_set_of_references(device):
+    """As in PML, where a row then is a positive of itself; SelfSupervisedLoss counts on it."""
+    x, y = batch(device=device)
+    want = PNPLoss(variant="Ds")(x, y, ref_emb=x.clone(), ref_labels=y.clone())
+    got = PNPLoss(variant="Ds")(x, y, ref_emb=x, ref_labels=y.clone())
+    torch.testing.assert_close(got, want)
+    assert got != PNPLoss(variant="Ds")(x, y)
+
+
+def test_self_similarity_is_cut_into_blocks(monkeypatch, device):
+    x, y = batch(dtype=torch.float64, device=device)
+    ref, ref_y = batch(n=9, dtype=torch.float64, device=device)
+    distance = distances.DotProductSimilarity(normalize_embeddings=False)
+    loss_func = PNPLoss(distance=distance, anneal=0.3)
+    whole = value_and_grad(loss_func, x, y, None, ref, ref_y)
+    monkeypatch.setattr("pml_pnp.loss.SELF_SIMILARITY_BLOCK", 5)
+    for got, want in zip(value_and_grad(loss_func, x, y, None, ref, ref_y), whole, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("include_self", [True, False])
 def test_references_are_ranked_and_the_query_itself_is_its_own_positive(
     include_self, dtype, device
@@ -198,9 +230,8 @@ def test_references_work_with_a_tuple_and_no_labels(device):
 def test_gradients_flow_to_references_that_ask_for_them():
     x, y = batch(n=6, d=3, dtype=torch.float64)
     ref, ref_y = batch(n=5, d=3, dtype=torch.float64)
-    loss_func = PNPLoss(
-        anneal=0.2, reducer=reducers.SumReducer(), distance=distances.DotProductSimilarity()
-    )
+    distance = distances.DotProductSimilarity(normalize_embeddings=False)
+    loss_func = PNPLoss(anneal=0.2, reducer=reducers.SumReducer(), distance=distance)
 
     def call(x, ref):
         return loss_func(x, y, ref_emb=ref, ref_labels=ref_y)
@@ -258,8 +289,7 @@ def test_distance_decides_the_ranking(name, with_references, dtype, device):
     x, y = batch(dtype=dtype, device=device)
     ref, ref_y = batch(n=13, dtype=dtype, device=device) if with_references else (None, None)
     loss = PNPLoss(distance=distance, anneal=0.1, variant="Ds")(x, y, ref_emb=ref, ref_labels=ref_y)
-    x64, ref64 = x.double(), None if ref is None else ref.double()
-    s, own = _matrix(distance, x64, ref64), _matrix(distance, x64, None).diagonal()
+    s, own = distance_matrix(distance, x, ref), distance_matrix(distance, x).diagonal()
     losses = helpers.reference.pnp_losses(
         s.tolist(),
         *helpers.sets_from_labels(y, ref_y),
@@ -304,6 +334,11 @@ def test_distance_of_wrong_shape_or_kind_is_named():
         ValueError, match=r"distance must return a matrix of shape \(24, 24\), got \(24, 8\)"
     ):
         PNPLoss(distance=Wrong())(x, y)
+    for result, kind in ((3, "int"), (torch.ones(24, 24).long(), "torch.int64")):
+        distance = distances.CosineSimilarity()
+        distance.forward = lambda *args, result=result: result
+        with pytest.raises(TypeError, match=f"distance must return a floating .*, got {kind}"):
+            PNPLoss(distance=distance)(x, y)
     with pytest.raises(TypeError, match="distance must .* is_inverted, got Identity"):
         PNPLoss(distance=torch.nn.Identity())
 
@@ -311,32 +346,54 @@ def test_distance_of_wrong_shape_or_kind_is_named():
 # --- rule 8: precision
 
 
-def float64_reference_gradient(variant, x, y):
-    return value_and_grad(PNPLoss(variant=variant, alpha=4), x.double(), y)[1]
+def relative_error(grad, variant, x, y):
+    """Of a gradient, against the same embeddings in float64."""
+    want = value_and_grad(PNPLoss(variant=variant, alpha=4), x.double(), y)[1]
+    return (grad.double() - want).norm() / want.norm()
 
 
+# float64 itself is tested by gradcheck and against the built-in.
+GRADIENT_ERROR = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4}
+
+
+@pytest.mark.parametrize("low", GRADIENT_ERROR, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_is_as_good_as_the_dtype(variant, dtype, device):
-    x, y = batch(dtype=dtype, device=device)
-    value, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
-    want = float64_reference_gradient(variant, x, y)
-    assert grad.dtype == dtype and grad.isfinite().all()
-    error = (grad.double() - want).norm() / want.norm()
-    assert error < {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4}.get(
-        dtype, 1e-10
-    )
+def test_gradient_is_as_good_as_the_dtype(variant, low, device):
+    x, y = batch(dtype=low, device=device)
+    _, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
+    assert grad.dtype == low and relative_error(grad, variant, x, y) < GRADIENT_ERROR[low]
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autocast_computes_and_returns_float32(variant, low, device):
     x, y = batch(dtype=low, device=device)
+    x.requires_grad_()
     with torch.autocast(device.type, dtype=low):
-        value, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
-    assert value.dtype == torch.float32 and grad.dtype == low
-    expected = expected_mean(x, y, variant=variant, alpha=4)
-    assert value.item() == pytest.approx(expected, rel=RTOL[torch.float32])
-    assert grad.isfinite().all()
+        loss = PNPLoss(variant=variant, alpha=4)(x, y)
+    loss.backward()
+    assert loss.dtype == torch.float32 and x.grad.dtype == low
+    expected = expected_mean(x.detach(), y, variant=variant, alpha=4)
+    assert loss.item() == pytest.approx(expected, rel=RTOL[torch.float32])
+    assert relative_error(x.grad, variant, x.detach(), y) < GRADIENT_ERROR[low]
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_result_is_float32_under_autocast_whatever_is_in_the_batch(ranked, regularized, device):
+    x, y = batch(dtype=torch.bfloat16, device=device)
+    y = y if ranked else torch.arange(len(x))
+    regularizer = regularizers.LpRegularizer() if regularized else None
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert PNPLoss(embedding_regularizer=regularizer)(x, y).dtype == torch.float32
+
+
+def test_reducers_work_on_float32_elements(device):
+    """A sum of 512 float16 losses would overflow before it is divided."""
+    x = torch.randn(512, 8, dtype=torch.float16, device=device)
+    y = torch.arange(512, device=device) // 4
+    divided = PNPLoss(variant="Iu", reducer=reducers.DivisorReducer())(x, y)
+    assert divided.isfinite() and divided == PNPLoss(variant="Iu")(x, y)
 
 
 def test_autocast_keeps_float64(device):
@@ -392,6 +449,22 @@ def test_nothing_to_rank_is_zero_connected_to_the_graph(case, variant, dtype, de
     assert grad.shape == x.shape and grad.eq(0).all()
 
 
+@pytest.mark.parametrize("name", DISTANCES)
+def test_an_empty_batch_is_zero_with_every_distance(name):
+    value, grad = value_and_grad(
+        PNPLoss(distance=DISTANCES[name]()), torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)
+    )
+    assert value == 0 and grad.shape == (0, 8)
+
+
+def test_zero_is_connected_to_references_too(device):
+    x, y = batch(device=device)
+    ref = torch.randn(9, 8, device=device, requires_grad=True)
+    loss = PNPLoss()(x, y, ref_emb=ref, ref_labels=torch.full((9,), 99))
+    loss.backward()
+    assert loss == 0 and ref.grad.eq(0).all()
+
+
 def test_no_references_is_zero():
     x, y = batch()
     value, grad = value_and_grad(
@@ -410,11 +483,19 @@ def test_a_broken_embedding_gives_nan(labels, distance, bad):
     assert PNPLoss(distance=DISTANCES[distance](), variant="Dq")(x, y).isnan()
 
 
+def test_large_finite_embeddings_are_not_broken(device):
+    x, y = batch(device=device)
+    assert PNPLoss(distance=DISTANCES["l1"]())(x.sign() * 1e37, y).isfinite()
+
+
 def test_a_broken_reference_gives_nan():
     x, y = batch()
     ref, ref_y = batch(n=9)
     ref[2] = float("inf")
-    assert PNPLoss(distance=DISTANCES["dot"]())(x, y, ref_emb=ref, ref_labels=ref_y).isnan()
+    # Without a check, infinitely far would only mean ranked last.
+    distance = DISTANCES["lp squared, not normalized"]()
+    for labels in (y, y * 0 + 99):  # also when no query has a positive
+        assert PNPLoss(distance=distance)(x, labels, ref_emb=ref, ref_labels=ref_y).isnan()
 
 
 # --- rule 10: determinism
@@ -493,11 +574,12 @@ def test_hyperparameters_are_recorded():
         "b": 3,
         "alpha": 4,
         "anneal": 0.02,
-        "variant_name": "Dq",
+        "variant": "Dq",
         "include_self": False,
     }
-    assert PNPLoss(variant=torch.log1p).variant_name == "log1p"
-    assert PNPLoss(variant=Scale()).variant_name == "Scale"
+    for variant, name in ((torch.log1p, "log1p"), (Scale(), "Scale")):
+        loss_func = PNPLoss(variant=variant)
+        assert recorded(loss_func, "_record_these")["variant_name"] == name
 
 
 def test_statistics_are_recorded_when_asked_for():
@@ -528,6 +610,28 @@ def test_statistics_do_not_change_the_loss_and_are_off_by_default():
         strict=True,
     ):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["references", "tuple"])
+def test_statistics_look_at_what_is_ranked(kind, device):
+    x, y = batch(n=6, classes=2, device=device)
+    ref, ref_y = batch(n=40, classes=2, device=device)
+    if kind == "references":
+        args, sets = (None, ref, ref_y), helpers.sets_from_labels(y, ref_y)
+    else:
+        indices = tuple(i[::3] for i in lmu.get_all_pairs_indices(y, ref_y))
+        args, sets = (indices, ref), helpers.sets_from_tuple(indices, 6)
+    loss_func = PNPLoss(collect_stats=True)
+    loss_func(x, y if kind == "references" else None, *args)
+    s = helpers.cosine_matrix(x, ref)
+    before = [
+        sum(s[a, n] > s[a, p] for n in negatives).item()
+        for a, (positives, negatives) in enumerate(zip(*sets, strict=True))
+        for p in positives
+    ]
+    assert loss_func.negatives_before_positive == pytest.approx(sum(before) / len(before))
+    share = sum(count > 0 for count in before) / len(before)
+    assert loss_func.positives_behind_negatives == pytest.approx(share)
 
 
 def test_statistics_follow_the_distance():

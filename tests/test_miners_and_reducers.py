@@ -5,12 +5,11 @@ import inspect
 import helpers
 import pytest
 import torch
-from helpers import batch, sets_from_labels, sets_from_tuple, value_and_grad
+from helpers import batch, distance_matrix, sets_from_labels, sets_from_tuple, value_and_grad
 from pytorch_metric_learning import distances, miners, reducers
 from test_loss import DISTANCES
 
 from pml_pnp import PNPLoss
-from pml_pnp.loss import _matrix
 
 MINERS = {
     "angular": lambda: miners.AngularMiner(angle=10),
@@ -77,8 +76,7 @@ def test_every_reducer_of_pml_is_tried():
 
 def expected(distance, x, y, indices, ref=None, ref_y=None):
     """{query: loss}, from a float64 copy of the distance matrix."""
-    s = _matrix(distance, x.double(), None if ref is None else ref.double())
-    own = _matrix(distance, x.double(), None).diagonal()
+    s, own = distance_matrix(distance, x, ref), distance_matrix(distance, x).diagonal()
     sets = sets_from_labels(y, ref_y) if indices is None else sets_from_tuple(indices, len(x))
     return helpers.reference.pnp_losses(
         s.tolist(),

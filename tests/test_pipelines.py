@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 from pytorch_metric_learning import miners, samplers, testers, trainers
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
