@@ -1,0 +1,93 @@
+"""One process or many: what a script needs to know about `torchrun`."""
+
+import datetime
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tqdm
+from errors import UserError
+from torch.nn.parallel import DistributedDataParallel
+
+# Rank 0 evaluates alone while the others wait; large test sets take a while.
+PATIENCE_WITH_RANK_ZERO = datetime.timedelta(hours=6)
+
+
+def launched_by_torchrun() -> bool:
+    """Whether the environment says that this is one of torchrun's processes."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 without torchrun."""
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
+
+
+def say(*lines: str) -> None:
+    """Print on rank 0, above any progress bar."""
+    if rank() == 0:
+        for line in lines:
+            tqdm.tqdm.write(line)
+
+
+def start(device: torch.device) -> None:
+    """Join the process group if torchrun launched us, and silence the other ranks' bars."""
+    if not launched_by_torchrun():
+        return
+    if rank() > 0:
+        # The bars belong to PML's trainer and tester, which offer no switch for them.
+        tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE_WITH_RANK_ZERO)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_rank_zero(function: Callable[[], Any]) -> Any:
+    """Call `function` on rank 0 alone; its result, or its `UserError`, reaches every rank."""
+    if not dist.is_initialized():
+        return function()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of each rank, in rank order; on rank 0 only, elsewhere an empty list."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
+def parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Wrap in DistributedDataParallel under torchrun; a module without gradients needs none."""
+    trainable = any(p.requires_grad for p in module.parameters())
+    if not (dist.is_initialized() and trainable):
+        return module
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DistributedDataParallel, or the module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module

@@ -1,0 +1,481 @@
+"""Train an embedding for open-set retrieval and evaluate it on classes it has never seen.
+
+    python train.py                                             # digits, nothing to download
+    python train.py --dataset omniglot --data-root DATA
+    python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
+    python train.py --resume runs/digits-PNPLoss-Dq-1
+    torchrun --nproc-per-node 2 train.py --batch-size 64
+
+The parts are those of pytorch-metric-learning: trainer, sampler, tester, accuracy calculator and
+logging hooks. The loss is any of `pml_pnp.losses`.
+"""
+
+import argparse
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import processes
+import torch
+from by_name import parse_arguments, try_out
+from errors import UserError
+from processes import on_rank_zero, rank, say, world_size
+from retrieval_data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, RetrievalSplits, load_splits
+from retrieval_metrics import PRIMARY_METRIC, table
+from run_folder import RunFolder
+from training import Training, build_loss_and_miner, build_trainer, seed_everything
+from trunks import SMALL, SmallTransform, Trunk, build_trunk, import_timm
+
+DEFAULTS: dict[str, Any] = {
+    "dataset": "digits",
+    "data_root": None,
+    "val_fraction": 0.2,
+    "turned_classes": False,
+    "skip_verify": False,
+    "trunk": SMALL,
+    "pretrained": False,
+    "freeze_batchnorm": False,
+    "image_size": None,
+    "embedding_size": 128,
+    "loss": "PNPLoss",
+    "loss_args": None,
+    "miner": None,
+    "miner_args": {},
+    "memory_size": 0,
+    "batch_size": 64,
+    "samples_per_class": 4,
+    "epochs": 20,
+    "patience": 10,
+    "lr": 1e-3,
+    "loss_lr": None,
+    "weight_decay": 0.0,
+    "seed": 0,
+    "amp": False,
+    "device": "auto",
+    "workers": 0,
+}
+# What to start from with PNPLoss.
+LOSS_ARGS = {"PNPLoss": {"variant": "Dq", "alpha": 4}}
+# A starting point with the paper's trunk; not tried here, for want of the data and a GPU.
+FINE_TUNING = {
+    "trunk": "resnet50",
+    "pretrained": True,
+    "freeze_batchnorm": True,
+    "embedding_size": 512,
+    "batch_size": 112,
+    "lr": 1e-5,
+    "weight_decay": 4e-4,
+    "epochs": 60,
+    "workers": 8,
+}
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "image_size": 8,
+        "turned_classes": True,
+    },
+    "omniglot": {"image_size": 28},
+    "grocery": {"image_size": 64},
+    "folder": {"image_size": 64, "workers": 2},
+    **{name: FINE_TUNING for name in PML_DATASETS},
+}
+# How the small trunk's training images vary, and whether they have colours.
+SMALL_IMAGES = {
+    "digits": {"mode": "L", "warp": 1.0},
+    "omniglot": {"mode": "L", "warp": 1.0},
+}
+COLOUR_IMAGES = {"mode": "RGB", "crop": 0.8, "mirror": True}
+SMALL_IMAGE_SIZE = 64
+# What may differ when a run continues; everything else would make it another run.
+RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        return _run(_parser().parse_args(argv))
+    except UserError as error:
+        if rank() == 0:
+            print(f"train.py: error: {_one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all processes with the first; let rank 0 speak before
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; a run whose folder exists continues with --resume FOLDER")
+        return 130
+    finally:
+        processes.stop()
+
+
+def _one_line(error: UserError) -> str:
+    lines = str(error).strip().splitlines()
+    if "Original Traceback" in str(error):  # raised in a loader process, whose trace comes first
+        return lines[-1].partition("UserError: ")[2]
+    return " ".join(lines)
+
+
+def _run(args: argparse.Namespace) -> int:
+    begun = time.perf_counter()
+    given = dict(vars(args))
+    resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
+    run, config = _resumed(resume, given) if resume else (None, _configured(given))
+    if resume and (name or output_dir):
+        raise UserError(
+            "--resume continues in the run's own folder; leave out --name, --output-dir"
+        )
+    _check_installed()
+    device = _device(config["device"])
+    _check_before_data(config)
+    processes.start(device)
+    checkpoint = run.load_checkpoint() if run else None
+    if run and _is_finished(run, config):
+        say(f"{run.path} is finished; nothing to do", "")
+        _show(run.read_json("metrics.json"))
+        return 0
+
+    splits = load_splits(
+        config["dataset"],
+        config["data_root"],
+        config["val_fraction"],
+        config["seed"],
+        config["turned_classes"],
+        config["skip_verify"],
+    )
+    _fit_batch(config, given if not resume else config, splits)
+    config["data"] = splits.summary()
+    if run:
+        _check_same_data(run, config)
+    seed_everything(config["seed"])
+    trunk = _trunk(config)
+    _set_transforms(splits, trunk)
+    trainer = build_trainer(config, splits, trunk, device)
+    run = on_rank_zero(lambda: run or _new_run(output_dir or "runs", name, config))
+    on_rank_zero(lambda: run.write_json("config.json", config))
+    _announce(run, config, splits, device)
+
+    training = Training(trainer, splits, run, config)
+    training.start_or_continue(checkpoint)
+    training.train()
+    on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+    return 0
+
+
+# --- configuration --------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # only what the user types gets into the namespace
+        allow_abbrev=False,
+        epilog=(
+            "Validation data, by which the best epoch is chosen and training stops, come from\n"
+            "the training classes only: with 20 classes or more whole classes are held out, with\n"
+            "fewer some images of each. Which ones follows from --seed. Defaults marked * depend\n"
+            "on the data set and are printed when training starts."
+        ),
+    )
+
+    def add(group, flag, text, **kwargs):
+        default = DEFAULTS.get(flag[2:].replace("-", "_"))
+        shown = "" if default in (None, False, {}) else f" (default {default})"
+        group.add_argument(flag, help=text + shown, **kwargs)
+
+    switch = argparse.BooleanOptionalAction
+    data = parser.add_argument_group("data")
+    add(data, "--dataset", "data set", choices=list(READERS))
+    add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
+    add(data, "--val-fraction", "share of training data held out", type=_fraction)
+    add(data, "--skip-verify", "do not decode every image before training", action="store_true")
+    add(
+        data,
+        "--turned-classes",
+        "turned and mirrored copies as classes to train on *",
+        action=switch,
+    )
+    add(data, "--image-size", "side of the input, in pixels *", type=_positive)
+    add(data, "--workers", "loader processes *; results depend on it if images vary", type=_natural)
+
+    model = parser.add_argument_group("model")
+    add(model, "--trunk", f"{SMALL!r} or a timm model *")
+    add(model, "--pretrained", "load timm's weights *", action=switch)
+    add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
+    add(model, "--embedding-size", "length of an embedding *", type=_positive)
+
+    loss = parser.add_argument_group("loss")
+    add(loss, "--loss", "a loss of pml_pnp.losses")
+    add(loss, "--loss-args", "its arguments", nargs="+", metavar="NAME=VALUE")
+    add(loss, "--miner", "a miner of pytorch_metric_learning.miners")
+    add(loss, "--miner-args", "its arguments", nargs="+", metavar="NAME=VALUE")
+    add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=_natural)
+
+    training = parser.add_argument_group("training")
+    add(training, "--batch-size", "batch of all processes together *", type=_positive)
+    add(training, "--samples-per-class", "images of each class in a batch *", type=_positive)
+    add(training, "--epochs", "epochs at most *", type=_positive)
+    add(training, "--patience", "epochs without improvement before stopping *", type=_natural)
+    add(training, "--lr", "learning rate of Adam *", type=_positive_float)
+    add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
+    add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
+    add(training, "--seed", "seed of everything random", type=_natural)
+    add(training, "--amp", "trunk in mixed precision", action="store_true")
+    add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+
+    run = parser.add_argument_group("run folder")
+    add(run, "--output-dir", "where run folders are made (default runs)")
+    add(run, "--name", "name of the run folder; must be new")
+    add(run, "--resume", "run folder to continue, with its own configuration", metavar="FOLDER")
+    return parser
+
+
+def _number(kind: type, text: str, holds: Any, expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _number(int, text, lambda x: x > 0, "a positive integer")
+
+
+def _natural(text: str) -> int:
+    return _number(int, text, lambda x: x >= 0, "an integer of 0 or more")
+
+
+def _positive_float(text: str) -> float:
+    return _number(float, text, lambda x: 0 < x < float("inf"), "a positive number")
+
+
+def _not_negative_float(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
+
+
+def _fraction(text: str) -> float:
+    return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
+def _configured(given: dict[str, Any]) -> dict[str, Any]:
+    """The full configuration of a new run, from what was typed."""
+    given = _with_parsed_arguments(given)
+    dataset = given.get("dataset", DEFAULTS["dataset"])
+    config = {**DEFAULTS, **DATASET_DEFAULTS[dataset], **given}
+    if config["trunk"] != DATASET_DEFAULTS[dataset].get("trunk", SMALL):
+        # The data set's image size was meant for its own trunk.
+        own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
+        config["image_size"] = given.get("image_size", own)
+    if config["loss_args"] is None:
+        config["loss_args"] = LOSS_ARGS.get(config["loss"], {})
+    if config["loss_lr"] is None:
+        config["loss_lr"] = config["lr"]
+    config["world_size"] = world_size()
+    config["versions"] = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
+    }
+    return config
+
+
+def _resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
+    """An earlier run and its configuration; what is typed must not contradict it."""
+    run = RunFolder.existing(path)
+    config = run.read_json("config.json")
+    for key, value in _with_parsed_arguments(given).items():
+        flag = "--" + key.replace("_", "-")
+        if key == "epochs" and value < config[key]:
+            raise UserError(f"--resume: {flag} can only be raised from {config[key]}, got {value}")
+        if key in RESUMABLE:
+            config[key] = value
+        elif config[key] != value:
+            raise UserError(f"--resume: the run has {flag} {config[key]}, so it cannot be {value}")
+    if config["world_size"] != world_size():
+        raise UserError(
+            f"--resume: the run was started with {config['world_size']} processes and must "
+            f"continue with as many, got {world_size()}"
+        )
+    return run, config
+
+
+def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    parsed = {
+        key: parse_arguments("--" + key.replace("_", "-"), given[key])
+        for key in ("loss_args", "miner_args")
+        if key in given
+    }
+    return {**given, **parsed}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# --- checks ---------------------------------------------------------------------------------
+
+
+def _check_installed() -> None:
+    missing = []
+    for module, package in (
+        ("faiss", "faiss-cpu"),
+        ("record_keeper", "record-keeper"),
+        ("tensorboard", "tensorboard"),
+    ):
+        try:
+            __import__(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise UserError(f"missing packages; install them with pip install {' '.join(missing)}")
+
+
+def _check_before_data(config: dict[str, Any]) -> None:
+    """Find what is wrong with the configuration alone, before any data is read."""
+    if config["miner_args"] and not config["miner"]:
+        raise UserError("--miner-args needs --miner")
+    if config["pretrained"] and config["trunk"] == SMALL:
+        raise UserError(f"--pretrained: the trunk {SMALL!r} has no pretrained weights")
+    if config["trunk"] != SMALL:
+        import_timm(config["trunk"])
+    elif config["image_size"] < 8:
+        raise UserError(f"--image-size: expected at least 8, got {config['image_size']}")
+    if config["samples_per_class"] < 2:
+        raise UserError("--samples-per-class: expected at least 2, since one has no positive")
+    if 0 < config["memory_size"] < config["batch_size"]:
+        raise UserError(
+            f"--memory-size: expected at least the batch size {config['batch_size']}, "
+            f"got {config['memory_size']}"
+        )
+    unit = world_size() * config["samples_per_class"]
+    if config["batch_size"] % unit:
+        raise UserError(
+            f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
+            f"{config['samples_per_class']} samples per class), got {config['batch_size']}"
+        )
+    loss, miner = build_loss_and_miner({**config, "memory_size": 0}, 4)
+    try_out(loss, miner, config["embedding_size"], config["samples_per_class"])
+    build_loss_and_miner(config, 4)
+
+
+def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
+    """Shrink a default batch to what the classes can fill; refuse one that was typed."""
+    largest = splits.train.num_classes * config["samples_per_class"] * world_size()
+    if config["batch_size"] <= largest:
+        return
+    if "batch_size" in given or "samples_per_class" in given:
+        raise UserError(
+            f"--batch-size: {splits.train.num_classes} training classes of "
+            f"{config['samples_per_class']} samples in {world_size()} processes fill a batch of "
+            f"at most {largest}, got {config['batch_size']}"
+        )
+    config["batch_size"] = largest
+
+
+def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
+    before = run.read_json("config.json")["data"]
+    if before != config["data"]:
+        raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+# --- parts of a run -------------------------------------------------------------------------
+
+
+def _trunk(config: dict[str, Any]) -> Trunk:
+    images = SMALL_IMAGES.get(config["dataset"], COLOUR_IMAGES)
+    small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
+    return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+
+
+def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
+    splits.train.transform = trunk.train_transform
+    splits.val.transform = splits.test.transform = trunk.eval_transform
+
+
+def _new_run(output_dir: str, name: str | None, config: dict[str, Any]) -> RunFolder:
+    if name is not None and (not name or Path(name).name != name):
+        raise UserError(f"--name: expected a folder name without separators, got {name!r}")
+    variant = config["loss_args"].get("variant")
+    stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
+    return RunFolder.create(Path(output_dir), name, stem)
+
+
+def _announce(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+) -> None:
+    shown = {k: v for k, v in config.items() if k in DEFAULTS}
+    say(
+        f"run folder: {run.path}",
+        f"device: {device}, processes: {world_size()}",
+        "settings: " + ", ".join(f"{k}={v}" for k, v in shown.items()),
+        *(
+            f"{name}: {x['images']} images of {x['classes']} classes"
+            for name, x in splits.summary().items()
+        ),
+        f"validation: {splits.val_kind}",
+        "",
+    )
+
+
+def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:
+    metrics = run.read_json("metrics.json")
+    return metrics is not None and (
+        metrics["stopped_early"] or metrics["epochs_trained"] >= config["epochs"]
+    )
+
+
+def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds: float) -> None:
+    trained = training.test_best()
+    training.close()
+    state = training.state
+    metrics = {
+        "dataset": config["dataset"],
+        "test_classes": training.splits.test.num_classes,
+        "untrained": state["untrained"],
+        "trained": trained,
+        "validation": state["best"]["metrics"],
+        "primary_metric": PRIMARY_METRIC,
+        "best_epoch": state["best"]["epoch"],
+        "epochs_trained": state["epoch"],
+        "stopped_early": state["stopped_early"],
+        "seconds": {"training": state["seconds"], "this_process": seconds},
+    }
+    run.write_json("metrics.json", metrics)
+    _show(metrics)
+    say("", f"written to {run.path}")
+
+
+def _show(metrics: dict[str, Any]) -> None:
+    title = f"{metrics['dataset']}, {metrics['test_classes']} unseen classes"
+    say("", table(metrics["untrained"], metrics["trained"], title))
+    say(f"weights of epoch {metrics['best_epoch']}, the best of {metrics['epochs_trained']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Everything that PML's trainer is made of, and what happens when an epoch ends."""
+
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from by_name import build_loss, build_miner
+from errors import UserError
+from processes import (
+    gather,
+    launched_by_torchrun,
+    on_rank_zero,
+    parallel,
+    rank,
+    say,
+    unwrap,
+    world_size,
+)
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils import logging_presets
+from pytorch_metric_learning.utils.distributed import (
+    DistributedLossWrapper,
+    DistributedMinerWrapper,
+)
+from retrieval_data import RetrievalSplits
+from retrieval_metrics import PRIMARY_METRIC, build_tester, metrics_of
+from run_folder import RunFolder, own_state, restore, shared_state
+from trunks import Trunk
+
+RECORDS_PER_EPOCH = 5
+
+
+class RetrievalTrainer(MetricLossOnly):
+    """MetricLossOnly whose trunk can run in mixed precision.
+
+    The embedder and the loss stay in float32: a similarity rounded to bfloat16 is off by up to
+    0.002, which a ranking loss then divides by a temperature of about 0.01.
+    """
+
+    def __init__(self, *args, amp: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        device_type = self.data_device.type
+        self.autocast = torch.autocast(
+            device_type,
+            dtype=torch.float16 if device_type == "cuda" else torch.bfloat16,
+            enabled=amp,
+        )
+        # bfloat16 has float32's range, so only float16 gradients need scaling.
+        self.scaler = torch.amp.GradScaler(device_type, enabled=amp and device_type == "cuda")
+
+    def get_trunk_output(self, data: torch.Tensor) -> torch.Tensor:
+        """The trunk's features, in float32."""
+        with self.autocast:
+            return super().get_trunk_output(data).float()
+
+    def backward(self) -> None:
+        """Backward of the scaled loss."""
+        self.scaler.scale(self.losses["total_loss"]).backward()
+
+    def step_optimizers(self) -> None:
+        """Step each optimizer unless its gradients overflowed."""
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def build_trainer(
+    config: dict[str, Any], splits: RetrievalSplits, trunk: Trunk, device: torch.device
+) -> RetrievalTrainer:
+    """The trainer with models, loss, miner, optimizers and sampler as configured."""
+    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    loss, miner = build_loss_and_miner(config, splits.train.num_classes)
+    models = {
+        "trunk": parallel(trunk.module.to(device), device),
+        "embedder": parallel(embedder.to(device), device),
+    }
+    loss = _join_processes(loss.to(device), device)
+    trained = {**models, "metric_loss": loss}
+    optimizers = {
+        f"{name}_optimizer": torch.optim.Adam(
+            module.parameters(),
+            lr=config["loss_lr"] if name == "metric_loss" else config["lr"],
+            weight_decay=config["weight_decay"],
+        )
+        for name, module in trained.items()
+        if any(True for _ in module.parameters())
+    }
+    # The batch size is that of all processes together.
+    local_batch = config["batch_size"] // world_size()
+    iterations = max(1, len(splits.train) // config["batch_size"])
+    mining = {}
+    if miner is not None and config["memory_size"] == 0:
+        mining = {
+            "tuple_miner": DistributedMinerWrapper(miner) if launched_by_torchrun() else miner
+        }
+    # From here on every process draws its own batches.
+    seed_everything(config["seed"] + rank())
+    return RetrievalTrainer(
+        models,
+        optimizers,
+        local_batch,
+        {"metric_loss": loss},
+        splits.train,
+        mining_funcs=mining,
+        data_device=device,
+        # As long as an epoch, so that each epoch begins with a new pass: a run that is resumed
+        # there draws what the uninterrupted one would have drawn.
+        sampler=MPerClassSampler(
+            splits.train.labels, config["samples_per_class"], local_batch, iterations * local_batch
+        ),
+        iterations_per_epoch=iterations,
+        freeze_trunk_batchnorm=config["freeze_batchnorm"],
+        dataloader_num_workers=config["workers"],
+        amp=config["amp"],
+    )
+
+
+def build_loss_and_miner(
+    config: dict[str, Any], num_classes: int
+) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """The loss as configured, with its memory, and the miner."""
+    miner = build_miner(config["miner"], config["miner_args"]) if config["miner"] else None
+    loss = build_loss(
+        config["loss"],
+        config["loss_args"],
+        num_classes,
+        config["embedding_size"],
+        config["memory_size"],
+        miner,
+    )
+    return loss, miner
+
+
+def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    if not launched_by_torchrun():
+        return loss
+    # DistributedLossWrapper multiplies by the number of processes because each sees only the
+    # gradients of its own embeddings; of the loss's own parameters each sees all.
+    for parameter in loss.parameters():
+        parameter.register_hook(lambda gradient: gradient / world_size())
+    return parallel(DistributedLossWrapper(loss), device)
+
+
+class Training:
+    """A trainer with its records, evaluation, early stopping and checkpoints."""
+
+    def __init__(
+        self,
+        trainer: RetrievalTrainer,
+        splits: RetrievalSplits,
+        run: RunFolder,
+        config: dict[str, Any],
+    ):
+        self.trainer = trainer
+        self.splits = splits
+        self.run = run
+        self.config = config
+        self.tester = build_tester(trainer.data_device, config["workers"])
+        self.state: dict[str, Any] = {
+            "epoch": 0,
+            "stopped_early": False,
+            "seconds": 0.0,
+            "untrained": None,
+            "best": None,
+        }
+
+    def start_or_continue(self, checkpoint: dict[str, Any] | None) -> None:
+        """Take the checkpoint's place, or evaluate the untrained net and save the first one."""
+        epoch = 0
+        if checkpoint is not None:
+            self.state = {k: checkpoint[k] for k in self.state}
+            epoch = self.state["epoch"]
+        on_rank_zero(lambda: self._open_records(epoch))
+        if checkpoint is None:
+            self.state["untrained"] = on_rank_zero(self.test)
+            self._save()
+        else:
+            restore(self.trainer, checkpoint["shared"], checkpoint["own"][rank()])
+
+    def train(self) -> None:
+        """Train until the last epoch or until validation no longer improves."""
+        self.trainer.end_of_iteration_hook = self._end_of_iteration
+        self.trainer.end_of_epoch_hook = self._end_of_epoch
+        self.started = time.perf_counter() - self.state["seconds"]
+        if not self.state["stopped_early"] and self.state["epoch"] < self.config["epochs"]:
+            self.trainer.train(self.state["epoch"] + 1, self.config["epochs"])
+
+    def test(self) -> dict[str, float]:
+        """Metrics on the unseen classes with the weights as they are; on rank 0 only."""
+        # A tester of its own: the records hold only what may be looked at to choose an epoch.
+        tester = build_tester(self.trainer.data_device, self.config["workers"])
+        models = self.trainer.models
+        tester.test({"test": self.splits.test}, 0, models["trunk"], models["embedder"])
+        return metrics_of(tester, "test")
+
+    def test_best(self) -> dict[str, float]:
+        """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
+        for name, model in self.trainer.models.items():
+            unwrap(model).load_state_dict(self.state["best"]["models"][name])
+        return self.test()
+
+    def close(self) -> None:
+        """Finish the records."""
+        if rank() == 0:
+            self.tensorboard.close()
+
+    def _open_records(self, epoch: int) -> None:
+        iterations = self.trainer.iterations_per_epoch
+        self.run.cut_records(epoch, iterations)
+        for file in self.run.tensorboard.glob("events.*"):
+            file.unlink()
+        record_keeper, _, self.tensorboard = logging_presets.get_record_keeper(
+            str(self.run.logs), str(self.run.tensorboard)
+        )
+        self.run.replay_records(self.tensorboard)
+        self.hooks = logging_presets.HookContainer(
+            record_keeper,
+            primary_metric=PRIMARY_METRIC,
+            save_models=False,  # one atomic checkpoint instead of a file per object
+            log_freq=max(1, iterations // RECORDS_PER_EPOCH),
+        )
+        self.tester.end_of_testing_hook = self.hooks.end_of_testing_hook
+        self.evaluate = self.hooks.end_of_epoch_hook(
+            self.tester,
+            {"val": self.splits.val},
+            str(self.run.checkpoints),
+            patience=self.config["patience"],
+        )
+
+    def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:
+        if not math.isfinite(float(trainer.losses["total_loss"].detach())):
+            raise UserError(
+                f"the loss is no longer finite in epoch {trainer.epoch}, iteration "
+                f"{trainer.iteration + 1}; try a smaller --lr"
+            )
+        if rank() == 0:
+            self.hooks.end_of_iteration_hook(trainer)
+
+    def _end_of_epoch(self, trainer: RetrievalTrainer) -> bool:
+        keep_going = on_rank_zero(lambda: self._evaluate(trainer))
+        self.state["epoch"] = trainer.epoch
+        self.state["stopped_early"] = not keep_going
+        self.state["seconds"] = time.perf_counter() - self.started
+        self._save()
+        return keep_going
+
+    def _evaluate(self, trainer: RetrievalTrainer) -> bool:
+        keep_going = self.evaluate(trainer)
+        metrics = metrics_of(self.tester, "val")
+        best_epoch, _ = self.hooks.get_best_epoch_and_accuracy(self.tester, "val")
+        if best_epoch == trainer.epoch:
+            models = shared_state(trainer)["models"]
+            weights = {
+                name: {k: v.detach().cpu().clone() for k, v in state.items()}
+                for name, state in models.items()
+            }
+            self.state["best"] = {"epoch": best_epoch, "metrics": metrics, "models": weights}
+        say(
+            f"epoch {trainer.epoch}: validation MAP@R {metrics[PRIMARY_METRIC]:.4f}, "
+            f"best {self.state['best']['metrics'][PRIMARY_METRIC]:.4f} in epoch {best_epoch}"
+        )
+        return keep_going
+
+    def _save(self) -> None:
+        own = gather(own_state(self.trainer))
+        if rank() == 0:
+            shared = shared_state(self.trainer)
+            self.run.save_checkpoint({**self.state, "shared": shared, "own": own})

@@ -1,0 +1,176 @@
+"""Trunks and the image transforms that belong to them."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import torch
+from errors import UserError
+from PIL import Image
+from torch import nn
+
+SMALL = "small"
+INSTALL_IMAGES = 'pip install "pml_pnp[images]"'
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Trunk:
+    """A network that turns images into features, and how images are made ready for it."""
+
+    module: nn.Module
+    num_features: int
+    train_transform: Transform
+    eval_transform: Transform
+
+
+class SmallConvNet(nn.Sequential):
+    """Blocks of convolution, BatchNorm, ReLU and 2x2 pooling, down to a map of 2 x 2 features.
+
+    Maps `(batch, channels, size, size)` to `(batch, num_features)`. The map is not averaged away:
+    where a stroke is tells characters apart.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]):
+        layers: list[nn.Module] = []
+        for width in widths:
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(2),
+            ]
+            channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.num_features = 4 * channels
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallTransform:
+    """PIL image to a tensor in [-1, 1], from a centred square or, to augment, a random one.
+
+    Attributes:
+        size: Side of the result, in pixels.
+        mode: `"L"` for one channel, `"RGB"` for three.
+        crop: Smallest side of the square as a share of the image's; 1 takes the largest square.
+        warp: Turn, shear, scale and shift at random; 1 is as much as a character takes.
+        mirror: Mirror every other image.
+    """
+
+    size: int
+    mode: str
+    crop: float = 1.0
+    warp: float = 0.0
+    mirror: bool = False
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        image = image.convert(self.mode)
+        image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, self._box(*image.size))
+        if self.warp:
+            image = _warped(image, self.warp)
+        if self.mirror and random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
+        return pixels.unsqueeze(0) if self.mode == "L" else pixels.permute(2, 0, 1).contiguous()
+
+    def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        side = min(width, height)
+        across, down = 0.5, 0.5
+        if self.crop < 1:
+            side *= random.uniform(self.crop, 1)
+            across, down = random.random(), random.random()
+        left, top = (width - side) * across, (height - side) * down
+        return left, top, left + side, top + side
+
+
+def _warped(image: Image.Image, strength: float) -> Image.Image:
+    """Turn up to 14 degrees, shear and scale up to 15 %, shift up to 7.5 %, times strength."""
+    angle, shear, stretch, right, down = (
+        strength * random.uniform(-most, most) for most in (0.25, 0.15, 0.15, 0.075, 0.075)
+    )
+    cos, sin, half = (1 + stretch) * math.cos(angle), math.sin(angle), image.width / 2
+    # PIL asks where in the old image a pixel of the new one comes from; about the centre.
+    a, b, d, e = cos, shear - sin, sin, cos
+    c = half * (1 - a - b + 2 * right)
+    f = half * (1 - d - e + 2 * down)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (a, b, c, d, e, f),
+        Image.Resampling.BILINEAR,
+        fillcolor=image.getpixel((0, 0)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TimmTransform:
+    """A transform made by timm, which expects three channels."""
+
+    to_tensor: Transform
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.to_tensor(image.convert("RGB"))
+
+
+def build_trunk(
+    name: str, pretrained: bool, image_size: int | None, small_train: SmallTransform
+) -> Trunk:
+    """A trunk by name: `small`, or any model that timm knows.
+
+    Args:
+        name: `small` or timm's name.
+        pretrained: Load timm's weights.
+        image_size: Side of the input in pixels; None for a timm model's own.
+        small_train: How images are prepared to train the small trunk.
+
+    Raises:
+        UserError: If timm or torchvision does not import, or does not know the name.
+    """
+    if name == SMALL:
+        return _small(small_train)
+    return _from_timm(name, pretrained, image_size)
+
+
+def _small(train: SmallTransform) -> Trunk:
+    # As many blocks as leave the map 2 x 2 or larger, at most four; wider where it is small anyway.
+    blocks = min(4, int(math.log2(train.size / 2)))
+    widths = (64, 128) if blocks == 2 else (32, 64, 128, 256)[:blocks]
+    module = SmallConvNet(1 if train.mode == "L" else 3, widths)
+    return Trunk(module, module.num_features, train, SmallTransform(train.size, train.mode))
+
+
+def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
+    timm = import_timm(name)
+    try:
+        module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # unknown names, missing weights and no network all end here
+        raise UserError(f"timm could not make the trunk {name!r}: {error}") from error
+    config = timm.data.resolve_model_data_config(module)
+    if image_size is not None:
+        config["input_size"] = (3, image_size, image_size)
+    train, evaluate = (
+        TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
+    )
+    return Trunk(module, module.num_features, train, evaluate)
+
+
+def import_timm(name: str) -> ModuleType:
+    """Timm, or a `UserError` that says how to get it.
+
+    Its import runs torchvision's, which fails in more ways than ImportError when it does not
+    match the installed torch.
+    """
+    try:
+        import timm
+        import timm.data
+    except Exception as error:
+        raise UserError(
+            f"the trunk {name!r} needs timm and a torchvision that matches torch "
+            f"({type(error).__name__}: {error}); install them with {INSTALL_IMAGES}, "
+            f"or use --trunk {SMALL}"
+        ) from error
+    return timm

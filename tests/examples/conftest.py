@@ -1,0 +1,61 @@
+"""Shared by the tests of the examples: the scripts importable, and run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+@pytest.fixture
+def data_root(monkeypatch):
+    """Unset the variable that names the data folder, so that a test decides itself."""
+    monkeypatch.delenv("PML_PNP_DATA", raising=False)
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Environment for a subprocess that imports the package from the source tree."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@pytest.fixture(scope="session")
+def script(environment):
+    """Run train.py in a process of its own."""
+
+    def run(*arguments, launcher=()):
+        command = [sys.executable, *launcher, str(EXAMPLES / "train.py"), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def main():
+    """Call train.py's main in this process; returns the exit code."""
+    import train
+
+    return lambda *arguments: train.main([str(x) for x in arguments])
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Arguments that make an epoch on the digits last less than a second."""
+    return ["--no-turned-classes", "--batch-size", 48, "--samples-per-class", 12]
+
+
+@pytest.fixture(scope="session")
+def strict_json():
+    """Read JSON, refusing NaN and Infinity."""
+
+    def refuse(constant):
+        raise ValueError(f"not strict JSON: {constant}")
+
+    return lambda path: json.loads(Path(path).read_text(), parse_constant=refuse)

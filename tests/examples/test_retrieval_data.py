@@ -1,0 +1,344 @@
+"""Data sets are found in every layout, cleaned by name, and split without shared classes."""
+
+import csv
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SEED = 0
+
+
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch):
+    monkeypatch.delenv("PML_PNP_DATA", raising=False)
+
+
+def load(name, root=None, **kwargs):
+    from retrieval_data import load_splits
+
+    root = None if root is None else str(root)
+    return load_splits(name, root, **{"val_fraction": 0.2, "seed": SEED, **kwargs})
+
+
+def image(value=0, size=(12, 10), mode="RGB"):
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def png(value=0, mode="RGB"):
+    stream = io.BytesIO()
+    image(value, mode=mode).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+
+
+def write_classes(root, classes, count=5):
+    for name in classes:
+        for i in range(count):
+            write(root / name / f"{i}.png", png(i))
+
+
+def class_names(images):
+    return {s.label for s in images.samples}
+
+
+# --- splits -------------------------------------------------------------------------------
+
+
+def test_digits_train_on_0_to_4_and_test_on_5_to_9():
+    splits = load("digits")
+    assert class_names(splits.train) == class_names(splits.val) == set("01234")
+    assert class_names(splits.test) == set("56789")
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
+    assert splits.val_kind == "held-out images of the training classes"
+
+
+def test_few_classes_hold_out_a_share_of_each():
+    splits = load("digits", val_fraction=0.5)
+    for label in "01234":
+        train, val = (sum(s.label == label for s in x.samples) for x in (splits.train, splits.val))
+        assert abs(train - val) <= 1
+    assert not {s.name for s in splits.train.samples} & {s.name for s in splits.val.samples}
+
+
+def test_many_classes_hold_out_whole_ones(tmp_path):
+    write_classes(tmp_path, [f"c{i:02d}" for i in range(50)], 2)
+    splits = load("folder", tmp_path)
+    assert splits.summary() == {
+        "train": {"images": 40, "classes": 20},
+        "val": {"images": 10, "classes": 5},
+        "test": {"images": 50, "classes": 25},
+    }
+    names = [class_names(x) for x in (splits.train, splits.val, splits.test)]
+    assert len(set.union(*names)) == 50
+    # One proxy per training class suffices.
+    assert set(splits.train.labels) == set(range(20))
+    assert not set(splits.train.labels) & set(splits.val.labels)
+
+
+def test_hold_out_depends_on_the_seed_alone():
+    first, again, other = (load("digits", seed=x).val.samples for x in (1, 1, 2))
+    assert [s.name for s in first] == [s.name for s in again]
+    assert [s.name for s in first] != [s.name for s in other]
+
+
+def test_turned_classes_are_eight_for_one_in_training_alone():
+    plain, turned = load("digits"), load("digits", turned_classes=True)
+    labels = class_names(turned.train) | class_names(turned.val)
+    assert len(labels) == 8 * 5
+    assert turned.val_kind == "held-out classes"
+    assert [s.name for s in turned.test.samples] == [s.name for s in plain.test.samples]
+    views = {s.open().tobytes() for s in turned.train.samples if s.name == "digit 2"}
+    assert len(views) == len([s for s in turned.train.samples if s.name == "digit 2"]) > 1
+
+
+def test_turned_classes_stay_out_of_validation_if_there_are_many_classes(tmp_path):
+    write_classes(tmp_path, [f"c{i:02d}" for i in range(40)], 2)
+    plain, turned = (load("folder", tmp_path, turned_classes=x) for x in (False, True))
+    assert class_names(plain.val) == class_names(turned.val)
+    assert turned.train.num_classes == 8 * plain.train.num_classes
+
+
+# --- cleaning -------------------------------------------------------------------------------
+
+
+def test_unreadable_images_and_single_image_classes_are_skipped_by_name(tmp_path, capsys):
+    write_classes(tmp_path, ["a", "b", "c", "d", "e", "f"])
+    write(tmp_path / "a" / "0.png", png()[:60])
+    write(tmp_path / "b" / "1.jpg", b"not an image")
+    write(tmp_path / "e" / "empty.png", b"")
+    write(tmp_path / "e" / "notes.txt", "not an image, and not meant to be one")
+    write(tmp_path / "only" / "one.png", png())
+    splits = load("folder", tmp_path)
+    out = capsys.readouterr().out
+    assert "skipped 3 of 33 images" in out
+    for name in ("a/0.png", "b/1.jpg", "e/empty.png"):
+        assert f"cannot read the image {tmp_path / name}" in out
+    assert "skipped 1 test classes with only one image:\n  only" in out
+    assert len(splits.train) + len(splits.val) == 14
+    assert class_names(splits.test) == {"d", "e", "f"}
+
+
+def test_many_unreadable_images_are_counted_and_a_few_named(tmp_path, capsys):
+    write_classes(tmp_path, "abcd")
+    for i in range(9):
+        write(tmp_path / "a" / f"bad{i}.png", b"")
+    load("folder", tmp_path)
+    out = capsys.readouterr().out
+    assert "skipped 9 of 29 images" in out
+    assert out.count("cannot read") == 5
+    assert "and 4 more" in out
+
+
+def test_too_few_images_after_cleaning_is_an_error(tmp_path):
+    from errors import UserError
+
+    write_classes(tmp_path, "abcd", 1)
+    with pytest.raises(UserError, match="folder: too little training data remains"):
+        load("folder", tmp_path)
+
+
+def test_too_few_images_to_validate_is_an_error(tmp_path):
+    from errors import UserError
+
+    write_classes(tmp_path, "abcd", 3)
+    with pytest.raises(UserError, match="too little training data for validation"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_without_verification_is_named_when_met(main, capsys, tmp_path, workers):
+    write_classes(tmp_path / "data", "abcd")
+    write(tmp_path / "data" / "c" / "0.png", png()[:60])
+    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--skip-verify"]
+    arguments += ["--output-dir", tmp_path / "runs", "--epochs", 1, "--image-size", 8]
+    assert main(*arguments, "--workers", workers) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"train.py: error: cannot read the image {tmp_path / 'data/c/0.png'}")
+
+
+# --- layouts --------------------------------------------------------------------------------
+
+
+def test_folder_takes_train_and_test_as_given(tmp_path):
+    write_classes(tmp_path / "train", ["x", "y"])
+    write_classes(tmp_path / "test", ["a", "b"])
+    splits = load("folder", tmp_path)
+    assert class_names(splits.train) == {"x", "y"}
+    assert class_names(splits.test) == {"a", "b"}
+
+
+def test_folder_refuses_classes_in_both_parts(tmp_path):
+    from errors import UserError
+
+    write_classes(tmp_path / "train", ["x", "y"])
+    write_classes(tmp_path / "test", ["y", "z"])
+    with pytest.raises(UserError, match="must hold different classes, but both hold y"):
+        load("folder", tmp_path)
+
+
+def omniglot_files(part, alphabets):
+    return {
+        f"{part}/{alphabet}/character{c:02d}/{i:04d}.png": png(i, "1")
+        for alphabet in alphabets
+        for c in range(3)
+        for i in range(4)
+    }
+
+
+OMNIGLOT = {
+    "zips": ("omniglot-small", "images_background_small1", "images_background_small2", True),
+    "folders": ("", "images_background_small1", "images_background_small2", False),
+    "torchvision": ("omniglot-py", "images_background", "images_evaluation", False),
+}
+
+
+@pytest.mark.parametrize("layout", OMNIGLOT)
+def test_omniglot_layouts(tmp_path, monkeypatch, layout):
+    folder, first, second, zipped = OMNIGLOT[layout]
+    for part, alphabets in ((first, ["Greek", "Korean"]), (second, ["Greek", "Tagalog"])):
+        files = omniglot_files(part, alphabets)
+        if zipped:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            with zipfile.ZipFile(tmp_path / folder / f"{part}.zip", "w") as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+        else:
+            for name, content in files.items():
+                write(tmp_path / folder / name, content)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setenv("PML_PNP_DATA", str(tmp_path))
+    splits = load("omniglot")
+    assert class_names(splits.train) == {
+        f"{a}/character{c:02d}" for a in ("Greek", "Korean") for c in range(3)
+    }
+    # Greek stands in both parts.
+    assert class_names(splits.test) == {f"Tagalog/character{c:02d}" for c in range(3)}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_zip_is_named(tmp_path):
+    from errors import UserError
+
+    write(tmp_path / "images_background_small1.zip", b"PK but no zip")
+    with pytest.raises(UserError, match="cannot read .*images_background_small1.zip"):
+        load("omniglot", tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "folder"])
+def test_grocery_layouts(tmp_path, capsys, zipped):
+    files = {f"train/{c}/{i}.jpg": png(i) for c in range(4) for i in range(4)}
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["path", "fine", "coarse"])
+    writer.writerows([[path, path.split("/")[1], 0] for path in files])
+    writer.writerow(["train/0/missing.jpg", 0, 0])
+    files["labels.csv"] = table.getvalue()
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "grocery64.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            write(tmp_path / name, content)
+    splits = load("grocery", tmp_path)
+    assert class_names(splits.train) == {"000", "002"}
+    assert class_names(splits.test) == {"001", "003"}
+    out = capsys.readouterr().out
+    assert "skipped 1 of 17 images" in out
+    assert "missing.jpg" in out
+
+
+def write_cub(root):
+    paths = [f"{c:03d}.bird/{i}.jpg" for c in (1, 2, 150, 151) for i in range(4)]
+    base = root / "CUB_200_2011"
+    write(base / "images.txt", "".join(f"{i} {p}\n" for i, p in enumerate(paths, 1)))
+    labels = [f"{i} {int(p[:3])}\n" for i, p in enumerate(paths, 1)]
+    write(base / "image_class_labels.txt", "".join(labels))
+    for path in paths:
+        write(base / "images" / path, png())
+
+
+def write_cars(root):
+    write(root / "names.csv", "".join(f"car {i}\n" for i in range(1, 197)))
+    for split in ("train", "test"):
+        rows = []
+        for c in (1, 2, 150, 151):
+            for i in range(2):
+                write(root / "car_data/car_data" / split / f"car {c}" / f"{i}.jpg", png())
+                rows.append(f"{i}.jpg,0,0,9,9,{c}\n")
+        write(root / f"anno_{split}.csv", "".join(rows))
+
+
+def write_products(root):
+    base = root / "Stanford_Online_Products"
+    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
+        rows = ["image_id class_id super_class_id path\n"]
+        for c in classes:
+            for i in range(4):
+                rows.append(f"{i} {c} 1 chair_final/{c}_{i}.JPG\n")
+                write(base / "chair_final" / f"{c}_{i}.JPG", png())
+        write(base / f"Ebay_{split}.txt", "".join(rows))
+
+
+def write_inaturalist(root):
+    names = {c: [f"train_val2018/{c}/{i}.jpg" for i in range(4)] for c in (1, 2, 3, 4)}
+    every = [(c, name) for c, paths in names.items() for name in paths]
+    for name in [name for _, name in every]:
+        write(root / name, png())
+    content = {
+        "images": [{"file_name": name, "id": i} for i, (_, name) in enumerate(every)],
+        "annotations": [{"image_id": i, "category_id": c} for i, (c, _) in enumerate(every)],
+    }
+    write(root / "train2018.json", json.dumps(content))
+    write(root / "val2018.json", json.dumps({"images": [], "annotations": []}))
+    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
+        text = "".join(f"{name}\n" for c in classes for name in names[c])
+        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", text)
+
+
+PML = {
+    "CUB": write_cub,
+    "Cars196": write_cars,
+    "StanfordOnlineProducts": write_products,
+    "INaturalist2018": write_inaturalist,
+}
+
+
+@pytest.mark.parametrize("below_root", [True, False], ids=["own folder", "root"])
+@pytest.mark.parametrize("name", PML)
+def test_pml_data_sets(tmp_path, name, below_root):
+    PML[name](tmp_path / name if below_root else tmp_path)
+    splits = load(name, tmp_path)
+    assert splits.summary() == {
+        "train": {"images": 4, "classes": 2},
+        "val": {"images": 4, "classes": 2},
+        "test": {"images": 8, "classes": 2},
+    }
+    assert not class_names(splits.train) & class_names(splits.test)
+
+
+@pytest.mark.parametrize("name", PML)
+def test_missing_pml_data_set_says_how_to_get_it(tmp_path, name):
+    from errors import UserError
+
+    with pytest.raises(UserError, match=rf"{name} could not be read .*datasets.{name}\(root="):
+        load(name, tmp_path)
+
+
+def test_index_that_names_absent_images_is_no_traceback(tmp_path):
+    from errors import UserError
+
+    write_cub(tmp_path)
+    for path in (tmp_path / "CUB_200_2011" / "images").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match="too little training data remains"):
+        load("CUB", tmp_path)

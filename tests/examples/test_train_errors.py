@@ -1,0 +1,90 @@
+"""Every mistake a user can make ends in one line and exit code 2."""
+
+import pytest
+
+# argv -> what the line must say
+MISTAKES = {
+    "--loss PNPLos": "--loss: unknown name 'PNPLos'; expected for instance PNPLoss",
+    "--loss CrossBatchMemory": "--loss: unknown name 'CrossBatchMemory'",
+    "--loss-args alpa=4": "--loss-args: PNPLoss has no argument alpa; it takes b=2, alpha=1",
+    "--loss-args alpha": "--loss-args: expected name=value, got 'alpha'",
+    "--loss-args anneal=-1": "--loss-args: PNPLoss: anneal must be",
+    "--loss-args variant=Dz": "--loss-args: PNPLoss:",
+    "--loss-args distance=Nearness": "no distance is called 'Nearness'",
+    "--loss VICRegLoss": "--loss: VICRegLoss cannot be used here",
+    "--loss ContrastiveLoss --loss-args pos_margin=x": "--loss: ContrastiveLoss cannot be used",
+    "--miner MultiSimilarity": "expected for instance MultiSimilarityMiner",
+    "--miner-args epsilon=0.1": "--miner-args needs --miner",
+    "--miner TripletMarginMiner --miner-args margn=1": "TripletMarginMiner has no argument margn",
+    "--memory-size 16": "--memory-size: expected at least the batch size",
+    "--memory-size 999 --loss ProxyAnchorLoss": "--memory-size: CrossBatchMemory not supported",
+    "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4",
+    "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15",
+    "--samples-per-class 1": "--samples-per-class: expected at least 2",
+    "--image-size 4": "--image-size: expected at least 8, got 4",
+    "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",
+    "--device abacus": "--device: 'abacus' cannot be used here",
+    "--device cuda:99": "--device: 'cuda:99' cannot be used here",
+    "--resume nowhere": "--resume: no run to continue in nowhere",
+    "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
+    "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
+    "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
+    "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
+    "--dataset grocery --data-root .": "grocery not found in .: expected grocery64.zip",
+    "--dataset folder --data-root .": "folder: expected at least 4 class folders",
+}
+ARGPARSE_MISTAKES = {
+    "--dataset mnist": "invalid choice: 'mnist'",
+    "--lr 0": "expected a positive number, got '0'",
+    "--lr nan": "expected a positive number, got 'nan'",
+    "--epochs 0": "expected a positive integer, got '0'",
+    "--epochs many": "expected a positive integer, got 'many'",
+    "--val-fraction 1": "expected a number between 0 and 1, got '1'",
+    "--patience -1": "expected an integer of 0 or more, got '-1'",
+    "--weight-decay -1": "expected a number of 0 or more, got '-1'",
+    "--epoch 3": "unrecognized arguments: --epoch 3",
+}
+
+
+@pytest.mark.parametrize("argv", MISTAKES)
+def test_mistake_ends_in_one_line(main, capsys, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PML_PNP_DATA", raising=False)
+    assert main(*argv.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ")
+    assert MISTAKES[argv] in err
+    assert err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", ARGPARSE_MISTAKES)
+def test_mistyped_argument_is_named(main, capsys, argv):
+    with pytest.raises(SystemExit) as exit_:
+        main(*argv.split())
+    assert exit_.value.code == 2
+    assert ARGPARSE_MISTAKES[argv] in capsys.readouterr().err
+
+
+def test_mistake_exits_with_code_2_and_no_traceback(script):
+    process = script("--loss-args", "variant=Dz")
+    assert process.returncode == 2
+    assert process.stderr.startswith("train.py: error: ")
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("package", ["faiss", "record_keeper", "tensorboard"])
+def test_missing_package_is_named(main, capsys, monkeypatch, package):
+    import sys
+
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main() == 2
+    err = capsys.readouterr().err
+    assert "missing packages; install them with pip install" in err
+    assert package.replace("_", "-") in err
+
+
+def test_help_explains_validation(script):
+    process = script("--help")
+    assert process.returncode == 0
+    assert "whole classes are held out" in process.stdout

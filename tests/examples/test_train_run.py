@@ -1,0 +1,202 @@
+"""One run of train.py, from the command line to the table."""
+
+import csv
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+METRICS = {
+    "mean_average_precision_at_r": "MAP@R",
+    "precision_at_1": "precision@1 = Recall@1",
+    "r_precision": "R-precision",
+    "recall_at_10": "Recall@10",
+    "recall_at_100": "Recall@100",
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
+
+@pytest.fixture(scope="module")
+def finished(script, tmp_path_factory):
+    """The default run, as a user without arguments would start it."""
+    folder = tmp_path_factory.mktemp("default")
+    process = script("--output-dir", folder)
+    assert process.returncode == 0, process.stderr
+    (run,) = folder.iterdir()
+    return process, run
+
+
+@pytest.fixture(scope="module")
+def metrics(finished, strict_json):
+    return strict_json(finished[1] / "metrics.json")
+
+
+def test_run_folder_holds_everything(finished):
+    run = finished[1]
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "logs",
+        "tensorboard",
+        "checkpoints",
+        "metrics.json",
+    }
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_default_lifts_map_at_r_on_unseen_digits(metrics):
+    before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
+    assert after > before + 0.03  # 0.48 to 0.57 where it was tried
+
+
+def test_metrics_are_all_there(metrics):
+    for part in ("untrained", "trained", "validation"):
+        assert metrics[part].keys() == METRICS.keys()
+        assert all(0 <= value <= 1 for value in metrics[part].values())
+        assert metrics[part]["precision_at_1"] <= metrics[part]["recall_at_10"]
+        assert metrics[part]["recall_at_10"] <= metrics[part]["recall_at_100"]
+    assert 1 <= metrics["best_epoch"] <= metrics["epochs_trained"]
+
+
+def test_table_shows_untrained_against_trained(finished, metrics):
+    rows = {line[:24].strip(): line[24:].split() for line in finished[0].stdout.splitlines()}
+    for key, name in METRICS.items():
+        assert rows[name] == [f"{metrics[x][key]:.4f}" for x in ("untrained", "trained")]
+
+
+def test_progress_bars_are_shown(finished):
+    assert "total_loss=" in finished[0].stderr
+    assert "100%" in finished[0].stderr
+
+
+def test_config_records_arguments_and_versions(finished, strict_json):
+    config = strict_json(finished[1] / "config.json")
+    assert config["dataset"] == "digits"
+    assert config["loss"] == "PNPLoss"
+    assert config["world_size"] == 1
+    assert config["versions"]["torch"] and config["versions"]["pytorch-metric-learning"]
+
+
+def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, epochs = finished[1], metrics["epochs_trained"]
+    (path,) = (run / "logs").glob("accuracies_*_VAL_*.csv")
+    with path.open() as file:
+        from_csv = [float(x["mean_average_precision_at_r_level0"]) for x in csv.DictReader(file)]
+    connection = sqlite3.connect(run / "logs" / "logs.db")
+    query = f"SELECT mean_average_precision_at_r_level0 FROM {path.stem} ORDER BY epoch"
+    from_sqlite = [x for (x,) in connection.execute(query)]
+    connection.close()
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    scalars = events.Scalars(f"{path.stem}/mean_average_precision_at_r_level0")
+    assert len(from_csv) == epochs
+    assert from_sqlite == from_csv
+    assert [x.step for x in scalars] == list(range(1, epochs + 1))
+    assert [x.value for x in scalars] == pytest.approx(from_csv, rel=1e-6)
+    assert max(from_csv) == metrics["validation"]["mean_average_precision_at_r"]
+    assert events.Scalars("loss_histories/total_loss")
+
+
+def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
+    import torch
+    from retrieval_data import load_splits
+    from retrieval_metrics import build_tester, metrics_of
+    from train import DATASET_DEFAULTS, DEFAULTS, _set_transforms, _trunk
+
+    best = torch.load(finished[1] / "checkpoints" / "best.pt", weights_only=True)
+    config = {**DEFAULTS, **DATASET_DEFAULTS["digits"]}
+    trunk = _trunk(config)
+    splits = load_splits("digits", None, config["val_fraction"], 0)
+    _set_transforms(splits, trunk)
+    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    trunk.module.load_state_dict(best["models"]["trunk"])
+    embedder.load_state_dict(best["models"]["embedder"])
+    tester = build_tester(torch.device("cpu"), 0)
+    tester.test({"test": splits.test}, 0, trunk.module, embedder)
+    assert metrics_of(tester, "test") == pytest.approx(metrics["trained"], abs=1e-6)
+
+
+def test_finished_run_says_so_and_shows_its_table(finished, main, capsys):
+    assert main("--resume", finished[1]) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out
+    assert "MAP@R" in out
+
+
+def test_name_that_exists_is_refused_and_left_alone(finished, main, capsys):
+    run = finished[1]
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert main("--output-dir", run.parent, "--name", run.name) == 2
+    assert "exists; take another --name, or continue it with --resume" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_each_new_run_gets_a_new_folder(main, quick, tmp_path):
+    for _ in range(2):
+        assert main("--output-dir", tmp_path, "--epochs", 1, *quick) == 0
+    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["-1", "-2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--amp"],
+        ["--memory-size", 128],
+        ["--memory-size", 128, "--miner", "MultiSimilarityMiner", "--miner-args", "epsilon=0.2"],
+        ["--miner", "TripletMarginMiner"],
+        ["--loss", "ProxyAnchorLoss", "--loss-lr", 0.1],
+        ["--loss-args", "variant=Ib", "b=4", "distance=LpDistance", "reducer=SumReducer"],
+        ["--freeze-batchnorm", "--workers", 1],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)).replace("--", ""),
+)
+def test_option_trains_to_the_end(main, quick, tmp_path, strict_json, arguments):
+    settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1]
+    assert main(*settings, *quick, *arguments) == 0
+    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
+
+
+def test_frozen_batchnorm_keeps_its_statistics(main, quick, tmp_path):
+    import torch
+
+    arguments = ["--output-dir", tmp_path, "--epochs", 1, *quick]
+    assert main(*arguments, "--name", "frozen", "--freeze-batchnorm") == 0
+    assert main(*arguments, "--name", "free") == 0
+    means = {}
+    for name in ("frozen", "free"):
+        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)
+        trunk = checkpoint["shared"]["models"]["trunk"]
+        means[name] = torch.cat([v for k, v in trunk.items() if k.endswith("running_mean")])
+    assert not means["frozen"].any()
+    assert means["free"].any()
+
+
+def test_training_stops_early_when_validation_does_not_improve(main, quick, tmp_path, strict_json):
+    # So small a rate changes nothing that the metric would show.
+    arguments = ["--lr", 1e-30, "--freeze-batchnorm", "--patience", 1, "--epochs", 9, *quick]
+    assert main("--output-dir", tmp_path, "--name", "run", *arguments) == 0
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    assert metrics["stopped_early"]
+    assert (metrics["best_epoch"], metrics["epochs_trained"]) == (1, 3)
+
+
+def test_diverging_loss_is_named(main, quick, tmp_path, capsys):
+    assert main("--output-dir", tmp_path, "--lr", 1e30, "--epochs", 2, *quick) == 2
+    assert "no longer finite in epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("omniglot", "omniglot-small"), ("grocery", "grocery64")]
+)
+def test_real_images_train_to_the_end(main, tmp_path, strict_json, name, folder):
+    root = Path(os.environ.get("PML_PNP_DATA", ""))
+    if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
+        pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder} in it")
+    settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
+    assert main(*settings, "--dataset", name, "--samples-per-class", 4, "--batch-size", 128) == 0
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
+    assert after > before

@@ -1,0 +1,111 @@
+"""Trunks and their transforms; Recall@k."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.mark.parametrize(("size", "mode"), [(8, "L"), (28, "L"), (64, "RGB"), (41, "RGB")])
+def test_small_trunk_takes_what_its_transforms_make(size, mode):
+    from trunks import SmallTransform, build_trunk
+
+    trunk = build_trunk("small", False, size, SmallTransform(size, mode, 0.8, 1.0, mirror=True))
+    for transform in (trunk.train_transform, trunk.eval_transform):
+        for source in ("RGB", "L", "1", "P", "RGBA"):
+            pixels = transform(Image.new("RGB", (50, 70), "white").convert(source))
+            assert pixels.shape == (1 if mode == "L" else 3, size, size)
+            assert pixels.dtype == torch.float32
+            assert -1 <= pixels.min() and pixels.max() <= 1
+    assert trunk.module.eval()(pixels[None]).shape == (1, trunk.num_features)
+
+
+def test_evaluation_takes_the_same_centred_square_every_time():
+    from trunks import SmallTransform
+
+    pixels = np.zeros((10, 30), np.uint8)
+    pixels[:, 10:20] = 255
+    made = [SmallTransform(10, "L")(Image.fromarray(pixels)) for _ in range(2)]
+    assert (made[0] == 1).all()
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": 1.0}], ids=str)
+def test_training_images_vary(augment):
+    from trunks import SmallTransform
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
+    made = [SmallTransform(16, "L", **augment)(noise) for _ in range(2)]
+    assert not torch.equal(*made)
+
+
+def test_a_warped_image_stays_in_its_place_on_average():
+    from trunks import SmallTransform
+
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[12:20, 12:20] = 255
+    warp = SmallTransform(32, "L", warp=1.0)
+    mean = sum((warp(Image.fromarray(pixels)) + 1) / 2 for _ in range(400))[0] / 400
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    for axis in (rows, columns):
+        assert (axis * mean).sum() / mean.sum() == pytest.approx(15.5, abs=0.5)
+    assert mean.sum() == pytest.approx(64, rel=0.1)
+
+
+def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main("--trunk", "resnet18") == 2
+    err = capsys.readouterr().err
+    assert 'pip install "pml_pnp[images]"' in err
+    assert "--trunk small" in err
+
+
+def test_timm_and_torchvision_stay_out_of_the_default_path(environment):
+    import subprocess
+
+    import train
+
+    code = (
+        f"import sys; sys.path.insert(0, {str(train.__file__).rsplit('/', 1)[0]!r}); import train;"
+        "sys.exit(bool({'timm', 'torchvision'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_timm_trunk_trains_with_frozen_batchnorm(main, tmp_path, strict_json):
+    from errors import UserError
+    from trunks import import_timm
+
+    try:
+        import_timm("resnet10t")
+    except UserError as error:
+        pytest.skip(str(error))
+    arguments = ["--trunk", "resnet10t", "--freeze-batchnorm", "--image-size", 32]
+    arguments += ["--no-turned-classes", "--batch-size", 48, "--samples-per-class", 12]
+    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *arguments) == 0
+    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
+    assert main("--trunk", "no_such_model") == 2
+
+
+@pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5]], ids=str)
+def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
+    from retrieval_metrics import METRICS, RetrievalAccuracy
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    embeddings = torch.randn(len(labels), 4, generator=generator)
+    calculator = RetrievalAccuracy(device=torch.device("cpu"))
+    got = calculator.get_accuracy(embeddings, labels)
+    distances = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf)
+    matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
+    assert got.keys() == METRICS.keys()
+    for k, name in ((1, "precision_at_1"), (10, "recall_at_10"), (100, "recall_at_100")):
+        assert got[name] == pytest.approx(matches[:, :k].any(1).double().mean().item(), abs=1e-6)
+    hits = matches.double().cumsum(1)
+    r = labels.bincount()[labels] - 1
+    position = torch.arange(1, len(labels))
+    within = position <= r[:, None]
+    expected = (hits / position * matches * within).sum(1) / r
+    assert got["mean_average_precision_at_r"] == pytest.approx(expected.mean().item(), abs=1e-6)
