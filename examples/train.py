@@ -3,7 +3,7 @@
     python train.py                                             # digits, nothing to download
     python train.py --dataset omniglot --data-root DATA
     python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
-    python train.py --resume runs/digits-PNPLoss-Dq-1
+    python train.py --resume runs/digits-PNPLoss-Ds-1
     torchrun --nproc-per-node 2 train.py --batch-size 64
 
 The parts are those of pytorch-metric-learning: trainer, sampler, tester, accuracy calculator and
@@ -57,8 +57,10 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "workers": 0,
 }
-# What to start from with PNPLoss.
-LOSS_ARGS = {"PNPLoss": {"variant": "Dq", "alpha": 4}}
+# What to start from with PNPLoss: ahead in validation on digits and omniglot, from scratch.
+PNP_ARGS = {"variant": "Ds", "anneal": 0.05}
+# For pretrained trunks, the paper's.
+PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
 # A starting point with the paper's trunk; not tried here, for want of the data and a GPU.
 FINE_TUNING = {
     "trunk": "resnet50",
@@ -272,7 +274,7 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
         own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
         config["image_size"] = given.get("image_size", own)
     if config["loss_args"] is None:
-        config["loss_args"] = LOSS_ARGS.get(config["loss"], {})
+        config["loss_args"] = _default_loss_args(config)
     if config["loss_lr"] is None:
         config["loss_lr"] = config["lr"]
     config["world_size"] = world_size()
@@ -282,6 +284,12 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
         **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
     }
     return config
+
+
+def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
+    if config["loss"] != "PNPLoss":
+        return {}
+    return PAPER_PNP_ARGS if config["pretrained"] else PNP_ARGS
 
 
 def _resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
