@@ -46,7 +46,8 @@ class Sample:
             image = self._decode()
             return image if self.turn is None else image.transpose(self.turn)
         except Exception as error:  # PIL's decoders raise many types for a broken file
-            raise UserError(f"cannot read the image {self.name}: {error}") from error
+            message = f"cannot read the image {self.name}: {error}"
+            raise UserError(message, common=False) from error
 
     def _decode(self) -> Image.Image:
         if isinstance(self.source, np.ndarray):
@@ -409,10 +410,12 @@ def _read_tree_or_zip(folder: Path, name: str) -> list[Sample]:
 
 def _read_tree(root: Path, levels: int) -> list[Sample]:
     """Samples of the images below `root`; the first `levels` folder names are the class."""
+    # Class folders may be links, which rglob does not follow.
+    paths = (Path(top, x) for top, _, files in os.walk(root, followlinks=True) for x in files)
     samples = []
-    for path in sorted(root.rglob("*")):
+    for path in sorted(paths):
         parts = path.relative_to(root).parts
-        if path.suffix.lower() in IMAGE_SUFFIXES and len(parts) > levels and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and len(parts) > levels:
             samples.append(Sample(str(path), "/".join(parts[:levels]), path))
     return samples
 

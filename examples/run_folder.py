@@ -81,9 +81,9 @@ class RunFolder:
         if state["best"] and state["best"]["epoch"] == state["epoch"]:
             _replace(self.checkpoints / "best.pt", lambda path: torch.save(state["best"], path))
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
+    def load_checkpoint(self, name: str = "last.pt") -> dict[str, Any] | None:
         """What `save_checkpoint` wrote last, None before the first time."""
-        path = self.checkpoints / "last.pt"
+        path = self.checkpoints / name
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -11,23 +11,25 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import processes
 import torch
-from by_name import parse_arguments, try_out
+from by_name import TRIAL_CLASSES, parse_arguments, try_out
 from errors import UserError
 from processes import on_rank_zero, rank, say, world_size
 from retrieval_data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, RetrievalSplits, load_splits
 from retrieval_metrics import PRIMARY_METRIC, table
 from run_folder import RunFolder
 from training import Training, build_loss_and_miner, build_trainer, seed_everything
-from trunks import SMALL, SmallTransform, Trunk, build_trunk, import_timm
+from trunks import SMALL, SmallTransform, Transform, Trunk, build_trunk, import_timm
 
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
@@ -61,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
 PNP_ARGS = {"variant": "Ds", "anneal": 0.05}
 # For pretrained trunks, the paper's.
 PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
-# A starting point with the paper's trunk; not tried here, for want of the data and a GPU.
+# An untested starting point with the paper's trunk.
 FINE_TUNING = {
     "trunk": "resnet50",
     "pretrained": True,
@@ -84,11 +86,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: FINE_TUNING for name in PML_DATASETS},
 }
 # How the small trunk's training images vary, and whether they have colours.
-SMALL_IMAGES = {
-    "digits": {"mode": "L", "warp": 1.0},
-    "omniglot": {"mode": "L", "warp": 1.0},
-}
-COLOUR_IMAGES = {"mode": "RGB", "crop": 0.8, "mirror": True}
+CHARACTERS = {"mode": "L", "warp": True}
+PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 SMALL_IMAGE_SIZE = 64
 # What may differ when a run continues; everything else would make it another run.
 RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify")
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except UserError as error:
-        if rank() == 0:
+        if rank() == 0 or not error.common or _is_from_loader(error):
             print(f"train.py: error: {_one_line(error)}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun ends all processes with the first; let rank 0 speak before
@@ -111,15 +110,19 @@ def main(argv: list[str] | None = None) -> int:
         processes.stop()
 
 
+def _is_from_loader(error: UserError) -> bool:
+    return "Original Traceback" in str(error)  # of the loader process, before the message
+
+
 def _one_line(error: UserError) -> str:
     lines = str(error).strip().splitlines()
-    if "Original Traceback" in str(error):  # raised in a loader process, whose trace comes first
-        return lines[-1].partition("UserError: ")[2]
-    return " ".join(lines)
+    return lines[-1].partition("UserError: ")[2] if _is_from_loader(error) else " ".join(lines)
 
 
 def _run(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
+    # PML's trainer formats the loss into its progress bar; not for the user to mend.
+    warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
     resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
     run, config = _resumed(resume, given) if resume else (None, _configured(given))
@@ -130,6 +133,9 @@ def _run(args: argparse.Namespace) -> int:
     _check_installed()
     device = _device(config["device"])
     _check_before_data(config)
+    output_dir = Path(output_dir or "runs")
+    if not run:
+        _check_name(output_dir, name)
     processes.start(device)
     checkpoint = run.load_checkpoint() if run else None
     if run and _is_finished(run, config):
@@ -153,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     trunk = _trunk(config)
     _set_transforms(splits, trunk)
     trainer = build_trainer(config, splits, trunk, device)
-    run = on_rank_zero(lambda: run or _new_run(output_dir or "runs", name, config))
+    run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
     on_rank_zero(lambda: run.write_json("config.json", config))
     _announce(run, config, splits, device)
 
@@ -184,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(group, flag, text, **kwargs):
         default = DEFAULTS.get(flag[2:].replace("-", "_"))
-        shown = "" if default in (None, False, {}) else f" (default {default})"
+        plain = default is None or default is False or default == {}
+        shown = "" if plain else f" (default {default})"
         group.add_argument(flag, help=text + shown, **kwargs)
 
     switch = argparse.BooleanOptionalAction
@@ -217,20 +224,26 @@ def _parser() -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("training")
     add(training, "--batch-size", "batch of all processes together *", type=_positive)
-    add(training, "--samples-per-class", "images of each class in a batch *", type=_positive)
+    add(training, "--samples-per-class", "images of each class in a batch", type=_positive)
     add(training, "--epochs", "epochs at most *", type=_positive)
-    add(training, "--patience", "epochs without improvement before stopping *", type=_natural)
+    add(training, "--patience", "epochs without improvement before stopping", type=_natural)
     add(training, "--lr", "learning rate of Adam *", type=_positive_float)
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
-    add(training, "--seed", "seed of everything random", type=_natural)
+    add(training, "--seed", "seed of everything random", type=_seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
 
     run = parser.add_argument_group("run folder")
     add(run, "--output-dir", "where run folders are made (default runs)")
     add(run, "--name", "name of the run folder; must be new")
-    add(run, "--resume", "run folder to continue, with its own configuration", metavar="FOLDER")
+    add(
+        run,
+        "--resume",
+        "run folder to continue, with its own configuration; --epochs may be "
+        "raised, --device and --workers changed, after which the end may differ",
+        metavar="FOLDER",
+    )
     return parser
 
 
@@ -250,6 +263,10 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _number(int, text, lambda x: x >= 0, "an integer of 0 or more")
+
+
+def _seed(text: str) -> int:
+    return _number(int, text, lambda x: 0 <= x < 2**62, "an integer from 0 to 2^62")
 
 
 def _positive_float(text: str) -> float:
@@ -296,6 +313,9 @@ def _resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any
     """An earlier run and its configuration; what is typed must not contradict it."""
     run = RunFolder.existing(path)
     config = run.read_json("config.json")
+    missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
+    if missing:
+        raise UserError(f"--resume: {path}/config.json is not of this program: no {missing[0]}")
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
@@ -369,9 +389,27 @@ def _check_before_data(config: dict[str, Any]) -> None:
             f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
             f"{config['samples_per_class']} samples per class), got {config['batch_size']}"
         )
-    loss, miner = build_loss_and_miner({**config, "memory_size": 0}, 4)
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--loss-args, --miner-args: expected values that JSON can hold ({error})"
+        ) from error
+    loss, miner = build_loss_and_miner({**config, "memory_size": 0}, TRIAL_CLASSES)
     try_out(loss, miner, config["embedding_size"], config["samples_per_class"])
-    build_loss_and_miner(config, 4)
+    build_loss_and_miner(config, TRIAL_CLASSES)
+
+
+def _check_name(output_dir: Path, name: str | None) -> None:
+    if name is None:
+        return
+    if not name or Path(name).name != name:
+        raise UserError(f"--name: expected a folder name without separators, got {name!r}")
+    if (output_dir / name).exists():
+        raise UserError(
+            f"{output_dir / name} exists; take another --name, or continue it with "
+            f"--resume {output_dir / name}"
+        )
 
 
 def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
@@ -401,6 +439,8 @@ def _device(name: str) -> torch.device:
             name = "mps"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
@@ -416,9 +456,31 @@ def _device(name: str) -> torch.device:
 
 
 def _trunk(config: dict[str, Any]) -> Trunk:
-    images = SMALL_IMAGES.get(config["dataset"], COLOUR_IMAGES)
+    images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
     return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+
+
+def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
+    """The trained network of a run, in eval mode, and the transform that its images need.
+
+    Args:
+        path: A run folder.
+
+    Returns:
+        A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
+        CPU, and a function that makes a tensor of a PIL image.
+    """
+    run = RunFolder.existing(path)
+    config = {**run.read_json("config.json"), "pretrained": False}
+    best = run.load_checkpoint("best.pt")
+    if best is None:
+        raise UserError(f"{path} holds no checkpoints/best.pt yet")
+    trunk = _trunk(config)
+    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    trunk.module.load_state_dict(best["models"]["trunk"])
+    embedder.load_state_dict(best["models"]["embedder"])
+    return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
 
 
 def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
@@ -426,12 +488,10 @@ def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
     splits.val.transform = splits.test.transform = trunk.eval_transform
 
 
-def _new_run(output_dir: str, name: str | None, config: dict[str, Any]) -> RunFolder:
-    if name is not None and (not name or Path(name).name != name):
-        raise UserError(f"--name: expected a folder name without separators, got {name!r}")
+def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunFolder:
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
-    return RunFolder.create(Path(output_dir), name, stem)
+    return RunFolder.create(output_dir, name, stem)
 
 
 def _announce(

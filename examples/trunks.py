@@ -57,21 +57,21 @@ class SmallTransform:
         size: Side of the result, in pixels.
         mode: `"L"` for one channel, `"RGB"` for three.
         crop: Smallest side of the square as a share of the image's; 1 takes the largest square.
-        warp: Turn, shear, scale and shift at random; 1 is as much as a character takes.
+        warp: Turn, shear, scale and shift at random, as much as a character takes.
         mirror: Mirror every other image.
     """
 
     size: int
     mode: str
     crop: float = 1.0
-    warp: float = 0.0
+    warp: bool = False
     mirror: bool = False
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         image = image.convert(self.mode)
         image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, self._box(*image.size))
         if self.warp:
-            image = _warped(image, self.warp)
+            image = _warped(image)
         if self.mirror and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
@@ -87,10 +87,10 @@ class SmallTransform:
         return left, top, left + side, top + side
 
 
-def _warped(image: Image.Image, strength: float) -> Image.Image:
-    """Turn up to 14 degrees, shear and scale up to 15 %, shift up to 7.5 %, times strength."""
+def _warped(image: Image.Image) -> Image.Image:
+    """Turn by up to 14 degrees, shear and scale by up to 15 %, shift by up to 7.5 %."""
     angle, shear, stretch, right, down = (
-        strength * random.uniform(-most, most) for most in (0.25, 0.15, 0.15, 0.075, 0.075)
+        random.uniform(-most, most) for most in (0.25, 0.15, 0.15, 0.075, 0.075)
     )
     cos, sin, half = (1 + stretch) * math.cos(angle), math.sin(angle), image.width / 2
     # PIL asks where in the old image a pixel of the new one comes from; about the centre.

@@ -32,7 +32,7 @@ def script(environment):
 
     def run(*arguments, launcher=()):
         command = [sys.executable, *launcher, str(EXAMPLES / "train.py"), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
     return run
 

@@ -107,6 +107,17 @@ def test_turned_classes_stay_out_of_validation_if_there_are_many_classes(tmp_pat
     assert turned.train.num_classes == 8 * plain.train.num_classes
 
 
+def test_class_folders_may_be_links(tmp_path):
+    write_classes(tmp_path / "elsewhere", [f"c{i}" for i in range(8)], 4)
+    (tmp_path / "links").mkdir()
+    for folder in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "links" / folder.name).symlink_to(folder, target_is_directory=True)
+    assert (
+        load("folder", tmp_path / "links").summary()
+        == load("folder", tmp_path / "elsewhere").summary()
+    )
+
+
 # --- cleaning -------------------------------------------------------------------------------
 
 

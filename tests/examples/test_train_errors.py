@@ -25,6 +25,9 @@ MISTAKES = {
     "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",
     "--device abacus": "--device: 'abacus' cannot be used here",
     "--device cuda:99": "--device: 'cuda:99' cannot be used here",
+    "--device meta": "'meta' cannot be used here: expected auto, cpu, cuda, cuda:N or mps",
+    "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
+    "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run to continue in nowhere",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
@@ -35,6 +38,7 @@ MISTAKES = {
 }
 ARGPARSE_MISTAKES = {
     "--dataset mnist": "invalid choice: 'mnist'",
+    "--seed 99999999999999999999": "expected an integer from 0 to 2^62",
     "--lr 0": "expected a positive number, got '0'",
     "--lr nan": "expected a positive number, got 'nan'",
     "--epochs 0": "expected a positive integer, got '0'",
@@ -71,6 +75,26 @@ def test_mistake_exits_with_code_2_and_no_traceback(script):
     assert process.returncode == 2
     assert process.stderr.startswith("train.py: error: ")
     assert "Traceback" not in process.stderr
+
+
+def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert main("--resume", tmp_path) == 2
+    assert "config.json is not of this program: no amp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_a_mistake_of_one_process_is_said_by_that_process(main, capsys, monkeypatch, common):
+    import train
+
+    def fail(args):
+        raise train.UserError("a broken image", common)
+
+    monkeypatch.setattr(train, "_run", fail)
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    assert main() == 2
+    assert ("a broken image" in capsys.readouterr().err) is not common
 
 
 @pytest.mark.parametrize("package", ["faiss", "record_keeper", "tensorboard"])

@@ -104,18 +104,13 @@ def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
     import torch
     from retrieval_data import load_splits
     from retrieval_metrics import build_tester, metrics_of
-    from train import DATASET_DEFAULTS, DEFAULTS, _set_transforms, _trunk
+    from train import load_best
 
-    best = torch.load(finished[1] / "checkpoints" / "best.pt", weights_only=True)
-    config = {**DEFAULTS, **DATASET_DEFAULTS["digits"]}
-    trunk = _trunk(config)
-    splits = load_splits("digits", None, config["val_fraction"], 0)
-    _set_transforms(splits, trunk)
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
-    trunk.module.load_state_dict(best["models"]["trunk"])
-    embedder.load_state_dict(best["models"]["embedder"])
+    model, transform = load_best(finished[1])
+    splits = load_splits("digits", None, 0.2, 0)
+    splits.test.transform = transform
     tester = build_tester(torch.device("cpu"), 0)
-    tester.test({"test": splits.test}, 0, trunk.module, embedder)
+    tester.test({"test": splits.test}, 0, model)
     assert metrics_of(tester, "test") == pytest.approx(metrics["trained"], abs=1e-6)
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 def test_small_trunk_takes_what_its_transforms_make(size, mode):
     from trunks import SmallTransform, build_trunk
 
-    trunk = build_trunk("small", False, size, SmallTransform(size, mode, 0.8, 1.0, mirror=True))
+    trunk = build_trunk(
+        "small", False, size, SmallTransform(size, mode, 0.8, warp=True, mirror=True)
+    )
     for transform in (trunk.train_transform, trunk.eval_transform):
         for source in ("RGB", "L", "1", "P", "RGBA"):
             pixels = transform(Image.new("RGB", (50, 70), "white").convert(source))
@@ -32,7 +34,7 @@ def test_evaluation_takes_the_same_centred_square_every_time():
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": 1.0}], ids=str)
+@pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": True}], ids=str)
 def test_training_images_vary(augment):
     from trunks import SmallTransform
 
@@ -46,7 +48,7 @@ def test_a_warped_image_stays_in_its_place_on_average():
 
     pixels = np.zeros((32, 32), np.uint8)
     pixels[12:20, 12:20] = 255
-    warp = SmallTransform(32, "L", warp=1.0)
+    warp = SmallTransform(32, "L", warp=True)
     mean = sum((warp(Image.fromarray(pixels)) + 1) / 2 for _ in range(400))[0] / 400
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     for axis in (rows, columns):
