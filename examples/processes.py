@@ -3,6 +3,7 @@
 import datetime
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Rank 0 evaluates alone while the others wait; large test sets take a while.
 PATIENCE_WITH_RANK_ZERO = datetime.timedelta(hours=6)
+SECONDS_TO_LET_GO = 0.5
 
 
 def launched_by_torchrun() -> bool:
@@ -53,6 +55,9 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DistributedDataParallel keeps the group's threads alive. One of them that lets go of
+        # its last tensor while Python finalizes aborts the process (pytorch issue 190489).
+        time.sleep(SECONDS_TO_LET_GO)
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:
