@@ -27,6 +27,16 @@ def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> 
         )
 
 
+def check_chunk_size(chunk_size) -> None:
+    """Raise TypeError or ValueError unless it is None or a positive integer."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size}")
+
+
 def _as_float(number: Real) -> float:
     try:
         return float(number)

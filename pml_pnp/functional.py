@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pml_pnp.checks import check_hyperparameters, check_relation, check_similarity, check_vector
-from pml_pnp.kernels import count_negatives_before, negatives_before
-from pml_pnp.variants import apply_variant
+from pml_pnp.checks import check_relation, check_similarity, check_vector
+from pml_pnp.kernels import Settings, query_losses, ranking_counts
+from pml_pnp.relation import Relation
 
 
 def pnp_loss(
@@ -93,33 +93,27 @@ def pnp_loss(
     Source: Li et al., *Rethinking the Optimization of Average Precision: Only Penalizing Negative
     Instances before Positive Ones is Enough*, AAAI 2022, arXiv 2102.04640.
     """
-    check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
+    settings = Settings.checked(
+        b=b,
+        alpha=alpha,
+        anneal=anneal,
+        variant=variant,
+        include_self=include_self,
+        is_inverted=is_inverted,
+    )
     check_similarity(similarity)
     check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
     s = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     if labels is not None:
-        positive_mask, negative_mask = masks_from_labels(similarity, labels, ref_labels)
-        if ref_labels is None and self_similarity is None:
-            self_similarity = s.diagonal()
-    positive_mask, negative_mask = positive_mask.to(s.device), negative_mask.to(s.device)
-
-    t, valid = _similarity_of_positives(s, positive_mask)
-    counted = positive_mask.any(dim=1)
-    if include_self:
-        own = _checked_self_similarity(s, self_similarity)
-        t = torch.cat([t, own.unsqueeze(1)], dim=1)
-        valid = torch.cat([valid, counted.unsqueeze(1)], dim=1)
-    scale = (1 if is_inverted else -1) / float(anneal)
-    r = negatives_before(s, t, negative_mask, scale)
-    # What is padding, or of a query that does not count, is kept at R = 1, so that no f, and no
-    # derivative of it, is asked for at an odd place.
-    r = r.masked_fill(~valid, 1)
-    per_positive = apply_variant(variant, r, alpha=float(alpha), b=float(b)).masked_fill(~valid, 0)
-    losses = per_positive.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
-    return losses.to(similarity.dtype), counted
+        relation = _relation_from_labels(s, labels, ref_labels)
+    else:
+        relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
+    if include_self and not (relation.offset is not None and self_similarity is None):
+        self_similarity = _checked_self_similarity(s, self_similarity)
+    losses = query_losses(s, self_similarity, relation, settings)
+    return losses.to(similarity.dtype), relation.counted
 
 
-@torch.no_grad()
 def ranking_statistics(
     similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor, *, is_inverted: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -141,50 +135,24 @@ def ranking_statistics(
         >>> ranking_statistics(similarity, positive, ~positive)
         (tensor(2.), tensor(1.))
     """
-    t, valid = _similarity_of_positives(similarity, positive_mask)
-    count = count_negatives_before(similarity, t, negative_mask, 1.0 if is_inverted else -1.0)
-    positives = valid.sum().clamp(min=1)
-    count = count.masked_fill(~valid, 0)
-    return count.sum() / positives, (count > 0).sum() / positives
+    relation = Relation.from_masks(positive_mask, negative_mask)
+    before, behind, positives = ranking_counts(similarity, relation, is_inverted)
+    return before / positives.clamp(min=1), behind / positives.clamp(min=1)
 
 
-def masks_from_labels(
-    similarity: Tensor, labels: Tensor, ref_labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Positive and negative mask, (N, M) bool; without `ref_labels` the diagonal is in neither.
-
-    Raises:
-        TypeError: labels are no tensors.
-        ValueError: their lengths are not N and M, or `similarity` is not square without
-            `ref_labels`.
-    """
-    n, m = similarity.shape
+def _relation_from_labels(s: Tensor, labels: Tensor, ref_labels: Tensor | None) -> Relation:
+    n, m = s.shape
     check_vector("labels", labels, n)
-    if ref_labels is None and n != m:
+    labels = labels.to(s.device)
+    if ref_labels is not None:
+        check_vector("ref_labels", ref_labels, m)
+        return Relation.from_labels(labels, ref_labels.to(s.device), None)
+    if n != m:
         raise ValueError(
             "without ref_labels, similarity must be square (the references are the queries), "
             f"got shape {(n, m)}"
         )
-    if ref_labels is not None:
-        check_vector("ref_labels", ref_labels, m)
-    labels = labels.to(similarity.device)
-    others = labels if ref_labels is None else ref_labels.to(similarity.device)
-    same = labels.unsqueeze(1) == others.unsqueeze(0)
-    return (same.clone().fill_diagonal_(False) if ref_labels is None else same), ~same
-
-
-def _similarity_of_positives(s: Tensor, positive_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack s at the positives of each row to the left of an (N, max|P(a)|) tensor.
-
-    Returns it and which of its entries are no padding, bool.
-    """
-    rows, columns = positive_mask.nonzero(as_tuple=True)  # in row order
-    counts = positive_mask.sum(dim=1)
-    width = int(counts.max()) if len(counts) else 0
-    slots = torch.arange(len(rows), device=s.device) - (counts.cumsum(0) - counts)[rows]
-    index = columns.new_zeros(len(s), width).index_put_((rows, slots), columns)
-    valid = torch.arange(width, device=s.device) < counts.unsqueeze(1)
-    return s.gather(1, index).masked_fill(~valid, 0), valid
+    return Relation.from_labels(labels, labels, 0)
 
 
 def _checked_self_similarity(s: Tensor, given: Tensor | None) -> Tensor:

@@ -1,14 +1,17 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from pml_pnp.checks import check_hyperparameters, check_inputs
-from pml_pnp.functional import masks_from_labels, pnp_loss, ranking_statistics
+from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs
+from pml_pnp.kernels import Settings, query_losses, ranking_counts
+from pml_pnp.relation import Relation
 
 SELF_SIMILARITY_BLOCK = 128
 
@@ -44,6 +47,9 @@ class PNPLoss(BaseMetricLossFunction):
         variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one
             of the same shape, elementwise. An `nn.Module` with parameters is trained along.
         include_self: count the query as its own positive, as the paper's code and PML's PNPLoss do.
+        chunk_size: lean mode: how many queries to compare with the references at a time. The N x M
+            similarities are then never held, but computed twice. Same values, up to rounding.
+            Default None, all at once.
         **kwargs: PML's own: `distance` (any; default `CosineSimilarity`), `reducer` (any; default
             `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`.
 
@@ -65,23 +71,26 @@ class PNPLoss(BaseMetricLossFunction):
         `DoNothingReducer`, the dictionary that PML's reducers take.
 
     Raises:
-        TypeError: `b`, `alpha` or `anneal` is not a number; `variant` is neither a name nor
-            callable, or does not return a tensor; `distance` does not say whether it is a
-            similarity (`is_inverted`) or does not return a floating point tensor; an argument of
-            the call is not the tensor described above.
-        ValueError: `b`, `alpha` or `anneal` is not positive and finite; an unknown `variant`, or a
-            callable one that changes the shape; neither labels nor tuple; `ref_emb` without labels
-            and `ref_labels` or tuple, or `ref_labels` without `ref_emb`; lengths or embedding sizes
-            that do not fit; a tuple that is not of 3 or 4 index tensors, or an index outside the
-            batch or the references; a distance that returns a matrix of another shape.
+        TypeError: `b`, `alpha` or `anneal` is not a number, or `chunk_size` no integer; `variant`
+            is neither a name nor callable, or does not return a tensor; `distance` does not say
+            whether it is a similarity (`is_inverted`) or does not return a floating point tensor;
+            an argument of the call is not the tensor described above.
+        ValueError: `b`, `alpha` or `anneal` is not positive and finite; `chunk_size` is not
+            positive; an unknown `variant`, or a callable one that changes the shape; neither labels
+            nor tuple; `ref_emb` without labels and `ref_labels` or tuple, or `ref_labels` without
+            `ref_emb`; lengths or embedding sizes that do not fit; a tuple that is not of 3 or 4
+            index tensors, or an index outside the batch or the references; a distance that returns
+            a matrix of another shape.
+        RuntimeError: memory does not suffice for the N x M similarities, where PyTorch notices.
 
     Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
     negatives ranked before a positive and `positives_behind_negatives` the share (0 to 1) of
     positives with at least one, over the (query, positive) pairs of the last batch, by hard counts,
     without the queries themselves.
 
-    Memory: a few N x M matrices, and what `distance` needs (PML's SNRDistance N x M x d); the
-    N x |P(a)| x M sigmoids are never held together.
+    Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
+    (PML's SNRDistance N x M x d); with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids
+    are never held together. A tuple, and a callable `variant`, take some N x M matrices more.
 
     Example:
         >>> import torch
@@ -94,16 +103,24 @@ class PNPLoss(BaseMetricLossFunction):
         >>> loss = loss_func(embeddings, labels)
         >>> loss.backward()
         >>> loss
-        tensor(0.6501, grad_fn=<MeanBackward0>)
+        tensor(0.6501, grad_fn=<DivBackward0>)
 
     Source: Li et al., *Rethinking the Optimization of Average Precision: Only Penalizing Negative
     Instances before Positive Ones is Enough*, AAAI 2022.
     """
 
     def __init__(
-        self, b=2, alpha=1, anneal=0.01, variant="O", include_self: bool = True, **kwargs
+        self,
+        b=2,
+        alpha=1,
+        anneal=0.01,
+        variant="O",
+        include_self: bool = True,
+        chunk_size: int | None = None,
+        **kwargs,
     ) -> None:
         check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
+        check_chunk_size(chunk_size)
         super().__init__(**kwargs)
         if not hasattr(self.distance, "is_inverted"):
             raise TypeError(
@@ -115,6 +132,7 @@ class PNPLoss(BaseMetricLossFunction):
         self.anneal = anneal
         self.variant = variant
         self.include_self = include_self
+        self.chunk_size = chunk_size
         self.add_to_recordable_attributes(
             list_of_names=[
                 "b",
@@ -163,21 +181,22 @@ class PNPLoss(BaseMetricLossFunction):
         return loss
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        """Return per-query losses for the reducer; PML calls this, with `ref_emb` set."""
+        """Return per-query losses for the reducer; PML calls this, with `ref_emb` set.
+
+        A plain `MeanReducer` gets its mean: to pick out the elements that it would average, the
+        host would have to wait for the GPU.
+        """
         # PML's losses, too, tell the batch from a set of references by identity.
         own_references = ref_emb is embeddings and ref_labels is labels
-        losses, counted = self._losses(
-            embeddings, labels, indices_tuple, None if own_references else ref_emb, ref_labels
-        )
+        references = None if own_references else ref_emb
+        losses, counted = self._losses(embeddings, labels, indices_tuple, references, ref_labels)
+        broken = _zero_or_nan(embeddings, references)
+        if type(self.reducer) is MeanReducer and not self.reducer.collect_stats:
+            return _already_reduced(losses.sum() / (counted.sum().clamp_(min=1) + broken))
+        losses = losses + broken
         indices = counted.nonzero().squeeze(1)
         if len(indices) == 0:
-            return {
-                "loss": {
-                    "losses": losses.sum(),
-                    "indices": None,
-                    "reduction_type": "already_reduced",
-                }
-            }
+            return _already_reduced(losses.sum())
         return {
             "loss": {
                 "losses": losses[indices],
@@ -189,27 +208,9 @@ class PNPLoss(BaseMetricLossFunction):
 
     def _losses(self, queries, labels, indices_tuple, references, ref_labels):
         """L(a) of every query, and which count; `references` None stands for the queries."""
-        if references is None:
-            similarity = _matrix(self.distance, queries, None)
-            self_similarity = similarity.diagonal()
-        else:
-            self_similarity = self._self_similarity(queries) if self.include_self else None
-            similarity = _matrix(self.distance, queries, references)
-        if indices_tuple is None:
-            others = None if references is None else ref_labels
-            positive_mask, negative_mask = masks_from_labels(similarity, labels, others)
-        else:
-            positive_mask, negative_mask = _masks_from_tuple(similarity, indices_tuple)
-            if references is None:
-                positive_mask.fill_diagonal_(False)
-                negative_mask.fill_diagonal_(False)
         if self.collect_stats:
-            self._set_stats(similarity, positive_mask, negative_mask)
-        losses, counted = pnp_loss(
-            similarity,
-            positive_mask=positive_mask,
-            negative_mask=negative_mask,
-            self_similarity=self_similarity,
+            self._ranking_counts = 0
+        settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
             anneal=self.anneal,
@@ -217,19 +218,100 @@ class PNPLoss(BaseMetricLossFunction):
             include_self=self.include_self,
             is_inverted=self.distance.is_inverted,
         )
-        return losses + _zero_or_nan(queries, references), counted
+        check_chunk_size(self.chunk_size)
+        n = len(queries)
+        step = self.chunk_size or n
+
+        def run(rows: slice, recomputed: bool | None = None) -> tuple[Tensor, Tensor]:
+            batch = queries, labels, indices_tuple, references, ref_labels
+            return self._chunk(rows, *batch, settings, recomputed)
+
+        if step >= n:
+            try:
+                losses, counted = run(slice(0, n))
+            except RuntimeError as error:
+                _explain_lack_of_memory(error, n, n if references is None else len(references))
+                raise
+        else:
+            rows = [slice(first, min(first + step, n)) for first in range(0, n, step)]
+            chunks = [_twice(run, r) for r in rows]
+            losses, counted = (torch.cat(x) for x in zip(*chunks, strict=True))
+        if self.collect_stats:
+            self._set_stats()
+        return losses, counted
+
+    def _chunk(
+        self, rows, queries, labels, indices_tuple, references, ref_labels, settings, recomputed
+    ) -> tuple[Tensor, Tensor]:
+        """L(a) of some queries, and which count."""
+        whole = rows == slice(0, len(queries))
+        part = queries if whole else queries[rows]
+        offset, self_similarity = rows.start, None
+        if references is not None:
+            offset = None
+            self_similarity = self._self_similarity(part) if self.include_self else None
+        elif not whole:
+            references, ref_labels = queries, labels
+        similarity = _matrix(self.distance, part, references)
+        m = similarity.shape[1]
+        if indices_tuple is None:
+            others = labels if references is None else ref_labels
+            device = similarity.device
+            relation = Relation.from_labels(labels[rows].to(device), others.to(device), offset)
+        else:
+            relation = Relation.from_tuple(indices_tuple, rows, m, similarity.device, offset)
+        if self.collect_stats and not recomputed:
+            self._ranking_counts += ranking_counts(similarity, relation, self.distance.is_inverted)
+        losses = query_losses(similarity, self_similarity, relation, settings, recomputed)
+        return losses, relation.counted
 
     def _self_similarity(self, queries: Tensor) -> Tensor:
         """Similarity of each query to itself, from small blocks: only diagonals are wanted."""
         blocks = queries.split(SELF_SIMILARITY_BLOCK)
         return torch.cat([_matrix(self.distance, block, None).diagonal() for block in blocks])
 
-    def _set_stats(self, similarity, positive_mask, negative_mask) -> None:
-        mean, share = ranking_statistics(
-            similarity, positive_mask, negative_mask, is_inverted=self.distance.is_inverted
-        )
-        self.negatives_before_positive = mean.item()
-        self.positives_behind_negatives = share.item()
+    def _set_stats(self) -> None:
+        before, behind, positives = self._ranking_counts.tolist()
+        self.negatives_before_positive = before / max(1, positives)
+        self.positives_behind_negatives = behind / max(1, positives)
+
+
+def _explain_lack_of_memory(error: RuntimeError, n: int, m: int) -> None:
+    """Say which matrix did not fit, and what helps, if that is what the error is about."""
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        raise type(error)(
+            f"not enough memory for the similarities of {n} queries and {m} references, "
+            f"{n * m:,} numbers, and their gradient; give PNPLoss a chunk_size to compare fewer "
+            f"queries at a time ({error})"
+        ) from error
+
+
+def _already_reduced(loss: Tensor) -> dict:
+    return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+
+
+def _twice(run, rows: slice) -> tuple[Tensor, Tensor]:
+    """`run(rows)` whose intermediate results are not kept, but made again in backward."""
+    if not torch.is_grad_enabled():
+        return run(rows)
+    recomputed = False
+
+    @contextmanager
+    def second_time():
+        nonlocal recomputed
+        recomputed = True
+        yield
+        recomputed = False
+
+    # The gradient is made, and saved, the second time only, which is what the determinism check
+    # would find.
+    return checkpoint(
+        lambda: run(rows, recomputed),
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), second_time()),
+        determinism_check="none",
+    )
 
 
 def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
@@ -257,19 +339,11 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
     return matrix
 
 
-def _masks_from_tuple(similarity: Tensor, indices_tuple) -> tuple[Tensor, Tensor]:
-    """Which references are positives and negatives of which query, (N, M) bool."""
-    *anchors_and_positives, negatives = (i.to(similarity.device).long() for i in indices_tuple)
-    anchors, positives, *rest = anchors_and_positives
-    negative_anchors = rest[0] if rest else anchors  # pairs or triplets
-    positive_mask = torch.zeros_like(similarity, dtype=torch.bool)
-    negative_mask = torch.zeros_like(similarity, dtype=torch.bool)
-    positive_mask[anchors, positives] = True
-    negative_mask[negative_anchors, negatives] = True
-    return positive_mask, negative_mask
-
-
-def _zero_or_nan(*embeddings: Tensor | None) -> Tensor:
+def _zero_or_nan(*embeddings: Tensor | None) -> Tensor | int:
     """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity."""
-    extremes = [x for e in embeddings if e is not None and e.numel() for x in e.detach().aminmax()]
-    return sum(0 * x for x in extremes)
+    total = 0
+    for e in embeddings:
+        if e is not None and e.numel():
+            low, high = e.detach().aminmax()
+            total = low.mul_(0).add_(high.mul_(0)) + total
+    return total

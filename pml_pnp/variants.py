@@ -18,6 +18,8 @@ class Variant(NamedTuple):
 
     f: Callable[[Tensor, float, float], Tensor]
     """f(R, alpha, b), elementwise."""
+    derivative: Callable[[Tensor, float, float], Tensor]
+    """f'(R), of the same arguments."""
     equation: int
     """Its number in the paper."""
 
@@ -45,21 +47,31 @@ def _one_minus_exp(y: Tensor) -> Tensor:
     expm1 keeps the value near zero, but autograd differentiates it as expm1(y) + 1, which loses the
     gradient where exp(y) is small: there the plain form is exact in both.
     """
+    if not y.requires_grad:
+        return -torch.expm1(y)
     small = y > -0.5
     return torch.where(small, -torch.expm1(y.masked_fill(~small, 0)), 1 - torch.exp(y))
 
 
 VARIANTS = {
-    # R
-    "O": Variant(lambda r, alpha, b: r, 5),
-    # (1 + R) log(1 + R)
-    "Iu": Variant(lambda r, alpha, b: (1 + r) * torch.log1p(r), 7),
-    # (b R - log(1 + b R)) / b^2
-    "Ib": Variant(lambda r, alpha, b: _x_minus_log1p(b * r) / b**2, 9),
-    # log(1 + R)
-    "Ds": Variant(lambda r, alpha, b: torch.log1p(r), 12),
-    # 1 - 1 / (1 + R)^alpha
-    "Dq": Variant(lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)), 13),
+    # R                             1
+    "O": Variant(lambda r, alpha, b: r, lambda r, alpha, b: torch.ones_like(r), 5),
+    # (1 + R) log(1 + R)            1 + log(1 + R)
+    "Iu": Variant(
+        lambda r, alpha, b: (1 + r) * torch.log1p(r), lambda r, alpha, b: 1 + torch.log1p(r), 7
+    ),
+    # (b R - log(1 + b R)) / b^2    R / (1 + b R)
+    "Ib": Variant(
+        lambda r, alpha, b: _x_minus_log1p(b * r) / b**2, lambda r, alpha, b: r / (1 + b * r), 9
+    ),
+    # log(1 + R)                    1 / (1 + R)
+    "Ds": Variant(lambda r, alpha, b: torch.log1p(r), lambda r, alpha, b: 1 / (1 + r), 12),
+    # 1 - 1 / (1 + R)^alpha         alpha / (1 + R)^(alpha + 1)
+    "Dq": Variant(
+        lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)),
+        lambda r, alpha, b: alpha * torch.exp(-(alpha + 1) * torch.log1p(r)),
+        13,
+    ),
 }
 
 

@@ -127,21 +127,18 @@ def test_blocks_do_not_change_value_or_gradient(monkeypatch, entries):
         return losses.detach(), *torch.autograd.grad(losses, (x, o), cotangent, create_graph=True)
 
     whole = run()
-    monkeypatch.setattr(eager, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(eager, "block_entries", lambda device: entries)
     for got, want in zip(run(), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_cover_every_pair_once():
     for n, m, p, entries in [(5, 7, 3, 1), (5, 7, 3, 21), (1, 1, 1, 99), (9, 100, 50, 1000)]:
-        eager_blocks, eager.BLOCK_ENTRIES = eager.BLOCK_ENTRIES, entries
-        try:
-            seen = torch.zeros(n, p)
-            for rows, cols in eager._blocks(n, m, p):
+        seen = torch.zeros(n, p)
+        for rows, columns in eager.blocks(n, m, p, entries):
+            for cols in columns:
                 seen[rows, cols] += 1
                 assert seen[rows, cols].numel() * m <= max(entries, m)
-        finally:
-            eager.BLOCK_ENTRIES = eager_blocks
         assert (seen == 1).all()
 
 

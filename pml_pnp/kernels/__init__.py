@@ -1,9 +1,11 @@
-"""The soft rank R: how many negatives stand before each positive.
+"""The losses of queries from similarities: the only place that knows about blocks and devices.
 
-The only place that knows about chunks and memory. Everything above calls `negatives_before` and
-`count_negatives_before`, so that a faster kernel replaces these two and nothing else.
+`query_losses` and `ranking_counts` are all that is used from outside. Which kernel computes a loss
+is decided here: Triton's on the GPUs it runs on, plain PyTorch elsewhere, or what the environment
+variable PML_PNP_KERNEL ("eager" or "triton") says.
 """
 
-from pml_pnp.kernels.eager import count_negatives_before, negatives_before
+from pml_pnp.kernels.autograd import query_losses, ranking_counts
+from pml_pnp.kernels.settings import Settings
 
-__all__ = ["count_negatives_before", "negatives_before"]
+__all__ = ["Settings", "query_losses", "ranking_counts"]

@@ -1,45 +1,166 @@
-"""Soft ranks in plain PyTorch, for every device.
+"""Losses of queries, and their gradients, in plain PyTorch for every device.
 
-    R[a, i] = sum over j with negative[a, j] of sigmoid(scale * (s[a, j] - t[a, i]))
+    R[a, p] = sum over negatives n of a: sigmoid(scale * (s[a, n] - s[a, p]))
+    L[a]    = share[a] * sum over p: f(R[a, p])                      share = 1 / number of p
+    d L[a] / d s[a, n] =   factor[a] * sum over p: f'(R[a, p]) sigmoid'    factor = share * scale
+    d L[a] / d s[a, p] = - factor[a] * sum over n: f'(R[a, p]) sigmoid'
 
-`s` (N, M) are the similarities, `t` (N, P) those of the positives. All N * P * M sigmoids are
-computed, but only one chunk of rows is held at a time, in forward and again in backward; what is
-kept in between is the input.
+Only a block of the N * P * M sigmoids exists at a time. A row needs nothing from the others, so
+that its gradient is made while its sigmoids are still there: every sigmoid is computed once.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Entries of one (rows, P, M) block: 1 MiB in float32, so that a block and its temporaries stay in
-# the cache of a CPU core, while small batches still run as a single block.
-BLOCK_ENTRIES = 2**18
+from pml_pnp.kernels.settings import Settings
+from pml_pnp.relation import Relation
+from pml_pnp.variants import VARIANTS
+
+# Sigmoids of a block on a CPU: 4 MiB in float32, which stays in a shared cache. On two cores with
+# 32 MiB of L3, N = 4,096 and 4 per class, 2**17 takes twice as long, 2**23 a third longer.
+CPU_BLOCK = 2**20
+# On other devices launches cost more than memory does; 64 MiB.
+DEVICE_BLOCK = 2**24
+_of_thread = threading.local()
 
 
-def _blocks(n: int, m: int, p: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (N, P) into (rows, positives) blocks of BLOCK_ENTRIES / M pairs, but at least one."""
-    pairs = max(1, BLOCK_ENTRIES // max(1, m))
-    columns = min(max(1, p), pairs)
-    rows = pairs // columns
-    for start in range(0, n, rows):
-        for first in range(0, p, columns):
-            yield slice(start, start + rows), slice(first, first + columns)
+def block_entries(device: torch.device) -> int:
+    """How many sigmoids to hold at a time."""
+    return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+
+
+def blocks(n: int, m: int, p: int, entries: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut (N, P) into rows, and these into positives, of `entries` / M pairs, but at least one."""
+    pairs = max(1, entries // max(1, m))
+    width = min(max(1, p), pairs)
+    height = pairs // width
+    columns = [slice(i, min(i + width, p)) for i in range(0, p, width)]
+    for first in range(0, n, height):
+        yield slice(first, min(first + height, n)), columns
+
+
+def query_losses(
+    s: Tensor,
+    self_similarity: Tensor | None,
+    relation: Relation,
+    settings: Settings,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and what their gradients are made of.
+
+    Returns:
+        losses (N,), grad_s (N, M), grad_own (N, 1) and factor (N, 1), such that the
+        gradient of L[a] is factor[a] * grad_s[a] for s[a], and factor[a] * grad_own[a] for
+        self_similarity[a]. A gradient that is not asked for is empty.
+    """
+    n, m = s.shape
+    losses = s.new_empty(n)
+    grad_s = s.new_empty((n, m) if with_gradient else 0)
+    grad_own = s.new_empty((n, 1) if with_gradient and self_similarity is not None else 0)
+    smallest, width = relation.sizes()
+    if width == 0:
+        return losses.zero_(), grad_s.zero_(), grad_own.zero_(), s.new_ones(n, 1)
+    f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
+    scale, alpha, b = settings.scale, settings.alpha, settings.b
+    with_own = settings.include_self and self_similarity is None
+    number = width if self_similarity is None else width + 1
+    # Classes of one size are what samplers make. At N = 32, where a step is some sixty calls of
+    # PyTorch, to have nothing to leave out spares ten of them.
+    uniform = smallest == width and width > relation.own and (relation.own == 0 or with_own)
+    if uniform:
+        share = s.new_full((n,), 1 / number)
+    else:
+        share = relation.share(with_own, self_similarity is not None, s.dtype)
+    buffers = None
+    for rows, columns in blocks(n, m, number, block_entries(s.device)):
+        height = rows.stop - rows.start
+        if buffers is None:
+            buffers = _workspace(s, height * m, height * columns[0].stop * m)
+        x = buffers[0][: height * m].view(height, m).copy_(s[rows])
+        index = relation.positives(rows, width, smallest)
+        t = x.gather(1, index)
+        relation.silence_(x, rows, index, _never_before(scale))
+        if self_similarity is not None:
+            t = torch.cat([t, self_similarity[rows].unsqueeze(1)], dim=1)
+        if not uniform:
+            used = relation.used(rows, index, with_own)
+            if self_similarity is not None:
+                used = torch.cat([used, relation.counted[rows].unsqueeze(1)], dim=1)
+            t.masked_fill_(~used, 0)  # a difference to infinity would not be a number
+        grad_t = torch.empty_like(t)
+        for cols in columns:
+            y = buffers[1][: height * (cols.stop - cols.start) * m].view(height, -1, m)
+            # First the difference, then the scale: large similarities would overflow.
+            torch.sub(x.unsqueeze(1), t[:, cols].unsqueeze(2), out=y).mul_(scale).sigmoid_()
+            r = y.sum(dim=2)
+            values = f(r, alpha, b)
+            if not uniform:
+                values = values * used[:, cols]
+            if cols.start == 0:
+                torch.sum(values, dim=1, out=losses[rows])
+            else:
+                losses[rows] += values.sum(dim=1)
+            if with_gradient:
+                w = derivative(r, alpha, b)
+                if not uniform:
+                    w = w * used[:, cols]
+                # y = w * y * (1 - y), in one pass.
+                torch.ops.aten.sigmoid_backward.grad_input(
+                    w.unsqueeze(2).expand_as(y), y, grad_input=y
+                )
+                if cols.start == 0:
+                    torch.sum(y, dim=1, out=grad_s[rows])
+                else:
+                    grad_s[rows] += y.sum(dim=1)
+                torch.sum(y, dim=2, out=grad_t[:, cols])
+        if with_gradient:
+            grad_t.neg_()
+            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
+            if self_similarity is not None:
+                grad_own[rows] = grad_t[:, width:]
+    losses.mul_(share)
+    return losses, grad_s, grad_own, (share * scale).unsqueeze(1)
+
+
+def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Uninitialized vectors like `s`, not to be used beyond the call.
+
+    On a CPU one of up to twice CPU_BLOCK numbers is kept by each thread: at N = 384, memory that
+    the operating system hands out anew would take a twentieth of a step, and new tensors in every
+    block twice the time.
+    """
+    total = sum(sizes)
+    if s.device.type != "cpu" or total > 2 * CPU_BLOCK or type(s) is not Tensor:
+        return s.new_empty(total).split(sizes)
+    kept = getattr(_of_thread, "kept", None)
+    if kept is None or kept.dtype != s.dtype or len(kept) < total:
+        with torch.inference_mode(False):  # what is made in that mode stays there
+            kept = _of_thread.kept = torch.empty(total, dtype=s.dtype)
+    return kept[:total].split(sizes)
+
+
+def _never_before(scale: float) -> float:
+    """The similarity or distance of what stands before nothing."""
+    return float("-inf") if scale > 0 else float("inf")
 
 
 def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Compute scale * (s[a, j] - t[a, i]), (rows, P, M), or -inf where j is no negative of a."""
-    absent = float("-inf") if scale > 0 else float("inf")
-    return (s.masked_fill(~negative, absent).unsqueeze(1) - t.unsqueeze(2)) * scale
+    s = s.masked_fill(~negative, _never_before(scale))
+    return (s.unsqueeze(1) - t.unsqueeze(2)) * scale
 
 
 class _NegativesBefore(torch.autograd.Function):
     @staticmethod
     def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
         r = torch.empty_like(t)
-        for rows, cols in _blocks(*s.shape, t.shape[1]):
-            x = _differences(s[rows], t[rows, cols], negative[rows], scale)
-            r[rows, cols] = torch.sigmoid_(x).sum(dim=2)
+        for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+            for cols in columns:
+                x = _differences(s[rows], t[rows, cols], negative[rows], scale)
+                r[rows, cols] = torch.sigmoid_(x).sum(dim=2)
         return r
 
     @staticmethod
@@ -53,25 +174,24 @@ class _NegativesBefore(torch.autograd.Function):
         # is right without further code.
         s, t, negative = ctx.saved_tensors
         scale = ctx.scale
-        grad_s, grad_t, start = [], [], None
-        for rows, cols in _blocks(*s.shape, t.shape[1]):
-            y = torch.sigmoid(_differences(s[rows], t[rows, cols], negative[rows], scale))
-            # d R[a, i] / d s[a, j] = scale * sigmoid' = -(its share of d R[a, i] / d t[a, i])
-            dy = y * (1 - y) * (scale * grad[rows, cols]).unsqueeze(2)
-            if rows.start == start:
-                grad_s[-1] = grad_s[-1] + dy.sum(dim=1)
-                grad_t[-1].append(-dy.sum(dim=2))
-            else:
-                start = rows.start
-                grad_s.append(dy.sum(dim=1))
-                grad_t.append([-dy.sum(dim=2)])
+        grad_s, grad_t = [], []
+        for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+            by_column, total = [], torch.zeros_like(s[rows])
+            for cols in columns:
+                y = torch.sigmoid(_differences(s[rows], t[rows, cols], negative[rows], scale))
+                # d R[a, i] / d s[a, j] = scale * sigmoid' = - its share of d R[a, i] / d t[a, i]
+                dy = y * (1 - y) * (scale * grad[rows, cols]).unsqueeze(2)
+                total = total + dy.sum(dim=1)
+                by_column.append(-dy.sum(dim=2))
+            grad_s.append(total)
+            grad_t.append(torch.cat(by_column, dim=1) if by_column else torch.zeros_like(t[rows]))
         if not grad_s:
             return torch.zeros_like(s), torch.zeros_like(t), None, None
-        return torch.cat(grad_s), torch.cat([torch.cat(g, dim=1) for g in grad_t]), None, None
+        return torch.cat(grad_s), torch.cat(grad_t), None, None
 
 
 def negatives_before(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Soft number of negatives of query a that stand before a positive at t[a, i].
+    """R itself, for an f that is not in the table and for double backward.
 
     Args:
         s: similarities, (N, M), float32 or float64
@@ -89,7 +209,8 @@ def negatives_before(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Te
 def count_negatives_before(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
     """The hard count that `negatives_before` is the smooth version of, (N, P), without gradient."""
     count = torch.empty_like(t)
-    for rows, cols in _blocks(*s.shape, t.shape[1]):
-        x = _differences(s[rows], t[rows, cols], negative[rows], scale)
-        count[rows, cols] = (x > 0).sum(dim=2).to(count.dtype)
+    for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+        for cols in columns:
+            x = _differences(s[rows], t[rows, cols], negative[rows], scale)
+            count[rows, cols] = (x > 0).sum(dim=2).to(count.dtype)
     return count

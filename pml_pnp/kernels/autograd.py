@@ -1,0 +1,193 @@
+"""Losses of queries as autograd sees them, whatever kernel computes them."""
+
+import inspect
+import os
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from pml_pnp.kernels import eager
+from pml_pnp.kernels.settings import Settings
+from pml_pnp.relation import Relation
+from pml_pnp.variants import apply_variant
+
+KERNEL_VARIABLE = "PML_PNP_KERNEL"
+
+
+def query_losses(
+    s: Tensor,
+    self_similarity: Tensor | None,
+    relation: Relation,
+    settings: Settings,
+    recomputed: bool | None = None,
+) -> Tensor:
+    """Losses of N queries, zero for those that do not count.
+
+    Args:
+        s: similarities, (N, M), float32 or float64
+        self_similarity: of each query to itself, (N,), where the references do not hold it and
+            `settings.include_self` is on
+        relation: positives and negatives
+        settings: hyperparameters
+        recomputed: None for a call that runs once. Of a call that runs again before its backward
+            (`torch.utils.checkpoint`), False the first time and True the second: the gradient is
+            made the second time only.
+
+    Returns:
+        (N,), differentiable twice with respect to `s` and `self_similarity`
+    """
+    if not settings.include_self:
+        self_similarity = None
+    if not isinstance(settings.variant, str):
+        return _composed(s, self_similarity, relation, settings)
+    return _QueryLosses.apply(s, self_similarity, relation, settings, recomputed)[0]
+
+
+def _compute(
+    s: Tensor,
+    self_similarity: Tensor | None,
+    relation: Relation,
+    settings: Settings,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose the kernel and call it; what it returns is described at `eager.query_losses`."""
+    if torch.compiler.is_compiling():
+        return _compute_opaque(s, self_similarity, *relation, *settings, with_gradient)
+    if _kernel_name(s) == "triton":
+        from pml_pnp.kernels import triton_kernel
+
+        return triton_kernel.query_losses(s, self_similarity, relation, settings, with_gradient)
+    return eager.query_losses(s, self_similarity, relation, settings, with_gradient)
+
+
+# torch.compile sees one operation instead of loops whose length depends on the data.
+@torch.library.custom_op("pml_pnp::query_losses", mutates_args=())
+def _compute_opaque(
+    s: Tensor,
+    self_similarity: Optional[Tensor],  # noqa: UP045 (PyTorch 2.4 reads no other spelling)
+    columns: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    counted: Tensor,
+    absent: Optional[Tensor],  # noqa: UP045
+    offset: Optional[int],  # noqa: UP045
+    scale: float,
+    variant: str,
+    alpha: float,
+    b: float,
+    include_self: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    relation = Relation(columns, start, stop, counted, absent, offset)
+    settings = Settings(scale, variant, alpha, b, include_self)
+    return _compute(s, self_similarity, relation, settings, with_gradient)
+
+
+@_compute_opaque.register_fake
+def _(s, self_similarity, *args):
+    n, with_gradient = len(s), args[-1]
+    return (
+        s.new_empty(n),
+        s.new_empty(s.shape if with_gradient else 0),
+        s.new_empty((n, 1) if with_gradient and self_similarity is not None else 0),
+        s.new_empty(n, 1),
+    )
+
+
+def _kernel_name(s: Tensor) -> str:
+    name = os.environ.get(KERNEL_VARIABLE, "auto")
+    if name not in ("auto", "eager", "triton"):
+        raise ValueError(f"{KERNEL_VARIABLE} must be auto, eager or triton, got {name!r}")
+    return name
+
+
+class _QueryLosses(torch.autograd.Function):
+    """Makes the gradient along with the losses, and scales it in backward."""
+
+    @staticmethod
+    def forward(s, self_similarity, relation, settings, recomputed):
+        with_gradient = recomputed is not False and (
+            s.requires_grad or (self_similarity is not None and self_similarity.requires_grad)
+        )
+        return _compute(s, self_similarity, relation, settings, with_gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        s, self_similarity, ctx.relation, ctx.settings, recomputed = inputs
+        gradients = output[1:]
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.gradients = None
+        if recomputed is None and not torch.compiler.is_compiling():
+            # Not saved for backward, so that backward may scale it in place: N x M numbers less.
+            ctx.gradients = gradients
+            gradients = ()
+        ctx.save_for_backward(s, self_similarity, *gradients)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None, None
+        s, self_similarity, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [x for x in (s, self_similarity) if x is not None]
+            losses = _composed(s, self_similarity, ctx.relation, ctx.settings)
+            grads = torch.autograd.grad(losses, inputs, grad, create_graph=True, allow_unused=True)
+            return *grads, *[None] * (5 - len(grads))
+        saved = len(gradients) > 0
+        if not saved:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:  # used up by an earlier backward
+                gradients = _compute(s, self_similarity, ctx.relation, ctx.settings, True)[1:]
+        grad_s, grad_own, factor = gradients
+        factor = grad.unsqueeze(1) * factor
+        grad_s = grad_s * factor if saved else grad_s.mul_(factor)
+        grad_own = None if self_similarity is None else (grad_own * factor).squeeze(1)
+        return grad_s, grad_own, None, None, None
+
+
+# PyTorch binds the arguments at every call, and would build this anew: a twentieth of a step at
+# N = 32.
+_QueryLosses.forward.__signature__ = inspect.signature(_QueryLosses.forward)
+
+
+def _composed(
+    s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
+) -> Tensor:
+    """The same by operations that autograd differentiates, as often as it is asked to."""
+    t, used = _targets(s, self_similarity, relation, settings.include_self)
+    r = eager.negatives_before(s, t, relation.negative_mask(s.shape[1]), settings.scale)
+    # What is padding, or of a query that does not count, is kept at R = 1, so that no f, and no
+    # derivative of it, is asked for at an odd place.
+    r = r.masked_fill(~used, 1)
+    per_positive = apply_variant(settings.variant, r, alpha=settings.alpha, b=settings.b)
+    return per_positive.masked_fill(~used, 0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
+
+
+def _targets(
+    s: Tensor, self_similarity: Tensor | None, relation: Relation, include_self: bool
+) -> tuple[Tensor, Tensor]:
+    """Similarities of the positives, (N, P), and which of them are no padding."""
+    with_own = include_self and self_similarity is None
+    rows = slice(0, len(s))
+    index = relation.positives(rows, *reversed(relation.sizes()))
+    used = relation.used(rows, index, with_own)
+    t = s.gather(1, index)
+    if self_similarity is not None:
+        t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
+        used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
+    return t.masked_fill(~used, 0), used
+
+
+@torch.no_grad()
+def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
+    """Three numbers: negatives strictly before positives, positives with any, positives.
+
+    Summed over all queries, by hard counts, without the queries themselves; (3,), dtype of `s`.
+    """
+    t, used = _targets(s, None, relation, False)
+    mask = relation.negative_mask(s.shape[1])
+    count = eager.count_negatives_before(s, t, mask, 1.0 if is_inverted else -1.0)
+    count.masked_fill_(~used, 0)
+    return torch.stack([count.sum(), (count > 0).sum(), used.sum()])
