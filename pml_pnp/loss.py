@@ -1,6 +1,6 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
@@ -290,26 +290,29 @@ def _already_reduced(loss: Tensor) -> dict:
     return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 
 
+class _Recomputation:
+    """A context that knows whether it has been entered."""
+
+    entered = False
+
+    def __enter__(self) -> None:
+        self.entered = True
+
+    def __exit__(self, *_) -> None:
+        self.entered = False
+
+
 def _twice(run, rows: slice) -> tuple[Tensor, Tensor]:
     """`run(rows)` whose intermediate results are not kept, but made again in backward."""
     if not torch.is_grad_enabled():
         return run(rows)
-    recomputed = False
-
-    @contextmanager
-    def second_time():
-        nonlocal recomputed
-        recomputed = True
-        yield
-        recomputed = False
-
-    # The gradient is made, and saved, the second time only, which is what the determinism check
-    # would find.
+    recomputation = _Recomputation()
+    # The gradient is made, and saved, the second time only, which the determinism check would find.
     return checkpoint(
-        lambda: run(rows, recomputed),
+        lambda: run(rows, recomputation.entered),
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), second_time()),
+        context_fn=lambda: (nullcontext(), recomputation),
         determinism_check="none",
     )
 

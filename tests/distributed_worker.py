@@ -1,6 +1,7 @@
 """One rank of test_distributed.py: python distributed_worker.py OUTPUT_FOLDER, under torchrun."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def main():
         results[name] = (loss.detach(), net.module.weight.grad.clone())
     torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
     distributed.destroy_process_group()
+    time.sleep(0.5)  # a gloo thread that lets go of a tensor later than this aborts the process
 
 
 if __name__ == "__main__":

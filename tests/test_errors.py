@@ -35,6 +35,19 @@ def test_every_kind_of_real_number_is_taken(variant, name, value):
     assert torch.equal(got, PNPLoss(variant=variant, **{name: float(value)})(x, y))
 
 
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_chunk_size_must_be_a_positive_integer(value, error):
+    message = f"chunk_size must be a positive integer or None, got {value}"
+    with pytest.raises(error, match=message):
+        PNPLoss(chunk_size=value)
+    loss_func = PNPLoss()
+    loss_func.chunk_size = value
+    with pytest.raises(error, match=message):
+        loss_func(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]))
+
+
 def test_unknown_variant_lists_the_known_ones():
     with pytest.raises(ValueError) as error:
         PNPLoss(variant="Dx")

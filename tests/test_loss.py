@@ -24,7 +24,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from pml_pnp import PNPLoss
+from pml_pnp import PNPLoss, losses
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
@@ -561,6 +561,122 @@ def test_a_module_as_variant_is_part_of_the_loss():
     torch.testing.assert_close(loss_func.variant.weight.grad, expected)
 
 
+# --- lean mode
+
+
+def stepwise(loss_func, *args, **kwargs):
+    """Value, and gradients of what takes part, of a call."""
+    value = loss_func(*args, **kwargs)
+    inputs = [t for t in (*args, *kwargs.values()) if getattr(t, "requires_grad", False)]
+    inputs += loss_func.parameters()
+    return value.detach(), *torch.autograd.grad(value, inputs)
+
+
+SCALE = Scale()  # a variant with a parameter
+LEAN = {
+    "labels": lambda x, y, ref, ref_y: (x, y),
+    "references": lambda x, y, ref, ref_y: (x, y, None, ref, ref_y),
+    "pairs": lambda x, y, ref, ref_y: (x, None, lmu.get_all_pairs_indices(y)),
+    "triplets": lambda x, y, ref, ref_y: (x, y, all_triplets(y)),
+    "pairs of references": lambda x, y, ref, ref_y: (
+        x,
+        None,
+        lmu.get_all_pairs_indices(y, ref_y),
+        ref,
+    ),
+}
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("variant", ["Dq", torch.log1p, SCALE], ids=str)
+@pytest.mark.parametrize("kind", LEAN)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_lean_mode_has_the_same_values_and_gradients(name, kind, variant, include_self, device):
+    distance = DISTANCES[name]().to(device, torch.float64)
+    x, y = batch(dtype=torch.float64, device=device)
+    ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
+    args = LEAN[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
+    variant = copy.deepcopy(variant).double() if variant == SCALE else variant
+    kwargs = {"distance": distance, "variant": variant, "include_self": include_self}
+    whole = stepwise(PNPLoss(anneal=0.1, **kwargs), *args)
+    for chunk_size in (1, 7, 23):
+        lean = stepwise(PNPLoss(anneal=0.1, chunk_size=chunk_size, **kwargs), *args)
+        for got, want in zip(lean, whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_lean_mode_counts_the_same_statistics():
+    x, y = batch()
+    stats = []
+    for chunk_size in (None, 5):
+        loss_func = PNPLoss(collect_stats=True, chunk_size=chunk_size)
+        loss_func(x.requires_grad_(), y).backward()
+        stats.append(recorded(loss_func, "_record_these_stats"))
+    assert stats[0] == stats[1] and stats[0]["negatives_before_positive"] > 0
+
+
+def test_lean_mode_takes_every_reducer_and_the_memory():
+    x, y = batch(n=16)
+    for make in (reducers.MeanReducer, reducers.SumReducer, reducers.DivisorReducer):
+        torch.testing.assert_close(
+            value_and_grad(PNPLoss(reducer=make(), chunk_size=5), x, y),
+            value_and_grad(PNPLoss(reducer=make()), x, y),
+        )
+    results = []
+    for chunk_size in (None, 5):
+        memory = losses.CrossBatchMemory(PNPLoss(chunk_size=chunk_size), 8, memory_size=40)
+        memory(x, y)
+        results.append(value_and_grad(memory, x + 0.1, y))
+    torch.testing.assert_close(*results)
+
+
+def test_lean_mode_is_differentiable_twice():
+    x, y = batch(n=7, d=3, classes=2, dtype=torch.float64)
+    loss_func = PNPLoss(variant="Iu", anneal=0.3, chunk_size=3)
+    assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
+def test_lean_mode_without_gradient():
+    x, y = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(PNPLoss(chunk_size=5)(x, y), PNPLoss()(x, y))
+    assert not PNPLoss(chunk_size=5)(x, y).requires_grad
+
+
+def test_lack_of_memory_names_the_matrix_and_the_way_out():
+    n = 2**20
+    x, y = torch.zeros(n, 1), torch.zeros(n)
+    message = "similarities of 1048576 queries and 1048576 references, .* a chunk_size"
+    with pytest.raises(RuntimeError, match=message):
+        PNPLoss()(x, y)  # 4 TiB
+
+
+# --- backward more than once
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_backward_may_run_again(chunk_size, device):
+    x, y = batch(device=device)
+    loss = PNPLoss(variant="Ds", chunk_size=chunk_size)(x.requires_grad_(), y)
+    first = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, x, retain_graph=True)[0], 2 * first[0])
+    assert torch.equal(torch.autograd.grad(loss, x)[0], first[0])
+
+
+@needs_built_in
+def test_second_derivative_equals_that_of_the_built_in():
+    x, y = batch(n=12, d=4, classes=3, dtype=torch.float64)
+    x.requires_grad_()
+    got, want = (
+        torch.autograd.grad(
+            torch.autograd.grad(loss_func(x, y), x, create_graph=True)[0].square().sum(), x
+        )[0]
+        for loss_func in (PNPLoss(anneal=0.2), BUILT_IN(anneal=0.2))
+    )
+    assert want.abs().max() > 1e-3
+    torch.testing.assert_close(got, want)
+
+
 # --- what PML records
 
 
@@ -739,13 +855,14 @@ def test_functional_gradient():
     torch.testing.assert_close(got, value_and_grad(loss_func, x, y)[1])
 
 
+@pytest.mark.parametrize("variant", ["Dq", torch.log1p], ids=["Dq", "callable"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_step_equals_the_eager_one(backend):
+def test_compiled_training_step_equals_the_eager_one(backend, variant):
     if backend == "inductor" and not any(map(shutil.which, ["c++", "g++", "clang++", "cl"])):
         pytest.skip("inductor needs a C++ compiler")
     model = torch.nn.Linear(8, 4)
     x, y = batch()
-    loss_func = PNPLoss(variant="Dq", alpha=4)
+    loss_func = PNPLoss(variant=variant, alpha=4)
 
     def step(x, y):
         return loss_func(model(x), y)
@@ -759,10 +876,25 @@ def test_compiled_training_step_equals_the_eager_one(backend):
     eager = run(step)
     torch._dynamo.reset()
     try:
-        for got, want in zip(run(torch.compile(step, backend=backend)), eager, strict=True):
+        compiled = torch.compile(step, backend=backend, fullgraph=variant == "Dq")
+        for got, want in zip(run(compiled), eager, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("distance", [distances.LpDistance, distances.DotProductSimilarity])
+def test_compiled_with_references_has_no_graph_break(distance):
+    (x, y), (ref, ref_y) = batch(), batch(n=9)
+    x.requires_grad_()
+    loss_func = PNPLoss(distance=distance(), anneal=0.1, variant="Ib")
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(loss_func, backend="aot_eager", fullgraph=True)
+        got = torch.autograd.grad(compiled(x, y, None, ref, ref_y), x)
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(got, torch.autograd.grad(loss_func(x, y, None, ref, ref_y), x))
 
 
 def test_pmls_global_collect_stats_is_honoured(monkeypatch):

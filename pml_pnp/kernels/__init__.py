@@ -1,8 +1,8 @@
 """The losses of queries from similarities: the only place that knows about blocks and devices.
 
-`query_losses` and `ranking_counts` are all that is used from outside. Which kernel computes a loss
-is decided here: Triton's on the GPUs it runs on, plain PyTorch elsewhere, or what the environment
-variable PML_PNP_KERNEL ("eager" or "triton") says.
+`query_losses` and `ranking_counts` are all that is used from outside. Triton's kernel takes float32
+on a GPU where Triton is installed, plain PyTorch everything else. The environment variable
+PML_PNP_KERNEL forces one: "eager", or "triton" for all float32 input.
 """
 
 from pml_pnp.kernels.autograd import query_losses, ranking_counts

@@ -1,5 +1,7 @@
 """Losses of queries as autograd sees them, whatever kernel computes them."""
 
+import functools
+import importlib.util
 import inspect
 import os
 from typing import Optional
@@ -54,7 +56,7 @@ def _compute(
     """Choose the kernel and call it; what it returns is described at `eager.query_losses`."""
     if torch.compiler.is_compiling():
         return _compute_opaque(s, self_similarity, *relation, *settings, with_gradient)
-    if _kernel_name(s) == "triton":
+    if _takes_triton(s):
         from pml_pnp.kernels import triton_kernel
 
         return triton_kernel.query_losses(s, self_similarity, relation, settings, with_gradient)
@@ -95,11 +97,19 @@ def _(s, self_similarity, *args):
     )
 
 
-def _kernel_name(s: Tensor) -> str:
-    name = os.environ.get(KERNEL_VARIABLE, "auto")
-    if name not in ("auto", "eager", "triton"):
-        raise ValueError(f"{KERNEL_VARIABLE} must be auto, eager or triton, got {name!r}")
-    return name
+def _takes_triton(s: Tensor) -> bool:
+    """Whether Triton's kernel computes this: float32 on a GPU, unless the environment forbids."""
+    choice = os.environ.get(KERNEL_VARIABLE, "auto")
+    if choice not in ("auto", "eager", "triton"):
+        raise ValueError(f"{KERNEL_VARIABLE} must be auto, eager or triton, got {choice!r}")
+    if choice == "eager" or s.dtype != torch.float32:
+        return False
+    return choice == "triton" or (s.device.type == "cuda" and _has_triton())
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _QueryLosses(torch.autograd.Function):
@@ -114,7 +124,8 @@ class _QueryLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, self_similarity, ctx.relation, ctx.settings, recomputed = inputs
+        s, self_similarity, relation, ctx.settings, recomputed = inputs
+        *relation, ctx.offset = relation
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -123,23 +134,24 @@ class _QueryLosses(torch.autograd.Function):
             # Not saved for backward, so that backward may scale it in place: N x M numbers less.
             ctx.gradients = gradients
             gradients = ()
-        ctx.save_for_backward(s, self_similarity, *gradients)
+        ctx.save_for_backward(s, self_similarity, *relation, *gradients)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None, None, None
-        s, self_similarity, *gradients = ctx.saved_tensors
+        s, self_similarity, *relation = ctx.saved_tensors
+        relation, gradients = Relation(*relation[:5], ctx.offset), relation[5:]
         if torch.is_grad_enabled():
             inputs = [x for x in (s, self_similarity) if x is not None]
-            losses = _composed(s, self_similarity, ctx.relation, ctx.settings)
+            losses = _composed(s, self_similarity, relation, ctx.settings)
             grads = torch.autograd.grad(losses, inputs, grad, create_graph=True, allow_unused=True)
             return *grads, *[None] * (5 - len(grads))
         saved = len(gradients) > 0
         if not saved:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:  # used up by an earlier backward
-                gradients = _compute(s, self_similarity, ctx.relation, ctx.settings, True)[1:]
+                gradients = _compute(s, self_similarity, relation, ctx.settings, True)[1:]
         grad_s, grad_own, factor = gradients
         factor = grad.unsqueeze(1) * factor
         grad_s = grad_s * factor if saved else grad_s.mul_(factor)

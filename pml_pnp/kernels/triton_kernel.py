@@ -1,0 +1,260 @@
+"""Losses of queries, and their gradients, in one Triton program per query.
+
+The formulas are those of `eager`. A program reads its row of similarities twice for each group of
+positives: once to sum sigmoids to ranks, once to sum their derivatives, which need the ranks. It
+writes its row of the gradient alone, in a fixed order, without atomics, so that the same input
+gives the same bits. Nothing is asked of the host: how many positives a query has is read on the
+device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pml_pnp.kernels.settings import Settings
+from pml_pnp.relation import Relation
+
+# References and positives at a time. Classes of four are the usual ones.
+BLOCK_M = 1024
+BLOCK_P = 4
+
+
+@triton.jit
+def _log1p(x):
+    # log(u) x / (u - 1), u = 1 + x: the rounding of u cancels.
+    u = 1 + x
+    exact = u == 1
+    return tl.where(exact, x, tl.log(u) * x / tl.where(exact, 1, u - 1))
+
+
+@triton.jit
+def _one_minus_exp(y):
+    # 1 - exp(y), y <= 0, by the same trick.
+    u = tl.exp(y)
+    exact = u == 1
+    tiny = u < 1e-6
+    middle = (1 - u) * y / tl.log(tl.where(exact | tiny, 0.5, u))
+    return tl.where(exact, -y, tl.where(tiny, 1 - u, middle))
+
+
+@triton.jit
+def _x_minus_log1p(x):
+    # With z = x / (2 + x): x z - 2 z^3 (1/3 + z^2/5 + ...), as in `variants`, near zero.
+    near_zero = tl.minimum(x, 0.5)
+    z = near_zero / (2 + near_zero)
+    z2 = z * z
+    series = z2 * (1 / 13) + 1 / 11
+    series = series * z2 + 1 / 9
+    series = series * z2 + 1 / 7
+    series = series * z2 + 1 / 5
+    series = series * z2 + 1 / 3
+    return tl.where(x < 0.5, near_zero * z - 2 * z * z2 * series, x - _log1p(x))
+
+
+@triton.jit
+def _f(r, alpha, b, VARIANT: tl.constexpr):
+    if VARIANT == "O":
+        return r
+    elif VARIANT == "Iu":
+        return (1 + r) * _log1p(r)
+    elif VARIANT == "Ib":
+        return _x_minus_log1p(b * r) / (b * b)
+    elif VARIANT == "Ds":
+        return _log1p(r)
+    else:
+        tl.static_assert(VARIANT == "Dq")
+        return _one_minus_exp(-alpha * _log1p(r))
+
+
+@triton.jit
+def _derivative(r, alpha, b, VARIANT: tl.constexpr):
+    if VARIANT == "O":
+        return r * 0 + 1
+    elif VARIANT == "Iu":
+        return 1 + _log1p(r)
+    elif VARIANT == "Ib":
+        return r / (1 + b * r)
+    elif VARIANT == "Ds":
+        return 1 / (1 + r)
+    else:
+        tl.static_assert(VARIANT == "Dq")
+        return alpha * tl.exp(-(alpha + 1) * _log1p(r))
+
+
+@triton.jit
+def _sigmoids(
+    row,
+    j,
+    t,
+    first,
+    last,
+    scale,
+    place,
+    absent_row,
+    m,
+    HAS_ABSENT: tl.constexpr,
+):
+    """sigmoid(scale * (s[a, j] - t)), 0 where j is no negative, and which j are negatives."""
+    inside = j < m
+    if HAS_ABSENT:
+        negative = tl.load(absent_row + j, mask=inside, other=1) == 0
+    else:
+        at = tl.load(place + j, mask=inside, other=0)
+        negative = inside & ((at < first) | (at >= last))
+    x = tl.load(row + j, mask=negative, other=0.0)
+    y = 1 / (1 + tl.exp((t[:, None] - x[None, :]) * scale))
+    return tl.where(negative[None, :], y, 0.0), negative
+
+
+@triton.jit
+def _query(
+    s,
+    s_stride,
+    self_similarity,
+    columns,
+    start,
+    stop,
+    place,
+    absent,
+    losses,
+    grad_s,
+    grad_own,
+    factor,
+    m,
+    offset,
+    scale,
+    alpha,
+    b,
+    VARIANT: tl.constexpr,
+    HAS_ABSENT: tl.constexpr,
+    HAS_SELF: tl.constexpr,  # the query is a positive besides the references
+    OWN: tl.constexpr,  # it is among them
+    WITH_OWN: tl.constexpr,  # and enters as a positive
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    a = tl.program_id(0).to(tl.int64)
+    row = s + a * s_stride
+    absent_row = absent + a * m
+    grad_row = grad_s + a * m
+    first = tl.load(start + a)
+    last = tl.load(stop + a)
+    listed = last - first
+    number = listed
+    if HAS_SELF:
+        number += 1
+    if OWN and not WITH_OWN:
+        number -= 1
+    share = 1.0 / tl.maximum(number, 1)
+    total = 0.0
+    targets = listed
+    if HAS_SELF:
+        targets += 1
+    if not HAS_ABSENT:
+        # Also a query without positives has a row of the gradient to write.
+        targets = tl.maximum(targets, 1)
+    for group in range(0, targets, BLOCK_P):
+        i = group + tl.arange(0, BLOCK_P)
+        is_reference = i < listed
+        column = tl.load(columns + first + i, mask=is_reference, other=0)
+        # A query counts if it has a positive besides itself.
+        counts = listed > i * 0 + (1 if OWN else 0)
+        used = is_reference & counts
+        if OWN and not WITH_OWN:
+            used = used & (column != offset + a)
+        t = tl.load(row + column, mask=used, other=0.0)
+        if HAS_SELF:
+            is_self = (i == listed) & counts
+            t = tl.where(is_self, tl.load(self_similarity + a), t)
+            used = used | is_self
+        r = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for begin in range(0, m, BLOCK_M):
+            j = begin + tl.arange(0, BLOCK_M)
+            y, negative = _sigmoids(row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT)
+            r += tl.sum(y, axis=1)
+        total += tl.sum(tl.where(used, _f(r, alpha, b, VARIANT), 0.0), axis=0)
+        if WITH_GRADIENT:
+            w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0)
+            grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
+            for begin in range(0, m, BLOCK_M):
+                j = begin + tl.arange(0, BLOCK_M)
+                y, negative = _sigmoids(
+                    row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT
+                )
+                dy = w[:, None] * y * (1 - y)
+                grad_t += tl.sum(dy, axis=1)
+                grad = tl.sum(dy, axis=0)
+                if group > 0:
+                    grad += tl.load(grad_row + j, mask=negative, other=0.0)
+                tl.store(grad_row + j, grad, mask=negative)
+            if HAS_ABSENT:
+                # A user's mask may call a reference both positive and negative: add to what
+                # other threads of this program have written.
+                tl.debug_barrier()
+                grad = tl.load(grad_row + column, mask=used & is_reference, other=0.0) - grad_t
+                tl.store(grad_row + column, grad, mask=used & is_reference)
+                tl.debug_barrier()
+            else:
+                tl.store(grad_row + column, -grad_t, mask=is_reference)
+            if HAS_SELF:
+                tl.store(grad_own + a + i * 0, -grad_t, mask=i == listed)
+    tl.store(losses + a, total * share)
+    tl.store(factor + a, share * scale)
+
+
+def query_losses(
+    s: Tensor,
+    self_similarity: Tensor | None,
+    relation: Relation,
+    settings: Settings,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `eager.query_losses`, for float32."""
+    n, m = s.shape
+    if s.stride(1) != 1:
+        s = s.contiguous()
+    has_absent = relation.absent is not None
+    place = relation.columns
+    if not has_absent:
+        place = torch.empty_like(relation.columns, dtype=torch.int32)
+        place[relation.columns] = torch.arange(m, dtype=torch.int32, device=s.device)
+    losses = s.new_empty(n)
+    factor = s.new_empty(n, 1)
+    has_self = self_similarity is not None
+    grad_own = s.new_zeros((n, 1) if with_gradient and has_self else 0)
+    if has_absent:
+        grad_s = s.new_zeros((n, m) if with_gradient else 0)
+    else:
+        grad_s = s.new_empty((n, m) if with_gradient else 0)
+    if n == 0:
+        return losses, grad_s, grad_own, factor
+    _query[(n,)](
+        s,
+        s.stride(0),
+        self_similarity.contiguous() if has_self else s,
+        relation.columns,
+        relation.start,
+        relation.stop,
+        place,
+        relation.absent.contiguous().view(torch.int8) if has_absent else place,
+        losses,
+        grad_s,
+        grad_own,
+        factor,
+        m,
+        relation.offset or 0,
+        settings.scale,
+        settings.alpha,
+        settings.b,
+        VARIANT=settings.variant,
+        HAS_ABSENT=has_absent,
+        HAS_SELF=has_self,
+        OWN=relation.offset is not None,
+        WITH_OWN=settings.include_self and not has_self,
+        WITH_GRADIENT=with_gradient,
+        BLOCK_M=BLOCK_M,
+        BLOCK_P=BLOCK_P,
+    )
+    return losses, grad_s, grad_own, factor

@@ -1,0 +1,290 @@
+"""Kernels against each other, and what they cost, counted in work instead of seconds."""
+
+import os
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pml_pnp import PNPLoss
+from pml_pnp.functional import pnp_loss
+from pml_pnp.kernels import Settings, autograd, eager
+from pml_pnp.relation import Relation
+
+
+class Work(TorchDispatchMode):
+    """Elements that operations write, number of operations, and bytes alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = self.calls = self.alive = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements += tensor.numel()
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.alive -= size
+
+
+def work(n, per_class=4, **kwargs):
+    x = torch.randn(n, 16, requires_grad=True)
+    y = torch.arange(n) // per_class
+    loss_func = PNPLoss(**kwargs)
+    loss_func(x, y).backward()  # what is kept from call to call
+    with Work() as counted:
+        loss_func(x, y).backward()
+    return counted
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"variant": torch.log1p}, {"chunk_size": 64}], ids=str)
+def test_work_grows_with_the_square(kwargs):
+    small, large = work(256, **kwargs), work(1024, **kwargs)
+    assert small.elements < large.elements <= 16.5 * small.elements  # of cubic cost: 64 times
+
+
+def test_work_is_a_few_passes_over_the_sigmoids():
+    n, per_class = 1024, 32
+    assert work(n, per_class).elements <= 9 * n * n * per_class
+
+
+def test_a_small_batch_takes_few_operations():
+    assert work(32).calls <= 150
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks that do not count beside small matrices."""
+    monkeypatch.setattr(eager, "CPU_BLOCK", 2**14)
+    monkeypatch.setattr(eager, "_of_thread", threading.local())
+
+
+def test_the_matrices_alive_are_the_similarities_and_their_gradient(small_blocks):
+    n = 1024
+    assert 2 * n * n * 4 <= work(n).peak <= 2.5 * n * n * 4
+
+
+def test_memory_of_lean_mode_grows_with_the_batch_not_its_square(small_blocks):
+    small, large = work(512, chunk_size=32), work(2048, chunk_size=32)
+    assert large.peak <= 4.2 * small.peak and large.peak < 2048**2 * 4 / 4
+
+
+def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
+    n = 2048
+    x, y = torch.randn(n, 16, requires_grad=True), torch.arange(n) // 4
+    a = torch.arange(n)
+    pairs = a, a ^ 1, a, (a + 8) % n
+    peaks = []
+    for chunk_size in (None, 16):
+        loss_func = PNPLoss(chunk_size=chunk_size)
+        with Work() as counted:
+            loss_func(x, y, pairs).backward()
+        peaks.append(counted.peak)
+    assert peaks[1] < n * n / 2 < peaks[0]  # of a mask alone: n * n
+
+
+def test_hundreds_of_positives_and_the_longest_row_are_cut(monkeypatch):
+    monkeypatch.setattr(eager, "CPU_BLOCK", 1000)
+    s = torch.randn(3, 700, dtype=torch.float64, requires_grad=True)
+    labels, ref_labels = torch.tensor([0, 1, 5]), torch.arange(700) % 2
+    own = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    losses, counted = pnp_loss(s, labels, ref_labels, self_similarity=own, variant="Ib", anneal=0.5)
+    assert counted.tolist() == [True, True, False]
+    got = torch.autograd.grad(losses.sum(), (s, own))
+    want_losses, _ = pnp_loss(
+        s, labels, ref_labels, self_similarity=own, variant=lambda r: (2 * r - (2 * r).log1p()) / 4,
+        anneal=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(losses, want_losses)
+    torch.testing.assert_close(got, torch.autograd.grad(want_losses.sum(), (s, own)))
+
+
+def test_kept_memory_is_fit_for_every_mode_and_dtype():
+    s, labels = torch.randn(8, 8), torch.arange(8) // 2
+    with torch.inference_mode():
+        want = pnp_loss(s, labels)[0].clone()
+    for dtype in (torch.float64, torch.float32):
+        assert pnp_loss(s.to(dtype), labels)[0].dtype == dtype
+    assert torch.equal(pnp_loss(s.requires_grad_(), labels)[0].detach(), want)
+
+
+def test_the_custom_operation_passes_pytorchs_own_checks():
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    relation = Relation.from_labels(labels, labels, 0)
+    settings = Settings(10.0, "Ds", 1.0, 2.0, True)
+    args = (torch.randn(6, 6), None, *relation, *settings, True)
+    torch.library.opcheck(autograd._compute_opaque, args)
+
+
+# --- Triton, interpreted where there is no GPU
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture
+def triton_kernel(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pml_pnp.kernels import triton_kernel
+
+    monkeypatch.setenv(autograd.KERNEL_VARIABLE, "triton")
+    if not CUDA:
+        monkeypatch.setattr(triton_kernel, "BLOCK_M", 8)
+    return triton_kernel
+
+
+def both(monkeypatch, call, *inputs):
+    """Losses and gradients by Triton in float32, and by the plain kernel in float64."""
+    cotangent = None
+    results = []
+    for dtype in (torch.float32, torch.float64):  # Triton takes float32 alone
+        tensors = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
+        losses = call(*tensors)
+        if cotangent is None:
+            cotangent = torch.randn(losses.shape)
+        grads = torch.autograd.grad(losses, tensors, cotangent.to(losses))
+        results.append([losses.detach(), *grads])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("is_inverted", [True, False])
+@pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
+def test_triton_equals_the_plain_kernel(triton_kernel, monkeypatch, variant, is_inverted):
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 3]).to(DEVICE)
+    kwargs = {"variant": variant, "alpha": 4, "b": 3, "anneal": 0.1, "is_inverted": is_inverted}
+    s = 0.2 * torch.randn(9, 9)
+    both(monkeypatch, lambda s: pnp_loss(s, labels, **kwargs)[0], s)
+    both(monkeypatch, lambda s: pnp_loss(s, labels, include_self=False, **kwargs)[0], s)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 29), (5, 8), (2, 70)])
+def test_triton_with_references_and_masks(triton_kernel, monkeypatch, n, m, include_self):
+    s, own = 0.2 * torch.randn(n, m), 0.2 * torch.randn(n)
+    labels, ref_labels = torch.randint(0, 3, (n,)), torch.randint(1, 4, (m,))
+    kwargs = {"variant": "Ds", "anneal": 0.1, "include_self": include_self}
+    inputs = (s, own) if include_self else (s,)
+
+    def by_labels(s, own=None):
+        return pnp_loss(s, labels.to(DEVICE), ref_labels.to(DEVICE), self_similarity=own, **kwargs)[
+            0
+        ]
+
+    positive, negative = torch.rand(n, m) < 0.4, torch.rand(n, m) < 0.4  # and some are both
+
+    def by_masks(s, own=None):
+        masks = {"positive_mask": positive, "negative_mask": negative}
+        return pnp_loss(s, self_similarity=own, **masks, **kwargs)[0]
+
+    both(monkeypatch, by_labels, *inputs)
+    both(monkeypatch, by_masks, *inputs)
+
+
+def test_triton_keeps_its_accuracy_for_tiny_ranks(triton_kernel):
+    s = torch.tensor([[1.0, 1.0, 0.2, 0.0]] * 2).to(DEVICE)
+    labels = torch.tensor([0, 0]).to(DEVICE), torch.tensor([0, 0, 1, 1]).to(DEVICE)
+    for variant in ("Iu", "Ib", "Ds", "Dq"):
+        kwargs = {"variant": variant, "include_self": False, "anneal": 0.05}
+        got, want = (pnp_loss(s.to(dtype), *labels, **kwargs)[0] for dtype in
+                     (torch.float32, torch.float64))  # fmt: skip
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
+
+
+def test_triton_computes_a_training_step(triton_kernel, monkeypatch):
+    x, y = torch.randn(8, 4, device=DEVICE), (torch.arange(8) // 4).to(DEVICE)
+    for kwargs in ({}, {"chunk_size": 3}):
+        results = []
+        for kernel in ("triton", "eager"):
+            monkeypatch.setenv(autograd.KERNEL_VARIABLE, kernel)
+            v = x.clone().requires_grad_()
+            loss = PNPLoss(variant="Dq", **kwargs)(v, y)
+            loss.backward()
+            results.append((loss.detach(), v.grad))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_kernel_is_named(monkeypatch):
+    monkeypatch.setenv(autograd.KERNEL_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="PML_PNP_KERNEL must be auto, eager or triton, got 'cuda"):
+        pnp_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pml_pnp.kernels.triton_kernel import _query
+
+pointers = {"columns": "*i64", "start": "*i64", "stop": "*i64", "place": "*i32", "absent": "*i8"}
+numbers = {"s_stride": "i32", "m": "i32", "offset": "i32", "scale": "fp32", "alpha": "fp32"}
+floats = ("s", "self_similarity", "losses", "grad_s", "grad_own", "factor")
+targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
+cases = ("Ib", (0, 0, 1, 1, 1)), ("Dq", (1, 1, 0, 0, 1)), ("Iu", (0, 1, 0, 0, 0))
+for target in targets:
+    for variant, flags in cases:
+        names = ("HAS_ABSENT", "HAS_SELF", "OWN", "WITH_OWN", "WITH_GRADIENT")
+        constants = dict(zip(names, map(bool, flags)), VARIANT=variant, BLOCK_M=1024, BLOCK_P=4)
+        signature = {name: "*fp32" for name in floats} | pointers | numbers | {"b": "fp32"}
+        signature = {name: signature.get(name, "constexpr") for name in _query.arg_names}
+        compile(ASTSource(_query, signature, constants), target=target)
+"""
+
+
+def test_triton_compiles_for_gpus_that_are_not_here():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
+
+
+# --- on a GPU
+
+
+needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
+def test_a_step_on_a_gpu_does_not_wait_for_it_and_is_repeatable(variant):
+    x = torch.randn(384, 64, device="cuda", requires_grad=True)
+    y = torch.arange(384, device="cuda") // 4
+    loss_func = PNPLoss(variant=variant)
+    loss_func(x, y).backward()  # compiles
+    grads = []
+    for _ in range(3):
+        x.grad = None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss_func(x, y).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@needs_cuda
+def test_triton_is_what_a_gpu_uses(monkeypatch):
+    triton_kernel = pytest.importorskip("pml_pnp.kernels.triton_kernel")
+    monkeypatch.setattr(triton_kernel, "query_losses", lambda *args: pytest.fail("called"))
+    with pytest.raises(pytest.fail.Exception):
+        pnp_loss(torch.eye(4, device="cuda"), torch.tensor([0, 0, 1, 1]))
