@@ -108,7 +108,7 @@ def pnp_loss(
         relation = _relation_from_labels(s, labels, ref_labels)
     else:
         relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
-    if include_self and not (relation.offset is not None and self_similarity is None):
+    if include_self and not (relation.own is not None and self_similarity is None):
         self_similarity = _checked_self_similarity(s, self_similarity)
     losses = query_losses(s, self_similarity, relation, settings)
     return losses.to(similarity.dtype), relation.counted
@@ -152,7 +152,7 @@ def _relation_from_labels(s: Tensor, labels: Tensor, ref_labels: Tensor | None) 
             "without ref_labels, similarity must be square (the references are the queries), "
             f"got shape {(n, m)}"
         )
-    return Relation.from_labels(labels, labels, 0)
+    return Relation.from_labels(labels, labels, torch.arange(n, device=s.device))
 
 
 def _checked_self_similarity(s: Tensor, given: Tensor | None) -> Tensor:

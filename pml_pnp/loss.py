@@ -1,6 +1,7 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
@@ -14,6 +15,16 @@ from pml_pnp.kernels import Settings, query_losses, ranking_counts
 from pml_pnp.relation import Relation
 
 SELF_SIMILARITY_BLOCK = 128
+
+
+class QueriesAmongReferences(NamedTuple):
+    """What CrossBatchMemory passes as `indices_tuple`: the labels count, and queries are no pairs.
+
+    As all pairs but those of a query with its own copy, without a list of N x M of them.
+    """
+
+    columns: Tensor
+    """(N,) int64, where in the references the queries are."""
 
 
 class PNPLoss(BaseMetricLossFunction):
@@ -160,7 +171,8 @@ class PNPLoss(BaseMetricLossFunction):
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
-        check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        pairs = None if isinstance(indices_tuple, QueriesAmongReferences) else indices_tuple
+        check_inputs(embeddings, labels, pairs, ref_emb, ref_labels)
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
         # Distance, loss, regularizer and reducer all work in float32 at least: a similarity that is
@@ -246,20 +258,23 @@ class PNPLoss(BaseMetricLossFunction):
         """L(a) of some queries, and which count."""
         whole = rows == slice(0, len(queries))
         part = queries if whole else queries[rows]
-        offset, self_similarity = rows.start, None
-        if references is not None:
-            offset = None
+        own, self_similarity = None, None
+        if references is None:
+            own = torch.arange(rows.start, rows.stop, device=queries.device)
+            if not whole:
+                references, ref_labels = queries, labels
+        else:
             self_similarity = self._self_similarity(part) if self.include_self else None
-        elif not whole:
-            references, ref_labels = queries, labels
+            if isinstance(indices_tuple, QueriesAmongReferences):
+                own, indices_tuple = indices_tuple.columns[rows], None
         similarity = _matrix(self.distance, part, references)
         m = similarity.shape[1]
         if indices_tuple is None:
             others = labels if references is None else ref_labels
             device = similarity.device
-            relation = Relation.from_labels(labels[rows].to(device), others.to(device), offset)
+            relation = Relation.from_labels(labels[rows].to(device), others.to(device), own)
         else:
-            relation = Relation.from_tuple(indices_tuple, rows, m, similarity.device, offset)
+            relation = Relation.from_tuple(indices_tuple, rows, m, similarity.device, own)
         if self.collect_stats and not recomputed:
             self._ranking_counts += ranking_counts(similarity, relation, self.distance.is_inverted)
         losses = query_losses(similarity, self_similarity, relation, settings, recomputed)

@@ -14,7 +14,7 @@ Example:
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
-from pml_pnp.loss import PNPLoss
+from pml_pnp.loss import PNPLoss, QueriesAmongReferences
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
@@ -34,9 +34,23 @@ def _names_of_family(cls: type) -> list[str]:
 
 
 class CrossBatchMemory(_pml.CrossBatchMemory):
-    """PML's CrossBatchMemory, which takes PNPLoss too."""
+    """PML's CrossBatchMemory, which takes PNPLoss too.
+
+    Without a miner PML's lists all N x M pairs of batch and memory, which takes longer than to
+    rank them; PNPLoss is told instead where in the memory the batch is.
+    """
 
     supported_losses = _with_pnp_loss(_pml.CrossBatchMemory)
+
+    def create_indices_tuple(
+        self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+    ):
+        """Pairs or triplets for the loss, or what PNPLoss takes in their place."""
+        if self.miner or input_indices_tuple is not None or not isinstance(self.loss, PNPLoss):
+            return super().create_indices_tuple(
+                embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+            )
+        return QueriesAmongReferences(self.curr_batch_idx) if do_remove_self_comparisons else None
 
 
 class SelfSupervisedLoss(_pml.SelfSupervisedLoss):

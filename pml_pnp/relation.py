@@ -23,12 +23,12 @@ class Relation(NamedTuple):
     """(N,) bool, the queries with a positive besides themselves."""
     absent: Tensor | None
     """(N, M) bool, what is no negative; None if that is the positives, and nothing else."""
-    offset: int | None
-    """Query a is reference offset + a; None if the queries are not among the references."""
+    own: Tensor | None
+    """(N,) int64, which reference is query a; None if the queries are not among the references."""
 
     @staticmethod
-    def from_labels(labels: Tensor, ref_labels: Tensor, offset: int | None) -> "Relation":
-        """Equal labels make a positive, unequal ones a negative."""
+    def from_labels(labels: Tensor, ref_labels: Tensor, own: Tensor | None) -> "Relation":
+        """Equal labels make a positive, unequal ones a negative; those of `own` are equal."""
         dtype = torch.promote_types(labels.dtype, ref_labels.dtype)
         if not dtype.is_floating_point:
             dtype = torch.int64  # bool and the short ones are not searched everywhere
@@ -36,28 +36,27 @@ class Relation(NamedTuple):
         ordered, columns = ref_labels.sort(stable=True)
         start = torch.searchsorted(ordered, labels)
         stop = torch.searchsorted(ordered, labels, right=True)
-        counted = stop - start > (0 if offset is None else 1)
-        return Relation(columns, start, stop, counted, None, offset)
+        counted = stop - start > (0 if own is None else 1)
+        return Relation(columns, start, stop, counted, None, own)
 
     @staticmethod
     def from_masks(
-        positive_mask: Tensor, negative_mask: Tensor, offset: int | None = None
+        positive_mask: Tensor, negative_mask: Tensor, own: Tensor | None = None
     ) -> "Relation":
-        """Both (N, M) bool; with an offset, what they say of a query and itself is not used."""
+        """Both (N, M) bool; what they say of a query and its `own` reference is not used."""
         absent = ~negative_mask
-        if offset is not None:
-            own = torch.arange(offset, offset + len(absent), device=absent.device).unsqueeze(1)
-            positive_mask = positive_mask.scatter(1, own, True)
-            absent.scatter_(1, own, True)
+        if own is not None:
+            positive_mask = positive_mask.scatter(1, own.unsqueeze(1), True)
+            absent.scatter_(1, own.unsqueeze(1), True)
         counts = positive_mask.sum(dim=1)
         stop = counts.cumsum(0)
-        counted = counts > (0 if offset is None else 1)
+        counted = counts > (0 if own is None else 1)
         columns = positive_mask.nonzero()[:, 1]
-        return Relation(columns, stop - counts, stop, counted, absent, offset)
+        return Relation(columns, stop - counts, stop, counted, absent, own)
 
     @staticmethod
     def from_tuple(
-        indices_tuple, rows: slice, m: int, device: torch.device, offset: int | None
+        indices_tuple, rows: slice, m: int, device: torch.device, own: Tensor | None
     ) -> "Relation":
         """Triplets or pairs of PML, of which those count whose anchor lies in `rows`."""
         *anchors_and_positives, negatives = (i.to(device).long() for i in indices_tuple)
@@ -72,12 +71,12 @@ class Relation(NamedTuple):
             return flat.view(n, m)
 
         negative_mask = mask(negative_anchors, negatives)
-        return Relation.from_masks(mask(anchors, positives), negative_mask, offset)
+        return Relation.from_masks(mask(anchors, positives), negative_mask, own)
 
     @property
-    def own(self) -> int:
-        """How many of its own positives a query is: 1 or 0."""
-        return 0 if self.offset is None else 1
+    def number_of_own(self) -> int:
+        """How many of its own listed positives a query is: 1 or 0."""
+        return 0 if self.own is None else 1
 
     def sizes(self) -> tuple[int, int]:
         """Smallest and largest number of positives of a query, itself included; waits for a GPU."""
@@ -94,7 +93,7 @@ class Relation(NamedTuple):
             with_self_similarity: whether it is one besides the references
             dtype: of the result
         """
-        without = 0 if with_own else self.own
+        without = 0 if with_own else self.number_of_own
         number = self.stop - self.start + (int(with_self_similarity) - without)
         return number.clamp_(min=1).to(dtype).reciprocal_()
 
@@ -115,19 +114,17 @@ class Relation(NamedTuple):
         Not the repeated ones, those of a query that does not count, and the query itself unless
         `with_own`.
         """
-        device = index.device
         number = (self.stop - self.start)[rows] * self.counted[rows]
-        used = torch.arange(index.shape[1], device=device) < number.unsqueeze(1)
-        if self.offset is not None and not with_own:
-            own = torch.arange(self.offset + rows.start, self.offset + rows.stop, device=device)
-            used.logical_and_(index != own.unsqueeze(1))
+        used = torch.arange(index.shape[1], device=index.device) < number.unsqueeze(1)
+        if self.own is not None and not with_own:
+            used.logical_and_(index != self.own[rows].unsqueeze(1))
         return used
 
     def silence_(self, x: Tensor, rows: slice, index: Tensor, value: float) -> None:
         """Set x (rows, M) to `value` at what is no negative; `index` as from `positives`."""
         if self.absent is not None:
             x.masked_fill_(self.absent[rows], value)
-        elif self.offset is not None:
+        elif self.own is not None:
             x.scatter_(1, index, value)
         else:  # `index` is of no meaning where a query has no positives
             has_positives = (self.stop > self.start)[rows].unsqueeze(1)

@@ -130,7 +130,7 @@ def test_kept_memory_is_fit_for_every_mode_and_dtype():
 
 def test_the_custom_operation_passes_pytorchs_own_checks():
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
-    relation = Relation.from_labels(labels, labels, 0)
+    relation = Relation.from_labels(labels, labels, torch.arange(6))
     settings = Settings(10.0, "Ds", 1.0, 2.0, True)
     args = (torch.randn(6, 6), None, *relation, *settings, True)
     torch.library.opcheck(autograd._compute_opaque, args)
@@ -237,7 +237,7 @@ from triton.compiler import ASTSource
 from pml_pnp.kernels.triton_kernel import _query
 
 pointers = {"columns": "*i64", "start": "*i64", "stop": "*i64", "place": "*i32", "absent": "*i8"}
-numbers = {"s_stride": "i32", "m": "i32", "offset": "i32", "scale": "fp32", "alpha": "fp32"}
+numbers = {"own": "*i64", "s_stride": "i32", "m": "i32", "scale": "fp32", "alpha": "fp32"}
 floats = ("s", "self_similarity", "losses", "grad_s", "grad_own", "factor")
 targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 cases = ("Ib", (0, 0, 1, 1, 1)), ("Dq", (1, 1, 0, 0, 1)), ("Iu", (0, 1, 0, 0, 0))

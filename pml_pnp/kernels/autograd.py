@@ -73,7 +73,7 @@ def _compute_opaque(
     stop: Tensor,
     counted: Tensor,
     absent: Optional[Tensor],  # noqa: UP045
-    offset: Optional[int],  # noqa: UP045
+    own: Optional[Tensor],  # noqa: UP045
     scale: float,
     variant: str,
     alpha: float,
@@ -81,7 +81,7 @@ def _compute_opaque(
     include_self: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    relation = Relation(columns, start, stop, counted, absent, offset)
+    relation = Relation(columns, start, stop, counted, absent, own)
     settings = Settings(scale, variant, alpha, b, include_self)
     return _compute(s, self_similarity, relation, settings, with_gradient)
 
@@ -125,7 +125,6 @@ class _QueryLosses(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         s, self_similarity, relation, ctx.settings, recomputed = inputs
-        *relation, ctx.offset = relation
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -140,8 +139,9 @@ class _QueryLosses(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None, None, None
-        s, self_similarity, *relation = ctx.saved_tensors
-        relation, gradients = Relation(*relation[:5], ctx.offset), relation[5:]
+        s, self_similarity, *saved = ctx.saved_tensors
+        fields = len(Relation._fields)
+        relation, gradients = Relation(*saved[:fields]), saved[fields:]
         if torch.is_grad_enabled():
             inputs = [x for x in (s, self_similarity) if x is not None]
             losses = _composed(s, self_similarity, relation, ctx.settings)

@@ -69,7 +69,8 @@ def query_losses(
     number = width if self_similarity is None else width + 1
     # Classes of one size are what samplers make. At N = 32, where a step is some sixty calls of
     # PyTorch, to have nothing to leave out spares ten of them.
-    uniform = smallest == width and width > relation.own and (relation.own == 0 or with_own)
+    own = relation.number_of_own
+    uniform = smallest == width > own and (own == 0 or with_own)
     if uniform:
         share = s.new_full((n,), 1 / number)
     else:

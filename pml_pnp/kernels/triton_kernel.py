@@ -121,8 +121,8 @@ def _query(
     grad_s,
     grad_own,
     factor,
+    own,
     m,
-    offset,
     scale,
     alpha,
     b,
@@ -163,7 +163,7 @@ def _query(
         counts = listed > i * 0 + (1 if OWN else 0)
         used = is_reference & counts
         if OWN and not WITH_OWN:
-            used = used & (column != offset + a)
+            used = used & (column != tl.load(own + a))
         t = tl.load(row + column, mask=used, other=0.0)
         if HAS_SELF:
             is_self = (i == listed) & counts
@@ -243,15 +243,15 @@ def query_losses(
         grad_s,
         grad_own,
         factor,
+        relation.start if relation.own is None else relation.own,
         m,
-        relation.offset or 0,
         settings.scale,
         settings.alpha,
         settings.b,
         VARIANT=settings.variant,
         HAS_ABSENT=has_absent,
         HAS_SELF=has_self,
-        OWN=relation.offset is not None,
+        OWN=relation.own is not None,
         WITH_OWN=settings.include_self and not has_self,
         WITH_GRADIENT=with_gradient,
         BLOCK_M=BLOCK_M,
