@@ -119,6 +119,22 @@ def test_hundreds_of_positives_and_the_longest_row_are_cut(monkeypatch):
     torch.testing.assert_close(got, torch.autograd.grad(want_losses.sum(), (s, own)))
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0, 1, 0, 2, 2, 2]])
+def test_a_given_self_similarity_takes_the_place_of_the_diagonal(labels):
+    labels = torch.tensor(labels)
+    s = 0.1 * torch.randn(6, 6, dtype=torch.float64)
+    diagonal = s.diagonal().clone().requires_grad_()
+    s.requires_grad_()
+    plain, _ = pnp_loss(s, labels, variant="Ds")
+    given, _ = pnp_loss(s, labels, self_similarity=diagonal, variant="Ds")
+    torch.testing.assert_close(given, plain)
+    cotangent = torch.randn(6, dtype=torch.float64)
+    (whole,) = torch.autograd.grad(plain, s, cotangent)
+    rest, own = torch.autograd.grad(given, (s, diagonal), cotangent)
+    assert own.abs().max() > 0 and rest.diagonal().eq(0).all()
+    torch.testing.assert_close(rest + own.diag(), whole)
+
+
 def test_kept_memory_is_fit_for_every_mode_and_dtype():
     s, labels = torch.randn(8, 8), torch.arange(8) // 2
     with torch.inference_mode():
@@ -176,6 +192,8 @@ def test_triton_equals_the_plain_kernel(triton_kernel, monkeypatch, variant, is_
     s = 0.2 * torch.randn(9, 9)
     both(monkeypatch, lambda s: pnp_loss(s, labels, **kwargs)[0], s)
     both(monkeypatch, lambda s: pnp_loss(s, labels, include_self=False, **kwargs)[0], s)
+    own = 0.2 * torch.randn(9)
+    both(monkeypatch, lambda s, own: pnp_loss(s, labels, self_similarity=own, **kwargs)[0], s, own)
 
 
 @pytest.mark.parametrize("include_self", [True, False])
@@ -243,7 +261,7 @@ targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip",
 cases = ("Ib", (0, 0, 1, 1, 1)), ("Dq", (1, 1, 0, 0, 1)), ("Iu", (0, 1, 0, 0, 0))
 for target in targets:
     for variant, flags in cases:
-        names = ("HAS_ABSENT", "HAS_SELF", "OWN", "WITH_OWN", "WITH_GRADIENT")
+        names = ("HAS_ABSENT", "HAS_SELF", "OWN", "INCLUDE_SELF", "WITH_GRADIENT")
         constants = dict(zip(names, map(bool, flags)), VARIANT=variant, BLOCK_M=1024, BLOCK_P=4)
         signature = {name: "*fp32" for name in floats} | pointers | numbers | {"b": "fp32"}
         signature = {name: signature.get(name, "constexpr") for name in _query.arg_names}

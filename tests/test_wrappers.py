@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from helpers import batch, expected_mean, value_and_grad
+from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning import miners
 from pytorch_metric_learning.utils import distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
@@ -125,3 +125,27 @@ def test_outside_a_distributed_run_the_wrapper_returns_the_loss_as_it_is():
     x, y = batch()
     loss = distributed.DistributedLossWrapper(losses.PNPLoss())(x, y)
     assert torch.equal(loss, losses.PNPLoss()(x, y))
+
+
+class ListingMemory(losses.CrossBatchMemory):
+    """Lists all pairs, as PML's own does."""
+
+    create_indices_tuple = pml_losses.CrossBatchMemory.create_indices_tuple
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"chunk_size": 5}], ids=str)
+def test_memory_without_a_list_of_pairs_is_the_same(kwargs, include_self, masked):
+    kwargs = {"variant": "Ds", "include_self": include_self, **kwargs}
+    kwargs["distance"] = distances.LpDistance(normalize_embeddings=False)
+    memories = [
+        cls(losses.PNPLoss(anneal=0.3, **kwargs), 8, memory_size=30).double()
+        for cls in (losses.CrossBatchMemory, ListingMemory)
+    ]
+    for _ in range(4):  # the memory of 30 is filled, and begun again in the middle of a batch
+        x, y = batch(n=12, dtype=torch.float64)
+        mask = {"enqueue_mask": torch.arange(12) < 7} if masked else {}
+        results = [value_and_grad(memory, x, y, **mask) for memory in memories]
+        torch.testing.assert_close(*results)
+    assert results[0][1].abs().max() > 1e-3

@@ -65,16 +65,19 @@ def query_losses(
         return losses.zero_(), grad_s.zero_(), grad_own.zero_(), s.new_ones(n, 1)
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
     scale, alpha, b = settings.scale, settings.alpha, settings.b
-    with_own = settings.include_self and self_similarity is None
-    number = width if self_similarity is None else width + 1
+    # What is given as similarity of the query to itself is one target more, unless the query is
+    # among the references: then it takes the place of what is there.
+    given = self_similarity is not None
+    extra, replaced = given and relation.own is None, given and relation.own is not None
+    number = width + 1 if extra else width
     # Classes of one size are what samplers make. At N = 32, where a step is some sixty calls of
     # PyTorch, to have nothing to leave out spares ten of them.
     own = relation.number_of_own
-    uniform = smallest == width > own and (own == 0 or with_own)
+    uniform = smallest == width > own and (own == 0 or settings.include_self)
     if uniform:
         share = s.new_full((n,), 1 / number)
     else:
-        share = relation.share(with_own, self_similarity is not None, s.dtype)
+        share = relation.share(settings.include_self, extra, s.dtype)
     buffers = None
     for rows, columns in blocks(n, m, number, block_entries(s.device)):
         height = rows.stop - rows.start
@@ -84,11 +87,14 @@ def query_losses(
         index = relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.silence_(x, rows, index, _never_before(scale))
-        if self_similarity is not None:
+        if extra:
             t = torch.cat([t, self_similarity[rows].unsqueeze(1)], dim=1)
+        if replaced:
+            is_own = index == relation.own[rows].unsqueeze(1)
+            t = torch.where(is_own, self_similarity[rows].unsqueeze(1), t)
         if not uniform:
-            used = relation.used(rows, index, with_own)
-            if self_similarity is not None:
+            used = relation.used(rows, index, settings.include_self)
+            if extra:
                 used = torch.cat([used, relation.counted[rows].unsqueeze(1)], dim=1)
             t.masked_fill_(~used, 0)  # a difference to infinity would not be a number
         grad_t = torch.empty_like(t)
@@ -119,9 +125,12 @@ def query_losses(
                 torch.sum(y, dim=2, out=grad_t[:, cols])
         if with_gradient:
             grad_t.neg_()
-            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
-            if self_similarity is not None:
+            if extra:
                 grad_own[rows] = grad_t[:, width:]
+            if replaced:
+                grad_own[rows] = (grad_t * is_own).sum(dim=1, keepdim=True)
+                grad_t.masked_fill_(is_own, 0)
+            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
     losses.mul_(share)
     return losses, grad_s, grad_own, (share * scale).unsqueeze(1)
 

@@ -128,9 +128,9 @@ def _query(
     b,
     VARIANT: tl.constexpr,
     HAS_ABSENT: tl.constexpr,
-    HAS_SELF: tl.constexpr,  # the query is a positive besides the references
-    OWN: tl.constexpr,  # it is among them
-    WITH_OWN: tl.constexpr,  # and enters as a positive
+    HAS_SELF: tl.constexpr,  # similarities of queries to themselves are given
+    OWN: tl.constexpr,  # the queries are among the references
+    INCLUDE_SELF: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -143,14 +143,14 @@ def _query(
     last = tl.load(stop + a)
     listed = last - first
     number = listed
-    if HAS_SELF:
+    if HAS_SELF and not OWN:
         number += 1
-    if OWN and not WITH_OWN:
+    if OWN and not INCLUDE_SELF:
         number -= 1
     share = 1.0 / tl.maximum(number, 1)
     total = 0.0
     targets = listed
-    if HAS_SELF:
+    if HAS_SELF and not OWN:
         targets += 1
     if not HAS_ABSENT:
         # Also a query without positives has a row of the gradient to write.
@@ -162,11 +162,13 @@ def _query(
         # A query counts if it has a positive besides itself.
         counts = listed > i * 0 + (1 if OWN else 0)
         used = is_reference & counts
-        if OWN and not WITH_OWN:
-            used = used & (column != tl.load(own + a))
+        is_self = (i == listed) & counts  # one target more, or else in the place of the listed one
+        if OWN:
+            is_self = used & (column == tl.load(own + a))
+            if not INCLUDE_SELF:
+                used = used & (column != tl.load(own + a))
         t = tl.load(row + column, mask=used, other=0.0)
         if HAS_SELF:
-            is_self = (i == listed) & counts
             t = tl.where(is_self, tl.load(self_similarity + a), t)
             used = used | is_self
         r = tl.zeros([BLOCK_P], dtype=tl.float32)
@@ -189,6 +191,9 @@ def _query(
                 if group > 0:
                     grad += tl.load(grad_row + j, mask=negative, other=0.0)
                 tl.store(grad_row + j, grad, mask=negative)
+            if HAS_SELF:
+                tl.store(grad_own + a + i * 0, -grad_t, mask=is_self)
+                grad_t = tl.where(is_self, 0.0, grad_t)
             if HAS_ABSENT:
                 # A user's mask may call a reference both positive and negative: add to what
                 # other threads of this program have written.
@@ -198,8 +203,6 @@ def _query(
                 tl.debug_barrier()
             else:
                 tl.store(grad_row + column, -grad_t, mask=is_reference)
-            if HAS_SELF:
-                tl.store(grad_own + a + i * 0, -grad_t, mask=i == listed)
     tl.store(losses + a, total * share)
     tl.store(factor + a, share * scale)
 
@@ -252,7 +255,7 @@ def query_losses(
         HAS_ABSENT=has_absent,
         HAS_SELF=has_self,
         OWN=relation.own is not None,
-        WITH_OWN=settings.include_self and not has_self,
+        INCLUDE_SELF=settings.include_self,
         WITH_GRADIENT=with_gradient,
         BLOCK_M=BLOCK_M,
         BLOCK_P=BLOCK_P,

@@ -1,0 +1,278 @@
+"""Measure time and memory of PNPLoss, of the losses it stands beside, and of the least it could be.
+
+    python benchmarks/measure.py                       # everything, for this machine's device
+    python benchmarks/measure.py --only small queue    # some of it
+    python benchmarks/measure.py --device cuda --dtypes float32 bfloat16
+
+A row is one provider at one size: forward and backward of the whole loss from embeddings. Rows are
+written as they are measured, to a new file in benchmarks/results; benchmarks/report.py makes the
+README's table and plot of them.
+
+The floor is what no loss of this kind can do without: normalize, multiply to similarities, and the
+same back, with a gradient that is already there. Providers of a size are measured in turn, several
+times around, in one process, so that their ratios mean something on a machine that has other work.
+Memory is the peak beyond the inputs, each in a process of its own.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import tqdm
+from pytorch_metric_learning import losses as pml_losses
+from torch.nn.functional import normalize
+from torch.utils.benchmark import Timer
+
+from pml_pnp import losses
+
+RESULTS = Path(__file__).parent / "results"
+OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
+CHUNK = 1024
+PEERS = (
+    "SmoothAPLoss",
+    "FastAPLoss",
+    "MultiSimilarityLoss",
+    "SupConLoss",
+    "ContrastiveLoss",
+    "TripletMarginLoss",
+    "NTXentLoss",
+)
+# The largest batch a provider is asked for: beyond it takes minutes, or more memory than there is.
+LARGEST = {
+    BUILT_IN: 384,
+    "SmoothAPLoss": 384,
+    "TripletMarginLoss": 384,
+    "NTXentLoss": 384,
+    "FastAPLoss": 1024,
+    **dict.fromkeys(("MultiSimilarityLoss", "SupConLoss", "ContrastiveLoss"), 4096),
+}
+# (N, per class, d) of each part.
+SIZES = {
+    "small": [(n, 4, 512) for n in (32, 112, 384, 1024)],
+    "large": [(4096, 4, 512)],
+    "many positives": [(1024, 32, 512)],
+    "growth": [(n, 4, 512) for n in (512, 1024, 2048, 4096, 8192)],
+    "queue": [(384, 4, 512)],
+    "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
+    "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
+}
+QUEUE = 65536
+COLUMNS = (
+    "part,provider,device,dtype,N,M,per_class,d,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
+    "hardware,threads,python,torch,pytorch_metric_learning,pml_pnp,date,command"
+).split(",")
+
+
+def main() -> None:
+    """Run the command line."""
+    args = _parser().parse_args()
+    warnings.filterwarnings("ignore", "var\\(\\)|Converting a tensor")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.memory_of:  # the process that measures one number
+        provider, n, per_class, d = args.memory_of
+        print(_peak_bytes(provider, int(n), int(per_class), int(d), device, args.dtypes[0]))
+        return
+    path = args.output or RESULTS / f"{device.type}-{datetime.date.today()}.csv"
+    if path.exists() and not args.append:
+        raise SystemExit(f"{path} exists; name another with --output, or --append to it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _rows(args.only, device, args.dtypes, args.rounds, args.seconds))
+    print(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of the embeddings")
+    parser.add_argument("--only", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=7, help="times around the providers")
+    parser.add_argument("--seconds", type=float, default=0.3, help="at least, for one of them")
+    parser.add_argument("--threads", type=int, help="of PyTorch; its own choice by default")
+    parser.add_argument("--output", type=Path, help="file to write; by default DEVICE-DATE.csv")
+    parser.add_argument("--append", action="store_true", help="to a file that exists")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    return parser
+
+
+# --- what is measured
+
+
+def build(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> Callable[[], None]:
+    """Make one training step of a provider from embeddings on: forward and backward."""
+    x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    labels = torch.arange(n, device=device) // per_class
+    if provider == FLOOR:
+        ones = torch.ones(n, n, device=device, dtype=x.dtype)
+
+        def step() -> None:
+            z = normalize(x)
+            (z @ z.T).backward(ones)
+            x.grad = None
+
+        return step
+    if provider == OURS:
+        loss_func = losses.PNPLoss(variant="Dq")
+    elif provider == LEAN:
+        loss_func = losses.PNPLoss(variant="Dq", chunk_size=CHUNK)
+    elif provider == BUILT_IN:
+        loss_func = pml_losses.PNPLoss(variant="Dq")
+    else:
+        loss_func = getattr(pml_losses, provider)()
+
+    def step() -> None:
+        loss_func(x, labels).backward()
+        x.grad = None
+
+    return step
+
+
+def build_queue(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make one step with a full memory of QUEUE embeddings."""
+    x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    queue = torch.randn(QUEUE, d, device=device, dtype=x.dtype)
+    labels = torch.arange(n, device=device) // per_class
+    if provider == FLOOR:
+        ones = torch.ones(n, QUEUE, device=device, dtype=x.dtype)
+
+        def step() -> None:
+            (normalize(x) @ normalize(queue).T).backward(ones)
+            x.grad = None
+
+        return step
+    memory = losses.CrossBatchMemory(losses.PNPLoss(variant="Dq"), d, QUEUE).to(device)
+    memory.add_to_memory(queue, torch.arange(QUEUE, device=device) // per_class, QUEUE)
+
+    def step() -> None:
+        memory.queue_idx = 0  # the same place, so that the number of positives stays
+        memory(x, labels).backward()
+        x.grad = None
+
+    return step
+
+
+def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: float):
+    """Yield the rows one by one."""
+    for part in parts:
+        for dtype in dtypes:
+            for n, per_class, d in SIZES[part]:
+                sizes = {"N": n, "M": n, "per_class": per_class, "d": d}
+                if part == "queue":
+                    sizes["M"] = QUEUE
+                row = {"part": part, "dtype": dtype, **sizes, **_machine(device)}
+                if part.startswith("memory"):
+                    provider = LEAN if "lean" in part else OURS
+                    size = provider, n, per_class, d
+                    yield {**row, "provider": provider, "peak_bytes": _in_process(size, dtype)}
+                    continue
+                for provider, times in _times(
+                    part, n, per_class, d, device, dtype, rounds, seconds
+                ):
+                    yield {**row, "provider": provider, **times}
+
+
+def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds: int, seconds):
+    """Time of each provider, measured in turn."""
+    providers = [FLOOR, OURS]
+    if part in ("small", "large"):
+        providers += [p for p in (BUILT_IN, *PEERS) if n <= LARGEST[p]]
+    if part in ("large", "growth") and n >= 4096:
+        providers.append(LEAN)
+    make = build_queue if part == "queue" else build
+    timers = {
+        p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
+                 num_threads=torch.get_num_threads())
+        for p in providers
+    }  # fmt: skip
+    times = {p: [] for p in providers}
+    for timer in timers.values():
+        timer.timeit(1)
+    for _ in range(rounds):
+        for provider, timer in timers.items():
+            times[provider] += timer.blocked_autorange(min_run_time=seconds).times
+    for provider, t in times.items():
+        low, *_, high = statistics.quantiles(t, n=5)
+        quantiles = {"median_ms": statistics.median(t), "q20_ms": low, "q80_ms": high}
+        yield provider, {**{k: f"{1e3 * v:.4g}" for k, v in quantiles.items()}, "repeats": len(t)}
+
+
+def _in_process(size: tuple, dtype: str) -> int:
+    """Peak memory of one step, from a process in which nothing else has been done."""
+    command = [sys.executable, __file__, "--dtypes", dtype, "--memory-of", *map(str, size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _peak_bytes(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> int:
+    build(provider, 64, 4, d, device, dtype)()  # what libraries take for themselves
+    step = build(provider, n, per_class, d, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+# --- where, and how it is written down
+
+
+def _machine(device) -> dict[str, str | int]:
+    return {
+        "device": device.type,
+        "hardware": _hardware(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_metric_learning": metadata.version("pytorch-metric-learning"),
+        "pml_pnp": metadata.version("pml_pnp"),
+        "date": str(datetime.date.today()),
+        "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
+    }
+
+
+def _hardware(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _write(path: Path, rows) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            file.flush()
+            shown = row.get("median_ms") or f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            tqdm.tqdm.write(f"{row['part']:15} {row['provider']:20} N={row['N']:<6} {shown}")
+
+
+if __name__ == "__main__":
+    main()
