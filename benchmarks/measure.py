@@ -35,10 +35,13 @@ from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
 
 from pml_pnp import losses
+from pml_pnp.kernels import Settings, eager
+from pml_pnp.relation import Relation
 
 RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-CHUNK = 1024
+EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
+CHUNK = 2048
 PEERS = (
     "SmoothAPLoss",
     "FastAPLoss",
@@ -61,9 +64,11 @@ LARGEST = {
 SIZES = {
     "small": [(n, 4, 512) for n in (32, 112, 384, 1024)],
     "large": [(4096, 4, 512)],
+    "largest": [(16384, 4, 512)],
     "many positives": [(1024, 32, 512)],
     "growth": [(n, 4, 512) for n in (512, 1024, 2048, 4096, 8192)],
     "queue": [(384, 4, 512)],
+    "kernel": [(n, 4, 512) for n in (384, 4096)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
@@ -89,7 +94,8 @@ def main() -> None:
     if path.exists() and not args.append:
         raise SystemExit(f"{path} exists; name another with --output, or --append to it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _rows(args.only, device, args.dtypes, args.rounds, args.seconds))
+    parts = args.only or [p for p in SIZES if p != "largest" or device.type != "cpu"]
+    _write(path, _rows(parts, device, args.dtypes, args.rounds, args.seconds))
     print(path)
 
 
@@ -99,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of the embeddings")
-    parser.add_argument("--only", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SIZES), help="parts; all, but 'largest' on a GPU alone"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="times around the providers")
     parser.add_argument("--seconds", type=float, default=0.3, help="at least, for one of them")
     parser.add_argument("--threads", type=int, help="of PyTorch; its own choice by default")
@@ -165,6 +173,38 @@ def build_queue(provider: str, n: int, per_class: int, d: int, device, dtype: st
     return step
 
 
+def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make the part of a step between the two products: losses and gradient of a similarity."""
+    z = normalize(torch.randn(n, d, device=device))
+    s, labels = z @ z.T, torch.arange(n, device=device) // per_class
+    relation = Relation.from_labels(labels, labels, torch.arange(n, device=device))
+    settings = Settings(100.0, "Dq", 1.0, 2.0, True)
+    if provider == EAGER:
+        return lambda: eager.query_losses(s, None, relation, settings, True)
+    index = relation.positives(slice(0, n), per_class, per_class)
+
+    def ranks(x, t):
+        r = torch.sigmoid((x.unsqueeze(1) - t.unsqueeze(2)) * settings.scale).sum(dim=2)
+        f = -torch.expm1(-torch.log1p(r))
+        return f.mean(dim=1), torch.exp(-2 * torch.log1p(r))
+
+    def gradients(x, t, w):
+        y = torch.sigmoid((x.unsqueeze(1) - t.unsqueeze(2)) * settings.scale)
+        y = w.unsqueeze(2) * y * (1 - y)
+        return y.sum(dim=1), y.sum(dim=2)
+
+    ranks, gradients = (torch.compile(f, dynamic=False) for f in (ranks, gradients))
+
+    def step() -> None:
+        t = s.gather(1, index)
+        x = s.scatter(1, index, float("-inf"))
+        _, w = ranks(x, t)
+        grad, grad_t = gradients(x, t, w)
+        grad.scatter_add_(1, index, -grad_t)
+
+    return step
+
+
 def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: float):
     """Yield the rows one by one."""
     for part in parts:
@@ -177,7 +217,8 @@ def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: flo
                 if part.startswith("memory"):
                     provider = LEAN if "lean" in part else OURS
                     size = provider, n, per_class, d
-                    yield {**row, "provider": provider, "peak_bytes": _in_process(size, dtype)}
+                    peak = _in_process(size, device, dtype)
+                    yield {**row, "provider": provider, "peak_bytes": peak}
                     continue
                 for provider, times in _times(
                     part, n, per_class, d, device, dtype, rounds, seconds
@@ -193,6 +234,8 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     if part in ("large", "growth") and n >= 4096:
         providers.append(LEAN)
     make = build_queue if part == "queue" else build
+    if part == "kernel":
+        providers, make = [EAGER, COMPILED], build_kernel
     timers = {
         p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
                  num_threads=torch.get_num_threads())
@@ -210,9 +253,11 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
         yield provider, {**{k: f"{1e3 * v:.4g}" for k, v in quantiles.items()}, "repeats": len(t)}
 
 
-def _in_process(size: tuple, dtype: str) -> int:
+def _in_process(size: tuple, device, dtype: str) -> int:
     """Peak memory of one step, from a process in which nothing else has been done."""
-    command = [sys.executable, __file__, "--dtypes", dtype, "--memory-of", *map(str, size)]
+    where = ["--device", str(device), "--threads", str(torch.get_num_threads())]
+    what = ["--dtypes", dtype, "--memory-of", *map(str, size)]
+    command = [sys.executable, __file__, *where, *what]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -224,12 +269,20 @@ def _peak_bytes(provider: str, n: int, per_class: int, d: int, device, dtype: st
         before = torch.cuda.max_memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    before = _resident_peak()
+    step()
+    return _resident_peak() - before
+
+
+def _resident_peak() -> int:
+    """Most bytes of memory this process has had; its parent's do not count."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 # --- where, and how it is written down

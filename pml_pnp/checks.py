@@ -1,7 +1,7 @@
 """Checks of what a user passes, each with an error that says what was expected and what came."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_chunk_size(chunk_size) -> None:
     """Raise TypeError or ValueError unless it is None or a positive integer."""
     if chunk_size is None:
         return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
         raise TypeError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size}")

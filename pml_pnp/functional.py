@@ -47,7 +47,7 @@ def pnp_loss(
 
     Args:
         similarity: (N, M), any floating dtype and device.
-        labels: (N,), any dtype that compares with ==.
+        labels: (N,), any real dtype.
         ref_labels: (M,).
         positive_mask: (N, M), bool.
         negative_mask: (N, M), bool.
@@ -76,8 +76,9 @@ def pnp_loss(
             `alpha` or `b` is not positive and finite; `variant` is an unknown name;
             `self_similarity` is missing; the callable changes the shape.
 
-    Memory: a few N x M matrices and N x max|P(a)| numbers; the N x |P(a)| x M sigmoids are summed
-    in blocks as they are made, and made again in backward.
+    Memory: two N x M matrices, `similarity` and its gradient; the N x |P(a)| x M sigmoids are
+    summed in blocks as they are made. A callable `variant` makes them again in backward, and takes
+    some matrices more.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.8, 0.9], [0.8, 1.0, 0.7], [0.9, 0.7, 1.0]])

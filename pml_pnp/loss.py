@@ -15,6 +15,7 @@ from pml_pnp.kernels import Settings, query_losses, ranking_counts
 from pml_pnp.relation import Relation
 
 SELF_SIMILARITY_BLOCK = 128
+LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class QueriesAmongReferences(NamedTuple):
@@ -165,6 +166,11 @@ class PNPLoss(BaseMetricLossFunction):
             return self.variant
         return getattr(self.variant, "__name__", type(self.variant).__name__)
 
+    def computes_itself(self) -> bool:
+        """Whether no subclass stands between its parts, which would expect them as PML has them."""
+        cls = type(self)
+        return cls.forward is PNPLoss.forward and cls.compute_loss is PNPLoss.compute_loss
+
     def get_default_distance(self):
         """Return what `distance=None` stands for."""
         return CosineSimilarity()
@@ -196,14 +202,16 @@ class PNPLoss(BaseMetricLossFunction):
         """Return per-query losses for the reducer; PML calls this, with `ref_emb` set.
 
         A plain `MeanReducer` gets its mean: to pick out the elements that it would average, the
-        host would have to wait for the GPU.
+        host would have to wait for the GPU. A subclass with a `compute_loss` of its own gets the
+        elements all the same.
         """
         # PML's losses, too, tell the batch from a set of references by identity.
         own_references = ref_emb is embeddings and ref_labels is labels
         references = None if own_references else ref_emb
         losses, counted = self._losses(embeddings, labels, indices_tuple, references, ref_labels)
         broken = _zero_or_nan(embeddings, references)
-        if type(self.reducer) is MeanReducer and not self.reducer.collect_stats:
+        plain = type(self.reducer) is MeanReducer and not self.reducer.collect_stats
+        if plain and self.computes_itself():
             return _already_reduced(losses.sum() / (counted.sum().clamp_(min=1) + broken))
         losses = losses + broken
         indices = counted.nonzero().squeeze(1)
@@ -232,28 +240,69 @@ class PNPLoss(BaseMetricLossFunction):
         )
         check_chunk_size(self.chunk_size)
         n = len(queries)
-        step = self.chunk_size or n
-
-        def run(rows: slice, recomputed: bool | None = None) -> tuple[Tensor, Tensor]:
-            batch = queries, labels, indices_tuple, references, ref_labels
-            return self._chunk(rows, *batch, settings, recomputed)
-
-        if step >= n:
-            try:
-                losses, counted = run(slice(0, n))
-            except RuntimeError as error:
-                _explain_lack_of_memory(error, n, n if references is None else len(references))
-                raise
+        batch = queries, labels, indices_tuple, references, ref_labels
+        if self.chunk_size is not None and self.chunk_size < n:
+            losses, counted = self._lean(settings, *batch)
         else:
-            rows = [slice(first, min(first + step, n)) for first in range(0, n, step)]
-            chunks = [_twice(run, r) for r in rows]
-            losses, counted = (torch.cat(x) for x in zip(*chunks, strict=True))
+            try:
+                losses, counted = self._chunk(slice(0, n), settings, None, *batch)
+            except RuntimeError as error:
+                if any(text in str(error) for text in LACK_OF_MEMORY):
+                    m = n if references is None else len(references)
+                    error.add_note(
+                        f"There is not enough memory for the similarities of {n} queries and {m} "
+                        f"references, {n * m:,} numbers, and their gradient. Give PNPLoss a "
+                        "chunk_size to compare fewer queries at a time."
+                    )
+                raise
         if self.collect_stats:
             self._set_stats()
         return losses, counted
 
+    @torch.compiler.disable  # which knows no checkpoint with a context
+    def _lean(self, settings, *batch) -> tuple[Tensor, Tensor]:
+        """L(a) of every query, chunk by chunk, each computed again in backward."""
+        if torch.is_grad_enabled():
+            # What backward computes from must be what it is now; a memory, for one, moves on.
+            batch = [_as_it_is(x) for x in batch]
+        versions = [(x, x._version) for x in batch if isinstance(x, Tensor) and x.requires_grad]
+
+        def run(rows: slice, recomputation: _Recomputation) -> tuple[Tensor, Tensor]:
+            if any(x._version != version for x, version in versions):
+                raise RuntimeError(
+                    "with a chunk_size, embeddings must not be changed in place between the loss "
+                    "and its backward, which computes their similarities again"
+                )
+            return self._chunk(rows, settings, recomputation.entered, *batch)
+
+        chunks = []
+        for first in range(0, len(batch[0]), self.chunk_size):
+            rows = slice(first, min(first + self.chunk_size, len(batch[0])))
+            recomputation = _Recomputation()
+            chunks.append(
+                checkpoint(
+                    run,
+                    rows,
+                    recomputation,
+                    use_reentrant=False,
+                    context_fn=lambda r=recomputation: (nullcontext(), r),
+                    # Nor losses nor gradients are made twice, which this check would find.
+                    determinism_check="none",
+                )
+            )
+        losses, counted = (torch.cat(x) for x in zip(*chunks, strict=True))
+        return losses, counted
+
     def _chunk(
-        self, rows, queries, labels, indices_tuple, references, ref_labels, settings, recomputed
+        self,
+        rows,
+        settings,
+        recomputed,
+        queries,
+        labels,
+        indices_tuple,
+        references,
+        ref_labels,
     ) -> tuple[Tensor, Tensor]:
         """L(a) of some queries, and which count."""
         whole = rows == slice(0, len(queries))
@@ -291,16 +340,6 @@ class PNPLoss(BaseMetricLossFunction):
         self.positives_behind_negatives = behind / max(1, positives)
 
 
-def _explain_lack_of_memory(error: RuntimeError, n: int, m: int) -> None:
-    """Say which matrix did not fit, and what helps, if that is what the error is about."""
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):
-        raise type(error)(
-            f"not enough memory for the similarities of {n} queries and {m} references, "
-            f"{n * m:,} numbers, and their gradient; give PNPLoss a chunk_size to compare fewer "
-            f"queries at a time ({error})"
-        ) from error
-
-
 def _already_reduced(loss: Tensor) -> dict:
     return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 
@@ -317,19 +356,13 @@ class _Recomputation:
         self.entered = False
 
 
-def _twice(run, rows: slice) -> tuple[Tensor, Tensor]:
-    """`run(rows)` whose intermediate results are not kept, but made again in backward."""
-    if not torch.is_grad_enabled():
-        return run(rows)
-    recomputation = _Recomputation()
-    # The gradient is made, and saved, the second time only, which the determinism check would find.
-    return checkpoint(
-        lambda: run(rows, recomputation.entered),
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), recomputation),
-        determinism_check="none",
-    )
+def _as_it_is(x):
+    """A copy that later changes in place do not reach, of a tensor or of tensors."""
+    if isinstance(x, Tensor):
+        return x if x.requires_grad else x.clone()
+    if isinstance(x, QueriesAmongReferences):
+        return QueriesAmongReferences(x.columns.clone())
+    return x if x is None else tuple(i.clone() for i in x)
 
 
 def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
@@ -354,7 +387,7 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
         raise ValueError(
             f"distance must return a matrix of shape {expected}, got {tuple(matrix.shape)}"
         )
-    return matrix
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _zero_or_nan(*embeddings: Tensor | None) -> Tensor | int:

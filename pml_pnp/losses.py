@@ -46,7 +46,8 @@ class CrossBatchMemory(_pml.CrossBatchMemory):
         self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
     ):
         """Pairs or triplets for the loss, or what PNPLoss takes in their place."""
-        if self.miner or input_indices_tuple is not None or not isinstance(self.loss, PNPLoss):
+        reads_labels = isinstance(self.loss, PNPLoss) and self.loss.computes_itself()
+        if self.miner or input_indices_tuple is not None or not reads_labels:
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
             )

@@ -29,10 +29,9 @@ class Relation(NamedTuple):
     @staticmethod
     def from_labels(labels: Tensor, ref_labels: Tensor, own: Tensor | None) -> "Relation":
         """Equal labels make a positive, unequal ones a negative; those of `own` are equal."""
-        dtype = torch.promote_types(labels.dtype, ref_labels.dtype)
-        if not dtype.is_floating_point:
-            dtype = torch.int64  # bool and the short ones are not searched everywhere
-        labels, ref_labels = labels.to(dtype).contiguous(), ref_labels.to(dtype)
+        if torch.promote_types(labels.dtype, ref_labels.dtype).is_floating_point:
+            labels, ref_labels = _as_integers(labels, ref_labels, own)
+        labels, ref_labels = labels.long().contiguous(), ref_labels.long()
         ordered, columns = ref_labels.sort(stable=True)
         start = torch.searchsorted(ordered, labels)
         stop = torch.searchsorted(ordered, labels, right=True)
@@ -51,7 +50,7 @@ class Relation(NamedTuple):
         counts = positive_mask.sum(dim=1)
         stop = counts.cumsum(0)
         counted = counts > (0 if own is None else 1)
-        columns = positive_mask.nonzero()[:, 1]
+        columns = positive_mask.nonzero()[:, 1].contiguous()
         return Relation(columns, stop - counts, stop, counted, absent, own)
 
     @staticmethod
@@ -137,3 +136,13 @@ class Relation(NamedTuple):
         place = torch.empty_like(self.columns)
         place[self.columns] = torch.arange(m, device=place.device)
         return (place < self.start.unsqueeze(1)) | (place >= self.stop.unsqueeze(1))
+
+
+def _as_integers(labels: Tensor, ref_labels: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Numbers that are equal where the labels are; NaN is equal to nothing, as ever."""
+    if own is not None:
+        ref_ids = torch.unique(ref_labels, return_inverse=True)[1]
+        return ref_ids[own], ref_ids
+    dtype = torch.promote_types(labels.dtype, ref_labels.dtype)
+    both = torch.cat([labels.to(dtype), ref_labels.to(dtype)])
+    return torch.unique(both, return_inverse=True)[1].split([len(labels), len(ref_labels)])

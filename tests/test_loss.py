@@ -25,6 +25,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss, losses
+from pml_pnp.functional import pnp_loss
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
@@ -320,6 +321,47 @@ def test_batched_distance_equals_the_distance_and_keeps_the_users_iter_fn():
         PNPLoss(distance=batched)(x, y), PNPLoss(distance=distances.LpDistance())(x, y)
     )
     assert batched.iter_fn is iter_fn and not calls
+
+
+def test_distance_of_half_precision_is_raised_to_float32():
+    class Half(distances.CosineSimilarity):
+        def compute_mat(self, query_emb, ref_emb):
+            return super().compute_mat(query_emb, ref_emb).half()
+
+    x, y = torch.randn(1024, 8), torch.arange(1024) // 4
+    loss = PNPLoss(distance=Half())(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, PNPLoss()(x, y), rtol=1e-2, atol=0)
+
+
+def test_nan_labels_are_in_no_class():
+    x, y = batch(n=12)
+    labels = y.float()
+    labels[4:7] = float("nan")
+    lone = y.clone()
+    lone[4:7] = torch.arange(100, 103)
+    torch.testing.assert_close(PNPLoss()(x, labels), PNPLoss()(x, lone))
+    ref, ref_y = batch(n=9)
+    ref_labels = ref_y.double()
+    ref_labels[2] = float("nan")
+    got = PNPLoss()(x, labels, None, ref, ref_labels)
+    torch.testing.assert_close(
+        got, PNPLoss()(x, lone, None, ref, ref_y.masked_fill(ref_labels.isnan(), -1))
+    )
+
+
+def test_a_subclass_with_parts_of_its_own_gets_them_as_pml_has_them():
+    class Own(PNPLoss):
+        def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+            if indices_tuple is not None:
+                lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
+            parts = super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            assert parts["loss"]["reduction_type"] == "element"
+            return parts
+
+    x, y = batch()
+    torch.testing.assert_close(Own()(x, y), PNPLoss()(x, y))
+    assert losses.CrossBatchMemory(Own(), 8, memory_size=40)(x, y).isfinite()
 
 
 def test_distance_of_wrong_shape_or_kind_is_named():
@@ -644,14 +686,77 @@ def test_lean_mode_without_gradient():
 
 
 def test_lack_of_memory_names_the_matrix_and_the_way_out():
-    n = 2**20
+    n = 2**23
     x, y = torch.zeros(n, 1), torch.zeros(n)
-    message = "similarities of 1048576 queries and 1048576 references, .* a chunk_size"
-    with pytest.raises(RuntimeError, match=message):
-        PNPLoss()(x, y)  # 4 TiB
+    with pytest.raises(RuntimeError) as raised:
+        PNPLoss()(x, y)  # 256 TiB, more than can be addressed
+    (note,) = raised.value.__notes__
+    assert f"similarities of {n} queries and {n} references" in note and "chunk_size" in note
+
+
+def test_lean_mode_looks_at_what_was_given_not_at_what_became_of_it():
+    """Two losses before one backward; meanwhile the memory moves on, and labels are overwritten."""
+    grads = []
+    for chunk_size in (None, 4):
+        torch.manual_seed(0)
+        memory = losses.CrossBatchMemory(PNPLoss(chunk_size=chunk_size), 8, memory_size=24)
+        first, second = (batch(n=12)[0].requires_grad_() for _ in range(2))
+        y = torch.arange(12) // 3
+        memory(torch.randn(12, 8), y)
+        total = memory(first, y) + memory(second, y)
+        y.fill_(0)
+        grads.append(torch.autograd.grad(total, (first, second)))
+    torch.testing.assert_close(*grads)
+    assert grads[0][0].abs().max() > 1e-3
+
+
+def test_lean_mode_refuses_embeddings_that_were_changed():
+    x, y = batch()
+    embeddings = x.requires_grad_() * 1
+    loss = PNPLoss(chunk_size=5)(embeddings, y)
+    embeddings.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="must not be changed in place between the loss and"):
+        loss.backward()
+
+
+def test_lean_mode_under_compile_breaks_the_graph_and_no_more():
+    x, y = batch()
+    x.requires_grad_()
+    loss_func = PNPLoss(chunk_size=7)
+    torch._dynamo.reset()
+    try:
+        got = torch.autograd.grad(torch.compile(loss_func, backend="aot_eager")(x, y), x)
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(got, torch.autograd.grad(PNPLoss()(x, y), x))
 
 
 # --- backward more than once
+
+
+@pytest.mark.parametrize("wanted", ["embeddings", "references", "both"])
+def test_second_derivative_for_some_of_the_inputs(wanted):
+    (x, y), (ref, ref_y) = batch(n=8, dtype=torch.float64), batch(n=9, dtype=torch.float64)
+    x.requires_grad_(wanted != "references")
+    ref.requires_grad_(wanted != "embeddings")
+    inputs = [t for t in (x, ref) if t.requires_grad]
+    loss = PNPLoss(anneal=0.2, variant="Iu")(x, y, None, ref, ref_y)
+    whole = torch.autograd.grad(loss, inputs, create_graph=True)
+    torch.testing.assert_close(whole, torch.autograd.grad(
+        PNPLoss(anneal=0.2, variant="Iu")(x, y, None, ref, ref_y), inputs))  # fmt: skip
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(whole[0].square().sum(), inputs))
+
+
+def test_functional_gradient_with_a_constant_self_similarity():
+    s, y, ref_y = torch.randn(4, 5), torch.arange(4) % 2, torch.arange(5) % 2
+
+    def call(s, own):
+        return pnp_loss(s, y, ref_y, self_similarity=own, anneal=0.5)[0].sum()
+
+    own = torch.ones(4)
+    want = torch.autograd.functional.jacobian(call, (s, own))
+    torch.testing.assert_close(torch.func.grad(call)(s, own), want[0])
+    torch.testing.assert_close(torch.func.grad(call, argnums=1)(s, own), want[1])
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

@@ -2,6 +2,8 @@
 
 import doctest
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pml_pnp
@@ -39,3 +41,8 @@ def test_the_readme_names_only_files_that_exist():
     text = README.read_text(encoding="utf-8")
     paths = set(re.findall(r"\b(?:examples|benchmarks|tests|pml_pnp)/[\w./-]+\.\w+", text))
     assert paths and all((README.parent / path).exists() for path in paths)
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_rows():
+    report = README.parent / "benchmarks" / "report.py"
+    subprocess.run([sys.executable, str(report), "--check"], check=True)

@@ -1,7 +1,7 @@
 """The losses of queries from similarities: the only place that knows about blocks and devices.
 
-`query_losses` and `ranking_counts` are all that is used from outside. Triton's kernel takes float32
-on a GPU where Triton is installed, plain PyTorch everything else. The environment variable
+`Settings`, `query_losses` and `ranking_counts` are all that is used from outside. Triton's kernel
+takes float32 on a GPU where Triton works, plain PyTorch everything else. The environment variable
 PML_PNP_KERNEL forces one: "eager", or "triton" for all float32 input.
 """
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import warnings
 from typing import Optional
 
 import torch
@@ -33,8 +34,8 @@ def query_losses(
         relation: positives and negatives
         settings: hyperparameters
         recomputed: None for a call that runs once. Of a call that runs again before its backward
-            (`torch.utils.checkpoint`), False the first time and True the second: the gradient is
-            made the second time only.
+            (`torch.utils.checkpoint`), False the first time, when only losses are asked for, and
+            True the second, when only backward is: losses are then zeros.
 
     Returns:
         (N,), differentiable twice with respect to `s` and `self_similarity`
@@ -43,7 +44,14 @@ def query_losses(
         self_similarity = None
     if not isinstance(settings.variant, str):
         return _composed(s, self_similarity, relation, settings)
-    return _QueryLosses.apply(s, self_similarity, relation, settings, recomputed)[0]
+    with_gradient = (
+        torch.is_grad_enabled()
+        and recomputed is None
+        and (s.requires_grad or (self_similarity is not None and self_similarity.requires_grad))
+    )
+    return _QueryLosses.apply(
+        s, self_similarity, relation, settings, bool(recomputed), with_gradient
+    )[0]
 
 
 def _compute(
@@ -104,59 +112,76 @@ def _takes_triton(s: Tensor) -> bool:
         raise ValueError(f"{KERNEL_VARIABLE} must be auto, eager or triton, got {choice!r}")
     if choice == "eager" or s.dtype != torch.float32:
         return False
-    return choice == "triton" or (s.device.type == "cuda" and _has_triton())
+    return choice == "triton" or (s.device.type == "cuda" and _triton_works(s.device))
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton is installed, and has what it needs to compile for this device; tried once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from pml_pnp.kernels import triton_kernel
+
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    relation = Relation.from_labels(labels, labels, torch.arange(2, device=device))
+    settings = Settings(1.0, "O", 1.0, 1.0, True)
+    try:
+        triton_kernel.query_losses(torch.eye(2, device=device), None, relation, settings, True)
+    except Exception as error:
+        warnings.warn(f"Triton does not work here, plain PyTorch is used: {error}", stacklevel=2)
+        return False
+    return True
 
 
 class _QueryLosses(torch.autograd.Function):
     """Makes the gradient along with the losses, and scales it in backward."""
 
     @staticmethod
-    def forward(s, self_similarity, relation, settings, recomputed):
-        with_gradient = recomputed is not False and (
-            s.requires_grad or (self_similarity is not None and self_similarity.requires_grad)
-        )
+    def forward(s, self_similarity, relation, settings, is_recomputed, with_gradient):
+        if is_recomputed:
+            return s.new_zeros(len(s)), *s.new_empty(3, 0).unbind()
         return _compute(s, self_similarity, relation, settings, with_gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, self_similarity, relation, ctx.settings, recomputed = inputs
+        s, self_similarity, relation, ctx.settings, _, with_gradient = inputs
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
         ctx.gradients = None
-        if recomputed is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(s, self_similarity, *relation, *gradients)
+            return
+        if with_gradient:
             # Not saved for backward, so that backward may scale it in place: N x M numbers less.
             ctx.gradients = gradients
-            gradients = ()
-        ctx.save_for_backward(s, self_similarity, *relation, *gradients)
+        ctx.save_for_backward(s, self_similarity, *relation)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return None, None, None, None, None
+            return (None,) * 6
         s, self_similarity, *saved = ctx.saved_tensors
         fields = len(Relation._fields)
         relation, gradients = Relation(*saved[:fields]), saved[fields:]
         if torch.is_grad_enabled():
-            inputs = [x for x in (s, self_similarity) if x is not None]
             losses = _composed(s, self_similarity, relation, ctx.settings)
-            grads = torch.autograd.grad(losses, inputs, grad, create_graph=True, allow_unused=True)
-            return *grads, *[None] * (5 - len(grads))
+            wanted = [needed for needed in ctx.needs_input_grad[:2]]
+            inputs = [
+                x for x, is_wanted in zip((s, self_similarity), wanted, strict=True) if is_wanted
+            ]
+            grads = iter(torch.autograd.grad(losses, inputs, grad, create_graph=True))
+            return *(next(grads) if is_wanted else None for is_wanted in wanted), *[None] * 4
         saved = len(gradients) > 0
         if not saved:
             gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:  # used up by an earlier backward
-                gradients = _compute(s, self_similarity, relation, ctx.settings, True)[1:]
+        if gradients is None:  # used up by an earlier backward, or not made
+            gradients = _compute(s, self_similarity, relation, ctx.settings, True)[1:]
         grad_s, grad_own, factor = gradients
         factor = grad.unsqueeze(1) * factor
         grad_s = grad_s * factor if saved else grad_s.mul_(factor)
         grad_own = None if self_similarity is None else (grad_own * factor).squeeze(1)
-        return grad_s, grad_own, None, None, None
+        return grad_s, grad_own, None, None, None, None
 
 
 # PyTorch binds the arguments at every call, and would build this anew: a twentieth of a step at

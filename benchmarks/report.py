@@ -1,0 +1,209 @@
+"""Make the README's section on speed, and its plot, of the rows that benchmarks/measure.py wrote.
+
+python benchmarks/report.py                  # all of benchmarks/results, into README.md
+python benchmarks/report.py --check          # only whether the README says what the rows say
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- of benchmarks/report.py -->", "<!-- end -->"
+OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
+EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
+NAMES = {
+    OURS: "**PNPLoss**",
+    LEAN: "**PNPLoss, lean** (`chunk_size=2048`)",
+    BUILT_IN: "PML's PNPLoss",
+    FLOOR: "normalize and multiply alone",
+}
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    rows = read(sorted(RESULTS.glob("*.csv")))
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
+    if args.check:
+        sys.exit(0 if made == text else "README.md is not what benchmarks/report.py makes")
+    README.write_text(made, encoding="utf-8")
+    for device in devices(rows):
+        plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """All rows of some files."""
+    rows = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def devices(rows: list[Row]) -> list[str]:
+    """The devices that there are rows of."""
+    return sorted({r["device"] for r in rows})
+
+
+def times(rows: list[Row], *parts: str) -> dict[str, dict[int, float]]:
+    """{provider: {N: median in ms}} of some parts, for float32."""
+    result: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if _is(row, *parts):
+            result.setdefault(row["provider"], {})[int(row["N"])] = float(row["median_ms"])
+    return result
+
+
+def _is(row: Row, *parts: str) -> bool:
+    return row["part"] in parts and row["dtype"] == "float32"
+
+
+def exponent(values: dict[int, float]) -> float:
+    """Slope of log(value) over log(N), by least squares."""
+    x, y = [math.log(n) for n in values], [math.log(v) for v in values.values()]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    products = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return products / sum((a - mx) ** 2 for a in x)
+
+
+def section(rows: list[Row]) -> str:
+    """What the README says about each device."""
+    return "\n\n".join(_of_device([r for r in rows if r["device"] == d]) for d in devices(rows))
+
+
+def _of_device(rows: list[Row]) -> str:
+    first = rows[0]
+    device = first["device"]
+    versions = f"torch {first['torch']}, PML {first['pytorch_metric_learning']}"
+    commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows))
+    lines = [
+        "Milliseconds of forward and backward, from embeddings of length 512, 4 per class, float32 "
+        f"({first['hardware']}, {first['threads']} threads, {versions}, {first['date']}, "
+        f"{commands}):",
+        "",
+        *_table(times(rows, "small", "large")),
+        "",
+        *_sentences(rows),
+        "",
+        f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def _table(measured: dict[str, dict[int, float]]) -> list[str]:
+    sizes = sorted({n for values in measured.values() for n in values})
+    middle = sorted(p for p in measured if p not in NAMES)
+    order = [p for p in (OURS, LEAN, *middle, BUILT_IN, FLOOR) if p in measured]
+    lines = [
+        "| N | " + " | ".join(f"{n:,}" for n in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for provider in order:
+        values = [measured[provider].get(n) for n in sizes]
+        cells = " | ".join("" if v is None else _short(v) for v in values)
+        lines.append(f"| {NAMES.get(provider, provider)} | {cells} |")
+    return lines
+
+
+def _short(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _sentences(rows: list[Row]) -> list[str]:
+    """What the rows say in words; nothing that they do not hold."""
+    said = []
+    small = times(rows, "small", "large")
+    if FLOOR in small:
+        ratios = [f"{small[OURS][n] / v:.2f} at N = {n:,}" for n, v in small[FLOOR].items()]
+        said.append(f"- Times the floor (normalize and multiply alone): {', '.join(ratios)}.")
+    if BUILT_IN in small:
+        n = max(small[BUILT_IN])
+        ratio = small[BUILT_IN][n] / small[OURS][n]
+        said.append(f"- PML's own PNPLoss takes {ratio:,.0f} times as long at N = {n:,}.")
+    for part, text in (
+        ("many positives", "With 32 per class at N = 1,024"),
+        ("queue", "With 384 queries and a CrossBatchMemory of 65,536"),
+    ):
+        t = times(rows, part)
+        for n in t.get(FLOOR, {}):
+            said.append(f"- {text}: {t[OURS][n] / t[FLOOR][n]:.2f} times the floor.")
+    growth = times(rows, "growth").get(OURS)
+    if growth:
+        said.append(
+            f"- Time grows with N to the power of {exponent(growth):.2f} from N = {min(growth):,} "
+            f"to {max(growth):,}."
+        )
+        lean = times(rows, "growth")[LEAN]
+        n = max(lean)
+        said.append(
+            f"- Lean mode takes {lean[n] / growth[n]:.2f} times as long as the normal one at "
+            f"N = {n:,}."
+        )
+    for n, ms in times(rows, "kernel").get(EAGER, {}).items():
+        compiled = times(rows, "kernel")[COMPILED][n]
+        said.append(
+            "- Between the two products, losses and gradient of the similarities take "
+            f"{_short(ms)} ms at N = {n:,}; the same sums by `torch.compile` {_short(compiled)} ms."
+        )
+    for part, text in (("memory", "Memory"), ("memory, lean", "Memory in lean mode (d = 128)")):
+        peaks = {int(r["N"]): int(r["peak_bytes"]) for r in rows if _is(r, part)}
+        if peaks:
+            n = max(peaks)
+            matrices = peaks[n] / (4 * n * n)
+            said.append(
+                f"- {text} beyond the inputs at N = {n:,}: {peaks[n] / 2**20:,.0f} MiB, or "
+                f"{matrices:.2f} similarity matrices; it grows with N to the power of "
+                f"{exponent(peaks):.2f} from N = {min(peaks):,}."
+            )
+    return said
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Time and memory over N, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
+    from matplotlib import pyplot as plt
+
+    measured = times(rows, "small", "large", "growth")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for provider in sorted(measured, key=lambda p: p not in (OURS, LEAN, FLOOR)):
+        points = sorted(measured[provider].items())
+        ours = provider in (OURS, LEAN)
+        style = {"linewidth": 2.4 if ours else 1.1, "alpha": 1.0 if ours else 0.7, "marker": "."}
+        if provider == FLOOR:
+            style |= {"color": "black", "linestyle": ":"}
+        left.plot(*zip(*points, strict=True), label=provider, **style)
+    left.set(xscale="log", yscale="log", xlabel="batch size N", ylabel="ms, forward and backward")
+    left.legend(fontsize=7)
+    for part, label in (("memory", OURS), ("memory, lean", f"{LEAN} (d = 128)")):
+        peaks = sorted((int(r["N"]), int(r["peak_bytes"]) / 2**20) for r in rows if _is(r, part))
+        if peaks:
+            right.plot(*zip(*peaks, strict=True), label=label, marker=".", linewidth=2.4)
+    sizes = sorted({int(r["N"]) for r in rows if r["part"].startswith("memory")})
+    if sizes:
+        one = [4 * n * n / 2**20 for n in sizes]
+        right.plot(sizes, one, color="black", linestyle=":", label="one N x N matrix")
+        right.legend(fontsize=7)
+    right.set(xscale="log", yscale="log", xlabel="batch size N", ylabel="MiB beyond the inputs")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
