@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", choices=list(SIZES), help="parts; all, but 'largest' on a GPU alone"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="times around the providers")
+    parser.add_argument("--rounds", type=int, default=5, help="times around the providers")
     parser.add_argument("--seconds", type=float, default=0.3, help="at least, for one of them")
     parser.add_argument("--threads", type=int, help="of PyTorch; its own choice by default")
     parser.add_argument("--output", type=Path, help="file to write; by default DEVICE-DATE.csv")
