@@ -168,6 +168,7 @@ def shared_state(trainer: BaseTrainer) -> dict[str, Any]:
     """What is the same in every process."""
     return {
         "models": {k: unwrap(v).state_dict() for k, v in trainer.models.items()},
+        "averages": {k: v.state_dict() for k, v in trainer.averages.items()},
         "optimizers": {k: v.state_dict() for k, v in trainer.optimizers.items()},
         "scaler": trainer.scaler.state_dict(),
     }
@@ -189,6 +190,8 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
     """Put both states back; the random state comes last, right before training goes on."""
     for name, model in trainer.models.items():
         unwrap(model).load_state_dict(shared["models"][name])
+    for name, average in trainer.averages.items():
+        average.load_state_dict(shared["averages"][name])
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(shared["optimizers"][name])
     trainer.scaler.load_state_dict(shared["scaler"])

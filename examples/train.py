@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "loss_lr": None,
     "weight_decay": 0.0,
+    "ema_decay": 0.0,
     "seed": 0,
     "amp": False,
     "device": "auto",
@@ -79,6 +80,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "image_size": 8,
         "turned_classes": True,
+        # Few images make validation, by which the best epoch is chosen, jump from epoch to epoch.
+        "ema_decay": 0.997,
     },
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
@@ -230,6 +233,13 @@ def _parser() -> argparse.ArgumentParser:
     add(training, "--lr", "learning rate of Adam *", type=_positive_float)
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
+    add(
+        training,
+        "--ema-decay",
+        "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
+        "none *",
+        type=_decay,
+    )
     add(training, "--seed", "seed of everything random", type=_seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
@@ -275,6 +285,10 @@ def _positive_float(text: str) -> float:
 
 def _not_negative_float(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
+
+
+def _decay(text: str) -> float:
+    return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def _fraction(text: str) -> float:

@@ -29,19 +29,20 @@ from pytorch_metric_learning.utils.distributed import (
 from retrieval_data import RetrievalSplits
 from retrieval_metrics import PRIMARY_METRIC, build_tester, metrics_of
 from run_folder import RunFolder, own_state, restore, shared_state
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trunks import Trunk
 
 RECORDS_PER_EPOCH = 5
 
 
 class RetrievalTrainer(MetricLossOnly):
-    """MetricLossOnly whose trunk can run in mixed precision.
+    """MetricLossOnly whose trunk can run in mixed precision, and that can average its weights.
 
     The embedder and the loss stay in float32: a similarity rounded to bfloat16 is off by up to
     0.002, which a ranking loss then divides by a temperature of about 0.01.
     """
 
-    def __init__(self, *args, amp: bool = False, **kwargs):
+    def __init__(self, *args, amp: bool = False, ema_decay: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
         device_type = self.data_device.type
         self.autocast = torch.autocast(
@@ -51,6 +52,20 @@ class RetrievalTrainer(MetricLossOnly):
         )
         # bfloat16 has float32's range, so only float16 gradients need scaling.
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp and device_type == "cuda")
+        self.averages = {}
+        if ema_decay:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.averages = {
+                name: AveragedModel(unwrap(model), multi_avg_fn=average, use_buffers=True)
+                for name, model in self.models.items()
+            }
+
+    @property
+    def trained_models(self) -> dict[str, torch.nn.Module]:
+        """What training yields: the averages of the weights if there are any, or the models."""
+        if self.averages:
+            return {name: average.module for name, average in self.averages.items()}
+        return {name: unwrap(model) for name, model in self.models.items()}
 
     def get_trunk_output(self, data: torch.Tensor) -> torch.Tensor:
         """The trunk's features, in float32."""
@@ -62,10 +77,12 @@ class RetrievalTrainer(MetricLossOnly):
         self.scaler.scale(self.losses["total_loss"]).backward()
 
     def step_optimizers(self) -> None:
-        """Step each optimizer unless its gradients overflowed."""
+        """Step each optimizer unless its gradients overflowed, and update the averages."""
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
+        for name, average in self.averages.items():
+            average.update_parameters(unwrap(self.models[name]))
 
 
 def seed_everything(seed: int) -> None:
@@ -125,6 +142,7 @@ def build_trainer(
         freeze_trunk_batchnorm=config["freeze_batchnorm"],
         dataloader_num_workers=config["workers"],
         amp=config["amp"],
+        ema_decay=config["ema_decay"],
     )
 
 
@@ -202,14 +220,14 @@ class Training:
         """Metrics on the unseen classes with the weights as they are; on rank 0 only."""
         # A tester of its own: the records hold only what may be looked at to choose an epoch.
         tester = build_tester(self.trainer.data_device, self.config["workers"])
-        models = self.trainer.models
+        models = self.trainer.trained_models
         tester.test({"test": self.splits.test}, 0, models["trunk"], models["embedder"])
         return metrics_of(tester, "test")
 
     def test_best(self) -> dict[str, float]:
         """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
-        for name, model in self.trainer.models.items():
-            unwrap(model).load_state_dict(self.state["best"]["models"][name])
+        for name, model in self.trainer.trained_models.items():
+            model.load_state_dict(self.state["best"]["models"][name])
         return self.test()
 
     def close(self) -> None:
@@ -258,14 +276,18 @@ class Training:
         return keep_going
 
     def _evaluate(self, trainer: RetrievalTrainer) -> bool:
-        keep_going = self.evaluate(trainer)
+        models = trainer.models
+        trainer.models = trainer.trained_models  # the hook evaluates these
+        try:
+            keep_going = self.evaluate(trainer)
+        finally:
+            trainer.models = models
         metrics = metrics_of(self.tester, "val")
         best_epoch, _ = self.hooks.get_best_epoch_and_accuracy(self.tester, "val")
         if best_epoch == trainer.epoch:
-            models = shared_state(trainer)["models"]
             weights = {
-                name: {k: v.detach().cpu().clone() for k, v in state.items()}
-                for name, state in models.items()
+                name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                for name, model in trainer.trained_models.items()
             }
             self.state["best"] = {"epoch": best_epoch, "metrics": metrics, "models": weights}
         say(

@@ -242,7 +242,10 @@ class PNPLoss(BaseMetricLossFunction):
         n = len(queries)
         batch = queries, labels, indices_tuple, references, ref_labels
         if self.chunk_size is not None and self.chunk_size < n:
-            losses, counted = self._lean(settings, *batch)
+            lean = self._lean
+            if torch.compiler.is_compiling():  # which knows no checkpoint with a context
+                lean = torch.compiler.disable(lean)  # not as a decorator: its import takes seconds
+            losses, counted = lean(settings, *batch)
         else:
             try:
                 losses, counted = self._chunk(slice(0, n), settings, None, *batch)
@@ -259,7 +262,6 @@ class PNPLoss(BaseMetricLossFunction):
             self._set_stats()
         return losses, counted
 
-    @torch.compiler.disable  # which knows no checkpoint with a context
     def _lean(self, settings, *batch) -> tuple[Tensor, Tensor]:
         """L(a) of every query, chunk by chunk, each computed again in backward."""
         if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 # Everything that has a state of its own: loss parameters, augmentation and a memory.
 SETTINGS = {
     "default": [],
-    "memory": ["--memory-size", 96],
+    "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm"],
 }
 

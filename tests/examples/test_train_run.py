@@ -169,6 +169,25 @@ def test_frozen_batchnorm_keeps_its_statistics(main, quick, tmp_path):
     assert means["free"].any()
 
 
+@pytest.mark.parametrize("decay", [0, 0.5])
+def test_what_is_kept_are_the_averaged_weights_if_there_are_any(main, quick, tmp_path, decay):
+    import torch
+
+    arguments = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick]
+    assert main(*arguments, "--ema-decay", decay) == 0
+    last, best = (
+        torch.load(tmp_path / "run" / "checkpoints" / name, weights_only=True)
+        for name in ("last.pt", "best.pt")
+    )
+    for name, model in last["shared"]["models"].items():
+        if decay:
+            average = last["shared"]["averages"][name]
+            assert any(not torch.equal(average[f"module.{k}"], v) for k, v in model.items())
+            model = {k: average[f"module.{k}"] for k in model}
+        for k, v in best["models"][name].items():
+            torch.testing.assert_close(v, model[k], rtol=0, atol=0)
+
+
 def test_training_stops_early_when_validation_does_not_improve(main, quick, tmp_path, strict_json):
     # So small a rate changes nothing that the metric would show.
     arguments = ["--lr", 1e-30, "--freeze-batchnorm", "--patience", 1, "--epochs", 9, *quick]
