@@ -41,6 +41,7 @@ from pml_pnp.relation import Relation
 RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
+TRUNK = "ResNet-50 and PNPLoss"
 CHUNK = 2048
 PEERS = (
     "SmoothAPLoss",
@@ -69,12 +70,14 @@ SIZES = {
     "growth": [(n, 4, 512) for n in (512, 1024, 2048, 4096, 8192)],
     "queue": [(384, 4, 512)],
     "kernel": [(n, 4, 512) for n in (384, 4096)],
+    "trunk": [(384, 4, 512)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
+ON_GPU_ALONE = ("largest", "trunk")
 QUEUE = 65536
 COLUMNS = (
-    "part,provider,device,dtype,N,M,per_class,d,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
+    "part,provider,device,dtype,N,M,per_class,d,chunk_size,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
     "hardware,threads,python,torch,pytorch_metric_learning,pml_pnp,date,command"
 ).split(",")
 
@@ -94,7 +97,7 @@ def main() -> None:
     if path.exists() and not args.append:
         raise SystemExit(f"{path} exists; name another with --output, or --append to it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = args.only or [p for p in SIZES if p != "largest" or device.type != "cpu"]
+    parts = args.only or [p for p in SIZES if p not in ON_GPU_ALONE or device.type != "cpu"]
     _write(path, _rows(parts, device, args.dtypes, args.rounds, args.seconds))
     print(path)
 
@@ -106,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of the embeddings")
     parser.add_argument(
-        "--only", nargs="+", choices=list(SIZES), help="parts; all, but 'largest' on a GPU alone"
+        "--only",
+        nargs="+",
+        choices=list(SIZES),
+        help="parts; all, but 'largest' and 'trunk' on a GPU alone",
     )
     parser.add_argument("--rounds", type=int, default=5, help="times around the providers")
     parser.add_argument("--seconds", type=float, default=0.3, help="at least, for one of them")
@@ -173,6 +179,28 @@ def build_queue(provider: str, n: int, per_class: int, d: int, device, dtype: st
     return step
 
 
+def build_trunk(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make a training step of a ResNet-50 on images of 224 x 224 in bfloat16, or its loss alone."""
+    if provider == OURS:
+        return build(provider, n, per_class, d, device, "bfloat16")
+    from torchvision.models import resnet50
+
+    model = resnet50(num_classes=d).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    images = torch.randn(n, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(n, device=device) // per_class
+    loss_func = losses.PNPLoss(variant="Dq")
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            embeddings = model(images)
+        loss_func(embeddings, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: str):
     """Make the part of a step between the two products: losses and gradient of a similarity."""
     z = normalize(torch.randn(n, d, device=device))
@@ -218,12 +246,16 @@ def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: flo
                     provider = LEAN if "lean" in part else OURS
                     size = provider, n, per_class, d
                     peak = _in_process(size, device, dtype)
-                    yield {**row, "provider": provider, "peak_bytes": peak}
+                    yield {**row, **_named(provider), "peak_bytes": peak}
                     continue
                 for provider, times in _times(
                     part, n, per_class, d, device, dtype, rounds, seconds
                 ):
-                    yield {**row, "provider": provider, **times}
+                    yield {**row, **_named(provider), **times}
+
+
+def _named(provider: str) -> dict[str, str | int]:
+    return {"provider": provider, "chunk_size": CHUNK if provider == LEAN else ""}
 
 
 def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds: int, seconds):
@@ -236,6 +268,8 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     make = build_queue if part == "queue" else build
     if part == "kernel":
         providers, make = [EAGER, COMPILED], build_kernel
+    if part == "trunk":
+        providers, make = [OURS, TRUNK], build_trunk
     timers = {
         p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
                  num_threads=torch.get_num_threads())

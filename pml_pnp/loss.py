@@ -1,6 +1,7 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs
-from pml_pnp.kernels import Settings, query_losses, ranking_counts
+from pml_pnp.kernels import Settings, query_losses, query_losses_and_gradient, ranking_counts
+from pml_pnp.products import is_product, self_product, total_in_one_pass
 from pml_pnp.relation import Relation
 
 SELF_SIMILARITY_BLOCK = 128
@@ -60,8 +62,9 @@ class PNPLoss(BaseMetricLossFunction):
             of the same shape, elementwise. An `nn.Module` with parameters is trained along.
         include_self: count the query as its own positive, as the paper's code and PML's PNPLoss do.
         chunk_size: lean mode: how many queries to compare with the references at a time. The N x M
-            similarities are then never held, but computed twice. Same values, up to rounding.
-            Default None, all at once.
+            similarities are then never held, but computed again in backward, unless the batch is
+            its own reference, `distance` a cosine similarity or dot product and `reducer` a
+            `MeanReducer`. Same values, up to rounding. Default None, all at once.
         **kwargs: PML's own: `distance` (any; default `CosineSimilarity`), `reducer` (any; default
             `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`.
 
@@ -208,28 +211,6 @@ class PNPLoss(BaseMetricLossFunction):
         # PML's losses, too, tell the batch from a set of references by identity.
         own_references = ref_emb is embeddings and ref_labels is labels
         references = None if own_references else ref_emb
-        losses, counted = self._losses(embeddings, labels, indices_tuple, references, ref_labels)
-        broken = _zero_or_nan(embeddings, references)
-        plain = type(self.reducer) is MeanReducer and not self.reducer.collect_stats
-        if plain and self.computes_itself():
-            return _already_reduced(losses.sum() / (counted.sum().clamp_(min=1) + broken))
-        losses = losses + broken
-        indices = counted.nonzero().squeeze(1)
-        if len(indices) == 0:
-            return _already_reduced(losses.sum())
-        return {
-            "loss": {
-                "losses": losses[indices],
-                "indices": indices,
-                "reduction_type": "element",
-                "divisor": len(indices),  # read by DivisorReducer alone
-            }
-        }
-
-    def _losses(self, queries, labels, indices_tuple, references, ref_labels):
-        """L(a) of every query, and which count; `references` None stands for the queries."""
-        if self.collect_stats:
-            self._ranking_counts = 0
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
@@ -239,28 +220,80 @@ class PNPLoss(BaseMetricLossFunction):
             is_inverted=self.distance.is_inverted,
         )
         check_chunk_size(self.chunk_size)
-        n = len(queries)
-        batch = queries, labels, indices_tuple, references, ref_labels
-        if self.chunk_size is not None and self.chunk_size < n:
+        plain = type(self.reducer) is MeanReducer and not self.reducer.collect_stats
+        if self.collect_stats:
+            self._ranking_counts = 0
+        batch = settings, embeddings, labels, indices_tuple, references, ref_labels
+        broken = _zero_or_nan(embeddings, references)
+        if plain and self.computes_itself():
+            total, number = self._total(*batch)
+            result = _already_reduced(total / (number.clamp_(min=1) + broken))
+        else:
+            losses, counted = self._losses(*batch)
+            losses = losses + broken
+            indices = counted.nonzero().squeeze(1)
+            if len(indices) == 0:
+                result = _already_reduced(losses.sum())
+            else:
+                result = {
+                    "loss": {
+                        "losses": losses[indices],
+                        "indices": indices,
+                        "reduction_type": "element",
+                        "divisor": len(indices),  # read by DivisorReducer alone
+                    }
+                }
+        if self.collect_stats:
+            self._set_stats()
+        return result
+
+    def _total(self, settings, embeddings, labels, indices_tuple, references, ref_labels):
+        """Sum of all L(a), and how many queries count."""
+        if (
+            self._is_lean(embeddings)
+            and references is None
+            and isinstance(self.variant, str)
+            and is_product(self.distance)
+            and embeddings.requires_grad
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            labels, indices_tuple = _as_it_is(labels), _as_it_is(indices_tuple)
+            relation_of = partial(self._relation, settings, labels, indices_tuple, labels)
+            return total_in_one_pass(
+                self.distance.maybe_normalize(embeddings),
+                self.chunk_size,
+                partial(_losses_of, relation_of, settings),
+                partial(_losses_and_gradient_of, relation_of, settings),
+            )
+        losses, counted = self._losses(
+            settings, embeddings, labels, indices_tuple, references, ref_labels
+        )
+        return losses.sum(), counted.sum()
+
+    def _is_lean(self, queries: Tensor) -> bool:
+        return self.chunk_size is not None and self.chunk_size < len(queries)
+
+    def _losses(self, settings, queries, *batch) -> tuple[Tensor, Tensor]:
+        """L(a) of every query, and which count; `references` None stands for the queries."""
+        if self._is_lean(queries):
             lean = self._lean
             if torch.compiler.is_compiling():  # which knows no checkpoint with a context
                 lean = torch.compiler.disable(lean)  # not as a decorator: its import takes seconds
-            losses, counted = lean(settings, *batch)
-        else:
-            try:
-                losses, counted = self._chunk(slice(0, n), settings, None, *batch)
-            except RuntimeError as error:
-                if any(text in str(error) for text in LACK_OF_MEMORY):
-                    m = n if references is None else len(references)
-                    error.add_note(
-                        f"There is not enough memory for the similarities of {n} queries and {m} "
-                        f"references, {n * m:,} numbers, and their gradient. Give PNPLoss a "
-                        "chunk_size to compare fewer queries at a time."
-                    )
-                raise
-        if self.collect_stats:
-            self._set_stats()
-        return losses, counted
+            return lean(settings, queries, *batch)
+        n = len(queries)
+        try:
+            return self._chunk(slice(0, n), settings, None, queries, *batch)
+        except RuntimeError as error:
+            if any(text in str(error) for text in LACK_OF_MEMORY):
+                references = batch[2]
+                m = n if references is None else len(references)
+                error.add_note(
+                    f"There is not enough memory for the similarities of {n} queries and {m} "
+                    f"references, {n * m:,} numbers, and their gradient. Give PNPLoss a "
+                    "chunk_size to compare fewer queries at a time."
+                )
+            raise
 
     def _lean(self, settings, *batch) -> tuple[Tensor, Tensor]:
         """L(a) of every query, chunk by chunk, each computed again in backward."""
@@ -319,17 +352,25 @@ class PNPLoss(BaseMetricLossFunction):
             if isinstance(indices_tuple, QueriesAmongReferences):
                 own, indices_tuple = indices_tuple.columns[rows], None
         similarity = _matrix(self.distance, part, references)
-        m = similarity.shape[1]
-        if indices_tuple is None:
-            others = labels if references is None else ref_labels
-            device = similarity.device
-            relation = Relation.from_labels(labels[rows].to(device), others.to(device), own)
-        else:
-            relation = Relation.from_tuple(indices_tuple, rows, m, similarity.device, own)
-        if self.collect_stats and not recomputed:
-            self._ranking_counts += ranking_counts(similarity, relation, self.distance.is_inverted)
+        others = labels if references is None else ref_labels
+        relation = self._relation(
+            settings, labels, indices_tuple, others, rows, similarity, own, recomputed
+        )
         losses = query_losses(similarity, self_similarity, relation, settings, recomputed)
         return losses, relation.counted
+
+    def _relation(
+        self, settings, labels, indices_tuple, ref_labels, rows, similarity, own, recomputed=None
+    ) -> Relation:
+        """Positives and negatives of some queries; counts what is recorded of them."""
+        m, device = similarity.shape[1], similarity.device
+        if indices_tuple is None:
+            relation = Relation.from_labels(labels[rows].to(device), ref_labels.to(device), own)
+        else:
+            relation = Relation.from_tuple(indices_tuple, rows, m, device, own)
+        if self.collect_stats and not recomputed:
+            self._ranking_counts += ranking_counts(similarity, relation, settings.scale > 0)
+        return relation
 
     def _self_similarity(self, queries: Tensor) -> Tensor:
         """Similarity of each query to itself, from small blocks: only diagonals are wanted."""
@@ -340,6 +381,21 @@ class PNPLoss(BaseMetricLossFunction):
         before, behind, positives = self._ranking_counts.tolist()
         self.negatives_before_positive = before / max(1, positives)
         self.positives_behind_negatives = behind / max(1, positives)
+
+
+def _losses_of(relation_of, settings, rows: slice, similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of some queries of a batch compared with itself, and which count."""
+    own = torch.arange(rows.start, rows.stop, device=similarity.device)
+    relation = relation_of(rows, similarity, own, recomputed=True)
+    return query_losses(similarity, None, relation, settings), relation.counted
+
+
+def _losses_and_gradient_of(relation_of, settings, rows: slice, similarity: Tensor):
+    """The same, and the gradient of the losses' sum with respect to the similarities."""
+    own = torch.arange(rows.start, rows.stop, device=similarity.device)
+    relation = relation_of(rows, similarity, own)
+    losses, gradient = query_losses_and_gradient(similarity, relation, settings)
+    return losses, relation.counted, gradient
 
 
 def _already_reduced(loss: Tensor) -> dict:
@@ -380,6 +436,8 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
         )
         batched(queries, references)
         matrix = torch.cat(rows)
+    elif references is None and is_product(distance):
+        matrix = self_product(distance.maybe_normalize(queries))
     else:
         matrix = distance(queries, references)
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
@@ -392,11 +450,7 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-def _zero_or_nan(*embeddings: Tensor | None) -> Tensor | int:
+def _zero_or_nan(embeddings: Tensor, references: Tensor | None) -> Tensor | int:
     """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity."""
-    total = 0
-    for e in embeddings:
-        if e is not None and e.numel():
-            low, high = e.detach().aminmax()
-            total = low.mul_(0).add_(high.mul_(0)) + total
-    return total
+    zeros = [x.detach().aminmax() for x in (embeddings, references) if x is not None and x.numel()]
+    return sum(low.mul_(0).add_(high.mul_(0)) for low, high in zeros)

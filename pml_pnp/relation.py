@@ -105,7 +105,7 @@ class Relation(NamedTuple):
         place = self.start[rows].unsqueeze(1) + torch.arange(width, device=self.start.device)
         if smallest < width:
             place.clamp_(max=(self.stop[rows] - 1).unsqueeze(1)).clamp_(min=0)
-        return self.columns[place] if width else place
+        return self.columns.take(place) if width else place
 
     def used(self, rows: slice, index: Tensor, with_own: bool) -> Tensor:
         """Which of `positives` enter a loss, (rows, width) bool.

@@ -676,8 +676,9 @@ def test_lean_mode_takes_every_reducer_and_the_memory():
 
 def test_lean_mode_is_differentiable_twice():
     x, y = batch(n=7, d=3, classes=2, dtype=torch.float64)
-    loss_func = PNPLoss(variant="Iu", anneal=0.3, chunk_size=3)
-    assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+    for distance in (distances.CosineSimilarity(), distances.SNRDistance()):
+        loss_func = PNPLoss(variant="Iu", anneal=0.3, chunk_size=3, distance=distance)
+        assert torch.autograd.gradgradcheck(lambda x, f=loss_func: f(x, y), x.requires_grad_())
 
 
 def test_lean_mode_without_gradient():
@@ -712,13 +713,36 @@ def test_lean_mode_looks_at_what_was_given_not_at_what_became_of_it():
     assert grads[0][0].abs().max() > 1e-3
 
 
-def test_lean_mode_refuses_embeddings_that_were_changed():
+@pytest.mark.parametrize(
+    ("distance", "message"),
+    [
+        (distances.LpDistance(), "must not be changed in place between the loss and"),
+        (distances.CosineSimilarity(), "modified by an inplace operation"),
+        (distances.DotProductSimilarity(normalize_embeddings=False), "modified by an inplace"),
+    ],
+)
+def test_lean_mode_refuses_embeddings_that_were_changed(distance, message):
     x, y = batch()
     embeddings = x.requires_grad_() * 1
-    loss = PNPLoss(chunk_size=5)(embeddings, y)
+    loss = PNPLoss(chunk_size=5, distance=distance)(embeddings, y)
     embeddings.detach().mul_(2)
-    with pytest.raises(RuntimeError, match="must not be changed in place between the loss and"):
+    with pytest.raises(RuntimeError, match=message):
         loss.backward()
+
+
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.SNRDistance()])
+def test_lean_mode_second_derivative_is_of_what_was_given(distance):
+    grads = []
+    x, y = batch(n=8, dtype=torch.float64)
+    for overwrite in (False, True):
+        loss = PNPLoss(variant="Iu", anneal=0.2, chunk_size=3, distance=distance)(
+            x.requires_grad_(), y
+        )
+        if overwrite:
+            y.zero_()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grads += [grad, *torch.autograd.grad(grad.square().sum(), x)]
+    torch.testing.assert_close(grads[2:], grads[:2])
 
 
 def test_lean_mode_under_compile_breaks_the_graph_and_no_more():

@@ -54,6 +54,15 @@ def query_losses(
     )[0]
 
 
+@torch.no_grad()
+def query_losses_and_gradient(
+    s: Tensor, relation: Relation, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Losses of N queries, and the gradient of their sum with respect to `s`, without a graph."""
+    losses, gradient, _, factor = _compute(s, None, relation, settings, True)
+    return losses, gradient.mul_(factor)
+
+
 def _compute(
     s: Tensor,
     self_similarity: Tensor | None,

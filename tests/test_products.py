@@ -1,0 +1,90 @@
+"""What is spared where similarities are products: the same values, where nobody would notice."""
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+
+from pml_pnp import PNPLoss, products
+
+
+class Cosine(CosineSimilarity):
+    """Exactly what it derives from, but who knows."""
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 11])
+def test_gradient_is_that_of_two_products(n, monkeypatch):
+    monkeypatch.setattr(products, "CPU_TILE", 5)
+    z = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(n, n, dtype=torch.float64)  # not symmetric
+    (want,) = torch.autograd.grad(z @ z.T, z, cotangent)
+    s = products.self_product(z)
+    assert torch.equal(s, z @ z.T)
+    torch.testing.assert_close(torch.autograd.grad(s, z, cotangent)[0], want)
+    again = torch.autograd.grad(products.self_product(z), z, cotangent, create_graph=True)[0]
+    torch.testing.assert_close(again, want)
+
+
+def test_the_gradient_that_came_is_left_alone():
+    z = torch.randn(6, 3, requires_grad=True)
+    cotangent = torch.randn(6, 6)
+    before = cotangent.clone()
+    products.self_product(z).backward(cotangent)
+    assert torch.equal(cotangent, before)
+
+
+def test_second_derivative():
+    z = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(products.self_product, z)
+
+
+def seen(make):
+    """A distance that something looks on at, or changes."""
+    distance = CosineSimilarity()
+    make(distance)
+    return distance
+
+
+ORDINARY = {
+    "subclass": Cosine(),
+    "power": CosineSimilarity(power=2),
+    "statistics": CosineSimilarity(collect_stats=True),
+    "forward hook": seen(lambda d: d.register_forward_hook(lambda *_: None)),
+    "forward pre-hook": seen(lambda d: d.register_forward_pre_hook(lambda *_: None)),
+    "backward hook": seen(lambda d: d.register_full_backward_hook(lambda *_: None)),
+    "forward of its own": seen(lambda d: setattr(d, "forward", lambda *_: None)),
+    "compute_mat of its own": seen(lambda d: setattr(d, "compute_mat", lambda *_: None)),
+    "no product": LpDistance(),
+}
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity()])
+def test_what_is_a_product(distance):
+    assert products.is_product(distance)
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_is_left_to_the_distance(name):
+    assert not products.is_product(ORDINARY[name])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_hook_on_the_distance_is_called_all_the_same(chunk_size):
+    calls = []
+    loss_func = PNPLoss(chunk_size=chunk_size)
+    loss_func.distance.register_forward_hook(lambda *_: calls.append(1))
+    loss_func(torch.randn(8, 3, requires_grad=True), torch.arange(8) // 2).backward()
+    assert calls
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(power=1)])
+@pytest.mark.parametrize("chunk_size", [None, 3, 8])
+def test_loss_equals_that_with_the_distance_as_it_is(distance, chunk_size, monkeypatch):
+    x = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(10) // 2
+    loss_func = PNPLoss(variant="Dq", anneal=0.2, distance=distance, chunk_size=chunk_size)
+    got = loss_func(x, labels)
+    gradient = torch.autograd.grad(3 * got, x)
+    monkeypatch.setattr("pml_pnp.loss.is_product", lambda distance: False)
+    want = loss_func(x, labels)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * want, x))
