@@ -1,0 +1,118 @@
+"""Compare losses with powerful-benchmarker: train, evaluate and ensemble each, and tabulate.
+
+    python benchmark.py                                        # digits, nothing to download
+    python benchmark.py --dataset omniglot --dataset-root DATA/omniglot-small
+    python benchmark.py --losses with_pnp triplet --seeds 0    # some of it
+
+Every loss is trained once for each seed, over the folds of the configs, at pytorch-metric-learning's
+own default arguments; nothing is tuned. A killed run continues where it was when the same command
+is given again; what is finished is not run again. The same seeds give the same table.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from run import run
+from results_table import plot, read, rows_of, table
+
+from pml_pnp.benchmarker.requirements import MissingPackage
+
+# Files of configs/config_loss_and_miners, or of the package.
+LOSSES = (
+    "with_pnp",
+    "pnp_ds",
+    "pnp_o",
+    "multi_similarity",
+    "triplet",
+    "contrastive",
+    "ntxent",
+    "fast_ap",
+    "smooth_ap",
+)
+NEEDS_PML_2 = ("smooth_ap",)
+
+
+def main() -> None:
+    """Run the command line."""
+    args = _parser().parse_args()
+    folder = Path(args.output) / args.dataset
+    wanted = [x for x in args.losses if not (x in NEEDS_PML_2 and _is_pinned())]
+    for skipped in sorted(set(args.losses) - set(wanted)):
+        print(f"{skipped} skipped: not in pytorch-metric-learning of this environment", flush=True)
+    for seed in args.seeds:
+        for loss in wanted:
+            _experiment(folder, loss, seed, args)
+    rows = [row for loss in wanted for seed in args.seeds for row in rows_of(folder, loss, seed)]
+    path = folder / "results.csv"
+    rows = read(path, rows)
+    print(f"\n{table(rows)}\n\nwritten to {path}")
+    plot(rows, folder / "results.svg")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=["digits", "omniglot"], default="digits")
+    parser.add_argument("--dataset-root", default="datasets", help="folder of the data")
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), metavar="OVERLAY")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="of each fold; the config's by default")
+    parser.add_argument("--output", default="experiments", help="folder of all experiments")
+    parser.add_argument("--verbose", action="store_true", help="show what powerful-benchmarker says")
+    return parser
+
+
+def _is_pinned() -> bool:
+    return metadata.version("pytorch-metric-learning").startswith("0.")
+
+
+def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
+    name = f"{loss}-{seed}"
+    done = folder / name / "finished"
+    if done.exists():
+        print(f"{name}: finished before", flush=True)
+        return
+    common = ["--experiment_name", name, "--root_experiment_folder", str(folder)]
+    common += ["--dataset_root", args.dataset_root, "--seed", str(seed)]
+    train = list(common)
+    if (folder / name / "configs" / "config_foldernames.yaml").exists():
+        train += ["--resume_training", "latest"]
+    else:
+        train += ["--config_loss_and_miners", f"[default,", f"{loss}]"]
+        if args.dataset != "digits":
+            train += ["--config_dataset", "[default,", f"{args.dataset}]"]
+        if args.epochs:
+            train += ["--num_epochs_train", str(args.epochs)]
+    test = ["--splits_to_eval", "[test]"]
+    print(f"{name}: {'continuing' if '--resume_training' in train else 'training'}", flush=True)
+    _run(train, args.verbose)
+    _run([*common, "--evaluate", *test], args.verbose)
+    _run([*common, "--evaluate_ensemble", *test], args.verbose)
+    done.touch()
+
+
+def _run(argv: list[str], verbose: bool) -> None:
+    """One run in this process, without its log and progress bars unless it fails."""
+    if verbose:
+        return run(argv)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            logging.basicConfig(stream=said, force=True)
+            run(argv)
+    except BaseException:
+        sys.stderr.write(said.getvalue()[-4000:])
+        raise
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MissingPackage as error:
+        sys.exit(f"benchmark.py: error: {error}")

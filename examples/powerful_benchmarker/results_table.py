@@ -1,0 +1,135 @@
+"""Make a table and a plot of powerful-benchmarker's logs.
+
+    python results_table.py experiments/digits
+
+Reads the SQLite logs of every experiment in the folder, of each fold and of the ensemble, takes the
+test accuracies of the epoch that was best in validation, and shows mean and standard deviation over
+folds and repeats.
+"""
+
+import argparse
+import contextlib
+import csv
+import sqlite3
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+METRICS = ("mean_average_precision_at_r", "precision_at_1", "r_precision")
+SHORT = {"mean_average_precision_at_r": "MAP@R", "precision_at_1": "P@1", "r_precision": "RP"}
+COLUMNS = ("loss", "seed", "models", "epoch", *METRICS)
+FOLDS, ENSEMBLE, UNTRAINED = "fold", "ensemble", "untrained"
+Row = dict[str, str | float]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="holds experiments named LOSS-SEED")
+    folder = parser.parse_args().folder
+    names = sorted(p.parent.name for p in folder.glob("*/configs"))
+    rows = [row for n in names for row in rows_of(folder, *n.rsplit("-", 1))]
+    if not rows:
+        raise SystemExit(f"no test accuracies below {folder}")
+    rows = read(folder / "results.csv", rows)
+    print(table(rows))
+    plot(rows, folder / "results.svg")
+
+
+def rows_of(folder: Path, loss: str, seed) -> Iterable[Row]:
+    """Test accuracies of an experiment: a row for each fold, trained and not, and the ensemble."""
+    for path in sorted((folder / f"{loss}-{seed}").glob("*/saved_csvs/logs.db")):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.row_factory = sqlite3.Row
+            if path.parts[-3] == "meta_logs":
+                table = _table(connection, "ConcatenateEmbeddings")
+                where = "trained_status = 'trained'"
+            else:
+                table, where = _table(connection, "accuracies"), "1"
+            if table is None:
+                continue
+            for record in connection.execute(f"SELECT * FROM {table} WHERE {where}"):
+                kind = ENSEMBLE if path.parts[-3] == "meta_logs" else FOLDS
+                if kind == FOLDS and int(record["epoch"]) <= 0:
+                    if int(record["epoch"]) < 0:
+                        continue  # the trunk without its embedder
+                    kind = UNTRAINED
+                values = {m: record[f"{m}_level0"] for m in METRICS}
+                yield {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"], **values}
+
+
+def _table(connection: sqlite3.Connection, prefix: str) -> str | None:
+    """The table of test accuracies whose name begins so."""
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    return next((n for (n,) in names if n.startswith(prefix) and n.endswith("_TEST")), None)
+
+
+def read(path: Path, rows: list[Row]) -> list[Row]:
+    """Write rows to a CSV file, and return them as they are read from there."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(rows: list[Row], models: str, metric: str) -> dict[str, tuple[float, float, int]]:
+    """{loss: (mean, standard deviation, number)}, best first."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row["models"] == models:
+            values.setdefault(str(row["loss"]), []).append(float(row[metric]))
+    result = {
+        loss: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v))
+        for loss, v in values.items()
+    }
+    return dict(sorted(result.items(), key=lambda x: -x[1][0]))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: each loss with mean and deviation, best first."""
+    single = {m: summary(rows, FOLDS, m) for m in METRICS}
+    ensemble = summary(rows, ENSEMBLE, METRICS[0])
+    lines = [
+        "| loss | " + " | ".join(f"{SHORT[m]}, %" for m in METRICS) + " | MAP@R of the ensemble, % |",
+        "|---" * (len(METRICS) + 2) + "|",
+    ]
+    for loss in single[METRICS[0]]:
+        cells = [_cell(single[m][loss]) for m in METRICS]
+        cells.append(_cell(ensemble[loss]) if loss in ensemble else "")
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    untrained = {m: summary(rows, UNTRAINED, m) for m in METRICS}
+    if untrained[METRICS[0]]:
+        first = next(iter(untrained[METRICS[0]]))
+        cells = [_cell(untrained[m][first]) for m in METRICS]
+        lines.append("| untrained | " + " | ".join(cells) + " | |")
+    return "\n".join(lines)
+
+
+def _cell(value: tuple[float, float, int]) -> str:
+    mean, deviation, _ = value
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """MAP@R of each loss, with its deviation."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    single = summary(rows, FOLDS, METRICS[0])
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(single) + 1), layout="constrained")
+    names = list(single)[::-1]
+    means, deviations = zip(*(single[n][:2] for n in names), strict=True)
+    axes.barh(names, means, xerr=deviations, capsize=3)
+    axes.set(xlabel="MAP@R on unseen classes, mean and standard deviation")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

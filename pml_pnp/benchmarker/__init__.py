@@ -1,0 +1,64 @@
+"""PNPLoss in powerful-benchmarker 0.9.33 (pb), the metric-learning release.
+
+    python -m pml_pnp.benchmarker --experiment_name trial --config_loss_and_miners [default, with_pnp]
+
+or, in a script that builds pb's runners itself:
+
+    from pml_pnp import benchmarker
+
+    benchmarker.prepare()                        # before pb is imported
+    from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner
+
+    runner = SingleExperimentRunner(...)
+    benchmarker.register(runner)
+    runner.run()
+
+pb was written for pytorch-metric-learning (PML) 0.9.92. It runs with that, as it is, and with PML 2,
+for which `pml_pnp.benchmarker.adapters` has what it needs. `requirements/` holds what was installed
+for either, in files. Nothing is patched, and pb is not imported, before `prepare` or `register` is
+called.
+"""
+
+from pml_pnp.benchmarker.requirements import check_installed, is_pinned
+
+__all__ = ["prepare", "register"]
+
+
+def prepare(bayes_opt: bool = False) -> None:
+    """Make pb 0.9.33 importable and runnable in this process; before pb is imported.
+
+    With PML 0.9 nothing of PML is touched. A second call does nothing.
+
+    Args:
+        bayes_opt: also what pb's BayesOptRunner needs, Ax.
+
+    Raises:
+        MissingPackage: something is not installed, or does not import; the message gives the line
+            that installs it. An ImportError.
+    """
+    check_installed(bayes_opt)
+    from pml_pnp.benchmarker import adapters
+
+    adapters.apply(bayes_opt)
+
+
+def register(runner) -> None:
+    """Let configs of a pb runner name this PNPLoss, ahead of PML's own, and adapted parts of PML 2.
+
+    Args:
+        runner: a SingleExperimentRunner or BayesOptRunner of pb, in a process that was prepared.
+    """
+    from pml_pnp.benchmarker import adapters
+
+    runner.register("loss", loss_class())
+    for module_type, part in adapters.parts():
+        runner.register(module_type, part)
+
+
+def loss_class() -> type:
+    """The PNPLoss that fits the installed PML."""
+    if is_pinned():
+        from pml_pnp.benchmarker.pinned import PNPLoss
+    else:
+        from pml_pnp.loss import PNPLoss
+    return PNPLoss

@@ -1,0 +1,165 @@
+"""What powerful-benchmarker 0.9.33 (pb) needs of pytorch-metric-learning (PML) 2, each with its reason.
+
+`apply` changes modules, once, in a process that asks for it. `parts` are subclasses of what PML
+has, under the same names, for the runner that they are registered on. With the PML that pb pins
+both do nothing but what Ax needs.
+"""
+
+import functools
+import inspect
+
+from pml_pnp.benchmarker.requirements import is_pinned
+
+_applied: set[str] = set()
+
+
+def apply(bayes_opt: bool) -> None:
+    """Make the changes that are not made yet."""
+    changes = [] if is_pinned() else [identity, record_keepers]
+    changes += [ax_client] * bayes_opt
+    for change in changes:
+        if change.__name__ not in _applied:
+            change()
+            _applied.add(change.__name__)
+
+
+def parts() -> list[tuple[str, type]]:
+    """What to register on a runner: (module type, class)."""
+    if is_pinned():
+        return []
+    from pytorch_metric_learning import testers
+
+    names = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
+    return [
+        *(("tester", tester(getattr(testers, name))) for name in names),
+        ("hook_container", hook_container()),
+        ("accuracy_calculator", accuracy_calculator()),
+    ]
+
+
+def identity() -> None:
+    """PML 2 has no common_functions.Identity.
+
+    Read at pb's base_runner.py:48, model_factory.py:20 and utils/common_functions.py:29.
+    """
+    import torch
+    from pytorch_metric_learning.utils import common_functions
+
+    common_functions.Identity = torch.nn.Identity
+
+
+def record_keepers() -> None:
+    """record-keeper 0.9.32 has no `save_figures`, and another name for the group of plain values.
+
+    pb passes the first at record_keeper_factory.py:6, and `input_group_name_for_non_objects` at
+    base_aggregator.py:33-38, base_api_parser.py:125-126 and bayes_opt_runner.py:165; all get their
+    record keeper from PML's logging_presets, whose own hooks use the new name, `parent_name`.
+    """
+    from pytorch_metric_learning.utils import logging_presets
+    from record_keeper import RecordKeeper
+
+    class GroupNamingRecordKeeper(RecordKeeper):
+        def update_records(
+            self, record_these, *args, input_group_name_for_non_objects=None, **kwargs
+        ):
+            if input_group_name_for_non_objects is not None:
+                kwargs["parent_name"] = input_group_name_for_non_objects
+            super().update_records(record_these, *args, **kwargs)
+
+    original = logging_presets.get_record_keeper
+
+    @functools.wraps(original)
+    def get_record_keeper(*args, save_figures=False, **kwargs):
+        keeper, writer, tensorboard = original(*args, **kwargs)
+        if keeper is not None:
+            keeper = GroupNamingRecordKeeper(tensorboard, writer, keeper.attributes_to_search_for)
+        return keeper, writer, tensorboard
+
+    logging_presets.get_record_keeper = get_record_keeper
+
+
+def ax_client() -> None:
+    """Ax since 0.3.7 takes objectives instead of `minimize` and `objective_name`.
+
+    Passed at pb's bayes_opt_runner.py:253.
+    """
+    from ax.service import ax_client as module
+
+    if "minimize" in inspect.signature(module.AxClient.create_experiment).parameters:
+        return
+    from ax.service.utils.instantiation import ObjectiveProperties
+    from powerful_benchmarker.runners import bayes_opt_runner
+
+    class AxClient(module.AxClient):
+        def create_experiment(self, *args, minimize=None, objective_name=None, **kwargs):
+            if objective_name is not None:
+                kwargs["objectives"] = {objective_name: ObjectiveProperties(minimize=bool(minimize))}
+            return super().create_experiment(*args, **kwargs)
+
+    bayes_opt_runner.AxClient = AxClient
+
+
+def tester(base: type) -> type:
+    """A tester of PML 2 that takes `reference_set` and plain split names, as PML 0.9 did.
+
+    pb's configs give the first (tester_factory.py:21); base_api_parser.py:90 passes the second,
+    where PML 2 expects (query split, reference splits).
+    """
+
+    class Tester(base):
+        def __init__(self, *args, reference_set="compared_to_self", **kwargs):
+            known = ("compared_to_self", "compared_to_sets_combined", "compared_to_training_set")
+            if reference_set not in known:
+                raise ValueError(f"reference_set must be one of {known}, got {reference_set!r}")
+            super().__init__(*args, **kwargs)
+            self.reference_set = reference_set
+
+        def test(self, dataset_dict, epoch, trunk_model, embedder_model=None, splits_to_eval=None,
+                 collate_fn=None):  # fmt: skip
+            names = list(dataset_dict) if splits_to_eval is None else splits_to_eval
+            splits = [(x, self._references(x, dataset_dict)) if isinstance(x, str) else x
+                      for x in names]  # fmt: skip
+            return super().test(
+                dataset_dict, epoch, trunk_model, embedder_model, splits, collate_fn
+            )
+
+        def _references(self, query: str, dataset_dict) -> list[str]:
+            if self.reference_set == "compared_to_sets_combined":
+                return list(dataset_dict)
+            if self.reference_set == "compared_to_training_set":
+                return [query, *(x for x in ["train"] if x != query)]
+            return [query]
+
+    Tester.__name__ = Tester.__qualname__ = base.__name__  # of records, and what configs say
+    return Tester
+
+
+def hook_container() -> type:
+    """Hooks whose tables are named as in PML 0.9.
+
+    PML 2 names them after the splits of the last test, of which pb's dummy hooks and testers have
+    seen none (base_aggregator.py:60, base_api_parser.py:107), and asks a record keeper for it,
+    which they do not have.
+    """
+    from pytorch_metric_learning.utils import logging_presets
+
+    class HookContainer(logging_presets.HookContainer):
+        def record_group_name(self, tester, split_name):
+            return f"{self.base_record_group_name(tester)}_{split_name.upper()}"
+
+    return HookContainer
+
+
+def accuracy_calculator() -> type:
+    """An AccuracyCalculator that ranks, by default, as far as its metrics look.
+
+    PML 2 ranks the whole set unless told otherwise; pb's configs tell nothing
+    (config_eval/default.yaml).
+    """
+    from pytorch_metric_learning.utils import accuracy_calculator as module
+
+    class AccuracyCalculator(module.AccuracyCalculator):
+        def __init__(self, *args, k="max_bin_count", **kwargs):
+            super().__init__(*args, k=k, **kwargs)
+
+    return AccuracyCalculator

@@ -1,0 +1,125 @@
+"""powerful-benchmarker's run.py, with a loss, overlays and a seed more."""
+
+import argparse
+import logging
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pml_pnp.benchmarker import prepare, register
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) -> None:
+    """Run powerful-benchmarker (pb).
+
+    Args:
+        argv: the command line; that of the process by default.
+        parts: (module type, class or module) to register besides, as `runner.register` takes them.
+
+    Raises:
+        MissingPackage: something is not installed; the message says how to install it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, _ = _parser().parse_known_args(argv)
+    bayes_opt = args.bayes_opt_iters > 0
+    prepare(bayes_opt)
+    logging.getLogger().setLevel(logging.INFO)
+    # pb reads the command line of the process, again and again.
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        runner = build_runner(args)
+        register(runner)
+        for module_type, part in parts:
+            runner.register(module_type, part)
+        runner.run()
+    finally:
+        sys.argv = before
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The flags of pb's run.py, and --seed; pb itself reads the rest."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pml_pnp.benchmarker", allow_abbrev=False, add_help="--help" in sys.argv
+    )
+    parser.add_argument("--pytorch_home", default=None, help="where pretrained weights are kept")
+    parser.add_argument("--dataset_root", default="datasets")
+    parser.add_argument("--root_experiment_folder", default="experiments")
+    parser.add_argument("--global_db_path", default=None)
+    parser.add_argument("--merge_argparse_when_resuming", action="store_true")
+    parser.add_argument("--root_config_folder", default=None, help="pb's own by default")
+    parser.add_argument("--bayes_opt_iters", type=int, default=0)
+    parser.add_argument("--reproductions", default="0", help="N, or FIRST,LAST")
+    parser.add_argument("--seed", type=int, default=None, help="of everything random; none if left out")
+    return parser
+
+
+def build_runner(args: argparse.Namespace):
+    """pb's runner for these flags, which finds packaged overlays by bare name and can seed."""
+    from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner
+
+    class OverlaysAndSeed:
+        def get_root_config_paths(self, *args):
+            paths = super().get_root_config_paths(*args)
+            return {k: [_packaged(p) for p in v] for k, v in paths.items()}
+
+        def get_api_parser(self, *args):
+            parser = super().get_api_parser(*args)
+            if self.seed is not None:
+                seed_everything(self.seed)
+            return parser
+
+    class Single(OverlaysAndSeed, SingleExperimentRunner):
+        seed = args.seed
+
+    kwargs = {
+        name: getattr(args, name)
+        for name in (
+            "dataset_root",
+            "root_experiment_folder",
+            "pytorch_home",
+            "root_config_folder",
+            "global_db_path",
+            "merge_argparse_when_resuming",
+        )
+    }
+    if args.bayes_opt_iters <= 0:
+        return Single(**kwargs)
+    from powerful_benchmarker.runners import bayes_opt_runner
+
+    class Search(OverlaysAndSeed, bayes_opt_runner.BayesOptRunner):
+        seed = args.seed
+
+        def get_single_experiment_runner(self):
+            runner = super().get_single_experiment_runner()
+            runner.__class__ = Single  # every trial is seeded
+            return runner
+
+    reproductions = [int(x) for x in args.reproductions.split(",")]
+    return Search(
+        bayes_opt_iters=args.bayes_opt_iters,
+        reproductions=reproductions if len(reproductions) > 1 else reproductions[0],
+        **kwargs,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch, and the generator that PML's samplers draw from."""
+    import numpy as np
+    import torch
+    from pytorch_metric_learning.utils import common_functions
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    common_functions.NUMPY_RANDOM = np.random.RandomState(seed)
+
+
+def _packaged(path: str) -> str:
+    """The packaged overlay of that name, if the path leads to none of the user's or pb's."""
+    if Path(path).is_file():
+        return path
+    packaged = CONFIGS / Path(path).parent.name / Path(path).name
+    return str(packaged) if packaged.is_file() else path
