@@ -451,6 +451,15 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
 
 
 def _zero_or_nan(embeddings: Tensor, references: Tensor | None) -> Tensor | int:
-    """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity."""
-    zeros = [x.detach().aminmax() for x in (embeddings, references) if x is not None and x.numel()]
-    return sum(low.mul_(0).add_(high.mul_(0)) for low, high in zeros)
+    """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity.
+
+    Also where largest and smallest differ by more than the dtype holds, whose norm it does not hold
+    either.
+    """
+    total = None
+    for x in (embeddings, references):
+        if x is not None and x.numel():
+            low, high = x.detach().aminmax()
+            found = low.sub_(high).mul_(0)
+            total = found if total is None else total + found
+    return 0 if total is None else total

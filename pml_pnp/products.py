@@ -13,6 +13,8 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from torch import Tensor
 
+# With fewer rows a product takes less time than to step into Python in backward.
+FEWEST = 64
 # Side of the squares in which a matrix is transposed on a CPU, where it matters to stay in cache.
 CPU_TILE = 512
 
@@ -30,7 +32,7 @@ def is_product(distance) -> bool:
 
 def self_product(z: Tensor) -> Tensor:
     """Compute z @ z.T, (N, N), of z (N, d); differentiable as often as wanted."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(z) < FEWEST:
         return z @ z.T
     return _SelfProduct.apply(z)
 
@@ -47,7 +49,7 @@ class _SelfProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or z.device.type != "cpu":
+        if torch.is_grad_enabled() or z.device.type != "cpu" or len(z) <= CPU_TILE:
             return (grad + grad.T) @ z
         parts = [slice(i, i + CPU_TILE) for i in range(0, len(z), CPU_TILE)]
         result = torch.empty_like(z)

@@ -11,7 +11,7 @@ import torch
 from helpers import VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_pnp import PNPLoss
+from pml_pnp import PNPLoss, products
 from pml_pnp.functional import pnp_loss
 from pml_pnp.kernels import Settings, autograd, eager
 from pml_pnp.relation import Relation
@@ -59,7 +59,8 @@ def work(n, per_class=4, **kwargs):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"variant": torch.log1p}, {"chunk_size": 64}], ids=str)
-def test_work_grows_with_the_square(kwargs):
+def test_work_grows_with_the_square(kwargs, monkeypatch):
+    monkeypatch.setattr(products, "CPU_TILE", 128)  # both sizes in parts
     small, large = work(256, **kwargs), work(1024, **kwargs)
     assert small.elements < large.elements <= 16.5 * small.elements  # of cubic cost: 64 times
 

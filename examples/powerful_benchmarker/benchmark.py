@@ -4,8 +4,8 @@
     python benchmark.py --dataset omniglot --dataset-root DATA/omniglot-small
     python benchmark.py --losses with_pnp triplet --seeds 0    # some of it
 
-Every loss is trained once for each seed, over the folds of the configs, at pytorch-metric-learning's
-own default arguments; nothing is tuned. A killed run continues where it was when the same command
+Every loss is trained once for each seed, over the folds of the configs, at the default arguments of
+pytorch-metric-learning; nothing is tuned. A killed run continues where it was when the same command
 is given again; what is finished is not run again. The same seeds give the same table.
 """
 
@@ -17,8 +17,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from run import run
 from results_table import plot, read, rows_of, table
+from run import run
 
 from pml_pnp.benchmarker.requirements import MissingPackage
 
@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of each fold; the config's by default")
     parser.add_argument("--output", default="experiments", help="folder of all experiments")
-    parser.add_argument("--verbose", action="store_true", help="show what powerful-benchmarker says")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what powerful-benchmarker says"
+    )
     return parser
 
 
@@ -84,7 +86,7 @@ def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) ->
     if (folder / name / "configs" / "config_foldernames.yaml").exists():
         train += ["--resume_training", "latest"]
     else:
-        train += ["--config_loss_and_miners", f"[default,", f"{loss}]"]
+        train += ["--config_loss_and_miners", "[default,", f"{loss}]"]
         if args.dataset != "digits":
             train += ["--config_dataset", "[default,", f"{args.dataset}]"]
         if args.epochs:

@@ -57,7 +57,13 @@ def rows_of(folder: Path, loss: str, seed) -> Iterable[Row]:
                         continue  # the trunk without its embedder
                     kind = UNTRAINED
                 values = {m: record[f"{m}_level0"] for m in METRICS}
-                yield {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"], **values}
+                yield {
+                    "loss": loss,
+                    "seed": seed,
+                    "models": kind,
+                    "epoch": record["epoch"],
+                    **values,
+                }
 
 
 def _table(connection: sqlite3.Connection, prefix: str) -> str | None:
@@ -94,7 +100,9 @@ def table(rows: list[Row]) -> str:
     single = {m: summary(rows, FOLDS, m) for m in METRICS}
     ensemble = summary(rows, ENSEMBLE, METRICS[0])
     lines = [
-        "| loss | " + " | ".join(f"{SHORT[m]}, %" for m in METRICS) + " | MAP@R of the ensemble, % |",
+        "| loss | "
+        + " | ".join(f"{SHORT[m]}, %" for m in METRICS)
+        + " | MAP@R of the ensemble, % |",
         "|---" * (len(METRICS) + 2) + "|",
     ]
     for loss in single[METRICS[0]]:

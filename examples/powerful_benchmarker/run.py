@@ -1,9 +1,11 @@
-"""powerful-benchmarker with this example's data sets, trunk and configs.
+r"""powerful-benchmarker with this example's data sets, trunk and configs.
 
     python run.py --experiment_name trial --config_loss_and_miners [default, with_pnp]
     python run.py --experiment_name trial --resume_training latest
-    python run.py --experiment_name search --config_loss_and_miners [default, with_pnp_bayes_opt] \
-        --bayes_opt_iters 3
+    python run.py --experiment_name search --bayes_opt_iters 3 \
+        --config_loss_and_miners [default, with_pnp_bayes_opt]
+
+Flags are those of `python -m pml_pnp.benchmarker`.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""PNPLoss in powerful-benchmarker 0.9.33 (pb), the metric-learning release.
+r"""PNPLoss in powerful-benchmarker 0.9.33 (pb), the metric-learning release.
 
-    python -m pml_pnp.benchmarker --experiment_name trial --config_loss_and_miners [default, with_pnp]
+    python -m pml_pnp.benchmarker --experiment_name trial \
+        --config_loss_and_miners [default, with_pnp]
 
 or, in a script that builds pb's runners itself:
 
@@ -13,10 +14,10 @@ or, in a script that builds pb's runners itself:
     benchmarker.register(runner)
     runner.run()
 
-pb was written for pytorch-metric-learning (PML) 0.9.92. It runs with that, as it is, and with PML 2,
-for which `pml_pnp.benchmarker.adapters` has what it needs. `requirements/` holds what was installed
-for either, in files. Nothing is patched, and pb is not imported, before `prepare` or `register` is
-called.
+pb was written for pytorch-metric-learning (PML) 0.9.92. It runs with that, as it is, and with PML
+2, for which `pml_pnp.benchmarker.adapters` has what it needs. The files in `requirements/` tell
+what was installed for either. Nothing is patched, and pb is not imported, before `prepare` or
+`register` is called.
 """
 
 from pml_pnp.benchmarker.requirements import check_installed, is_pinned

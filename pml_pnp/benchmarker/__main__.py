@@ -1,6 +1,7 @@
-"""powerful-benchmarker's command line, with this PNPLoss.
+r"""powerful-benchmarker's command line, with this PNPLoss.
 
-    python -m pml_pnp.benchmarker --experiment_name trial --config_loss_and_miners [default, with_pnp]
+    python -m pml_pnp.benchmarker --experiment_name trial \
+        --config_loss_and_miners [default, with_pnp]
 
 All of its own flags are taken, and:
 

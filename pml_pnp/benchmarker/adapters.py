@@ -1,4 +1,4 @@
-"""What powerful-benchmarker 0.9.33 (pb) needs of pytorch-metric-learning (PML) 2, each with its reason.
+"""What powerful-benchmarker 0.9.33 (pb) needs of pytorch-metric-learning (PML) 2, and why.
 
 `apply` changes modules, once, in a process that asks for it. `parts` are subclasses of what PML
 has, under the same names, for the runner that they are registered on. With the PML that pb pins
@@ -54,17 +54,40 @@ def record_keepers() -> None:
     pb passes the first at record_keeper_factory.py:6, and `input_group_name_for_non_objects` at
     base_aggregator.py:33-38, base_api_parser.py:125-126 and bayes_opt_runner.py:165; all get their
     record keeper from PML's logging_presets, whose own hooks use the new name, `parent_name`.
+
+    It also wants one iteration for all values of a row, which can be sorted. At
+    base_api_parser.py:125-126 pb adds to accuracies, whose iteration is a name, "trained", under a
+    number.
     """
+    import datetime
+
     from pytorch_metric_learning.utils import logging_presets
     from record_keeper import RecordKeeper
+    from record_keeper.utils import hash_if_too_long
+
+    def _with_text(values: dict) -> dict:
+        """Times as text: record-keeper 0.9.32 leaves out what it does not know."""
+        return {k: str(v) if isinstance(v, datetime.datetime) else v for k, v in values.items()}
 
     class GroupNamingRecordKeeper(RecordKeeper):
         def update_records(
-            self, record_these, *args, input_group_name_for_non_objects=None, **kwargs
+            self,
+            record_these,
+            global_iteration,
+            *args,
+            input_group_name_for_non_objects=None,
+            **kwargs,
         ):
-            if input_group_name_for_non_objects is not None:
-                kwargs["parent_name"] = input_group_name_for_non_objects
-            super().update_records(record_these, *args, **kwargs)
+            group = input_group_name_for_non_objects
+            if group is not None:
+                iteration = self._named_iteration(group) or global_iteration
+                self.update_records(_with_text(record_these), iteration, parent_name=group)
+            else:
+                super().update_records(record_these, global_iteration, *args, **kwargs)
+
+        def _named_iteration(self, group: str) -> str | None:
+            pending = self.record_writer.records[hash_if_too_long(group)].values()
+            return next((i for series in pending for i in series if isinstance(i, str)), None)
 
     original = logging_presets.get_record_keeper
 
@@ -93,7 +116,9 @@ def ax_client() -> None:
     class AxClient(module.AxClient):
         def create_experiment(self, *args, minimize=None, objective_name=None, **kwargs):
             if objective_name is not None:
-                kwargs["objectives"] = {objective_name: ObjectiveProperties(minimize=bool(minimize))}
+                kwargs["objectives"] = {
+                    objective_name: ObjectiveProperties(minimize=bool(minimize))
+                }
             return super().create_experiment(*args, **kwargs)
 
     bayes_opt_runner.AxClient = AxClient

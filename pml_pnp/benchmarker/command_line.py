@@ -52,12 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root_config_folder", default=None, help="pb's own by default")
     parser.add_argument("--bayes_opt_iters", type=int, default=0)
     parser.add_argument("--reproductions", default="0", help="N, or FIRST,LAST")
-    parser.add_argument("--seed", type=int, default=None, help="of everything random; none if left out")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of everything random; none if left out"
+    )
     return parser
 
 
 def build_runner(args: argparse.Namespace):
-    """pb's runner for these flags, which finds packaged overlays by bare name and can seed."""
+    """Make pb's runner for these flags, which finds packaged overlays by bare name and can seed."""
     from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner
 
     class OverlaysAndSeed:

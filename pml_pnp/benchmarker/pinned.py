@@ -58,9 +58,7 @@ class PNPLoss(BaseMetricLossFunction):
         indices = relation.counted.nonzero().squeeze(1)
         if len(indices) == 0:
             total = losses.sum()
-            return {
-                "loss": {"losses": total, "indices": None, "reduction_type": "already_reduced"}
-            }
+            return {"loss": {"losses": total, "indices": None, "reduction_type": "already_reduced"}}
         return {
             "loss": {
                 "losses": losses[indices],

@@ -28,7 +28,10 @@ from pml_pnp.variants import VARIANTS
 CPU_BLOCK = 2**20
 # On other devices launches cost more than memory does; 64 MiB.
 DEVICE_BLOCK = 2**24
+# Memory of so few numbers comes from what the process has already.
+SMALL = 2**14
 _of_thread = threading.local()
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
 def block_entries(device: torch.device) -> int:
@@ -79,15 +82,18 @@ def query_losses(
     own = relation.number_of_own
     uniform = smallest == width > own and (own == 0 or settings.include_self)
     if uniform:
-        share = s.new_full((n,), 1 / number)
+        share, factor = 1 / number, s.new_full((n, 1), scale / number)
     else:
         share = relation.share(settings.include_self, extra, s.dtype)
+        factor = (share * scale).unsqueeze(1)
     buffers = None
     for rows, columns in blocks(n, m, number, block_entries(s.device)):
         height = rows.stop - rows.start
         if buffers is None:
             buffers = _workspace(s, height * m, height * columns[0].stop * m)
-        x = buffers[0][: height * m].view(height, m).copy_(s[rows])
+        part, losses_of_part = s[rows], losses[rows]
+        grad_of_part = grad_s[rows] if with_gradient else grad_s
+        x = buffers[0][: height * m].view(height, m).copy_(part)
         index = relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.silence_(x, rows, index, _never_before(scale))
@@ -111,21 +117,19 @@ def query_losses(
             if not uniform:
                 values = values.masked_fill(~used[:, cols], 0)
             if cols.start == 0:
-                torch.sum(values, dim=1, out=losses[rows])
+                torch.sum(values, dim=1, out=losses_of_part)
             else:
-                losses[rows] += values.sum(dim=1)
+                losses_of_part += values.sum(dim=1)
             if with_gradient:
                 w = derivative(r, alpha, b)
                 if not uniform:
                     w = w.masked_fill(~used[:, cols], 0)
                 # y = w * y * (1 - y), in one pass.
-                torch.ops.aten.sigmoid_backward.grad_input(
-                    w.unsqueeze(2).expand_as(y), y, grad_input=y
-                )
+                _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
                 if cols.start == 0:
-                    torch.sum(y, dim=1, out=grad_s[rows])
+                    torch.sum(y, dim=1, out=grad_of_part)
                 else:
-                    grad_s[rows] += y.sum(dim=1)
+                    grad_of_part += y.sum(dim=1)
                 torch.sum(y, dim=2, out=grad_t[:, cols])
         if with_gradient:
             grad_t.neg_()
@@ -134,9 +138,9 @@ def query_losses(
             if replaced:
                 grad_own[rows] = (grad_t * is_own).sum(dim=1, keepdim=True)
                 grad_t.masked_fill_(is_own, 0)
-            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
+            grad_of_part.scatter_add_(1, index, grad_t[:, :width])
     losses.mul_(share)
-    return losses, grad_s, grad_own, (share * scale).unsqueeze(1)
+    return losses, grad_s, grad_own, factor
 
 
 def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -147,8 +151,8 @@ def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     block twice the time.
     """
     total = sum(sizes)
-    if s.device.type != "cpu" or total > 2 * CPU_BLOCK or type(s) is not Tensor:
-        return s.new_empty(total).split(sizes)
+    if s.device.type != "cpu" or not SMALL < total <= 2 * CPU_BLOCK or type(s) is not Tensor:
+        return tuple(s.new_empty(size) for size in sizes)
     kept = getattr(_of_thread, "kept", None)
     if kept is None or kept.dtype != s.dtype or len(kept) < total:
         with torch.inference_mode(False):  # what is made in that mode stays there

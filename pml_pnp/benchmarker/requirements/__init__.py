@@ -1,7 +1,7 @@
 """What powerful-benchmarker needs, and the line that installs what is missing.
 
-There are two recipes, each of three files: `base`, `no-deps` (whose own requirements contradict each
-other, so that pip must not look at them) and `bayes` for hyperparameter search.
+There are two recipes, each of three files: `base`, `no-deps` (whose own requirements contradict
+each other, so that pip must not look at them) and `bayes` for hyperparameter search.
 """
 
 import importlib
