@@ -437,7 +437,7 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
         batched(queries, references)
         matrix = torch.cat(rows)
     elif references is None and is_product(distance):
-        matrix = self_product(distance.maybe_normalize(queries))
+        matrix = self_product(queries, distance)
     else:
         matrix = distance(queries, references)
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():

@@ -18,7 +18,10 @@ from pml_pnp.relation import Relation
 
 
 class Work(TorchDispatchMode):
-    """Elements that operations write, number of operations, and bytes alive at a time."""
+    """Elements that operations write, number of operations, and bytes alive at a time.
+
+    Views are operations, but write nothing.
+    """
 
     def __init__(self):
         super().__init__()
@@ -30,7 +33,7 @@ class Work(TorchDispatchMode):
         self.calls += 1
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
-                self.elements += tensor.numel()
+                self.elements += 0 if func.is_view else tensor.numel()
                 self._watch(tensor.untyped_storage())
         return result
 
@@ -67,11 +70,11 @@ def test_work_grows_with_the_square(kwargs, monkeypatch):
 
 def test_work_is_a_few_passes_over_the_sigmoids():
     n, per_class = 1024, 32
-    assert work(n, per_class).elements <= 9 * n * n * per_class
+    assert work(n, per_class).elements <= 5 * n * n * per_class
 
 
 def test_a_small_batch_takes_few_operations():
-    assert work(32).calls <= 150
+    assert work(32).calls <= 120
 
 
 @pytest.fixture
