@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 
 # Below it a norm counts as this; that of torch.nn.functional.normalize.
 SMALLEST_NORM = 1e-12
-# Side of the squares in which a matrix is transposed on a CPU, where it matters to stay in cache: at
-# N = 4,096 that takes 18 ms beside a product of 50, all of it at once 100.
+# Side of the squares in which a matrix is transposed on a CPU, where it matters to stay in cache:
+# at N = 4,096 that takes 18 ms beside a product of 50, all of it at once 100.
 CPU_TILE = 512
 
 
