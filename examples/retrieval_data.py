@@ -16,7 +16,6 @@ import tqdm
 from errors import UserError
 from PIL import Image
 from processes import on_rank_zero, say
-from pytorch_metric_learning import datasets as pml_datasets
 from torch.utils.data import Dataset
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
@@ -359,6 +358,8 @@ def _reader_of_pml(name: str) -> Callable[[str | None], tuple[list[Sample], list
 
 
 def _pml_split(name: str, folder: Path, split: str) -> list[Sample]:
+    from pytorch_metric_learning import datasets as pml_datasets  # not in PML 0.9
+
     data = getattr(pml_datasets, name)(root=str(folder), split=split)
     return [
         Sample(path, f"{label:05d}", Path(path))

@@ -5,7 +5,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
+from pytorch_metric_learning import distances
+from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
@@ -16,6 +17,8 @@ from pml_pnp.kernels import Settings, query_losses, query_losses_and_gradient, r
 from pml_pnp.products import is_product, self_product, total_in_one_pass
 from pml_pnp.relation import Relation
 
+# powerful-benchmarker 0.9.33 pins PML 0.9.92, which has none, and whose losses know no references.
+BatchedDistance = getattr(distances, "BatchedDistance", ())
 SELF_SIMILARITY_BLOCK = 128
 LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -190,19 +193,14 @@ class PNPLoss(BaseMetricLossFunction):
         device = embeddings.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            loss = super().forward(
-                embeddings.to(dtype),
-                labels,
-                indices_tuple,
-                None if ref_emb is None else ref_emb.to(dtype),
-                ref_labels,
-            )
+            references = () if ref_emb is None else (ref_emb.to(dtype), ref_labels)
+            loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)
         if isinstance(loss, Tensor) and not autocast:
             loss = loss.to(embeddings.dtype)
         return loss
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        """Return per-query losses for the reducer; PML calls this, with `ref_emb` set.
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb=None, ref_labels=None):
+        """Return per-query losses for the reducer; PML calls this, and PML 2 sets `ref_emb`.
 
         A plain `MeanReducer` gets its mean: to pick out the elements that it would average, the
         host would have to wait for the GPU. A subclass with a `compute_loss` of its own gets the
@@ -210,7 +208,7 @@ class PNPLoss(BaseMetricLossFunction):
         """
         # PML's losses, too, tell the batch from a set of references by identity.
         own_references = ref_emb is embeddings and ref_labels is labels
-        references = None if own_references else ref_emb
+        references = None if own_references else ref_emb  # also None as it comes, in PML 0.9
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,

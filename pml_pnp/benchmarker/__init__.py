@@ -20,7 +20,7 @@ what was installed for either. Nothing is patched, and pb is not imported, befor
 `register` is called.
 """
 
-from pml_pnp.benchmarker.requirements import check_installed, is_pinned
+from pml_pnp.benchmarker.requirements import check_installed
 
 __all__ = ["prepare", "register"]
 
@@ -50,16 +50,8 @@ def register(runner) -> None:
         runner: a SingleExperimentRunner or BayesOptRunner of pb, in a process that was prepared.
     """
     from pml_pnp.benchmarker import adapters
+    from pml_pnp.loss import PNPLoss
 
-    runner.register("loss", loss_class())
+    runner.register("loss", PNPLoss)
     for module_type, part in adapters.parts():
         runner.register(module_type, part)
-
-
-def loss_class() -> type:
-    """The PNPLoss that fits the installed PML."""
-    if is_pinned():
-        from pml_pnp.benchmarker.pinned import PNPLoss
-    else:
-        from pml_pnp.loss import PNPLoss
-    return PNPLoss

@@ -55,9 +55,9 @@ def record_keepers() -> None:
     base_aggregator.py:33-38, base_api_parser.py:125-126 and bayes_opt_runner.py:165; all get their
     record keeper from PML's logging_presets, whose own hooks use the new name, `parent_name`.
 
-    It also wants one iteration for all values of a row, which can be sorted. At
-    base_api_parser.py:125-126 pb adds to accuracies, whose iteration is a name, "trained", under a
-    number.
+    It also writes the iteration into each row, and wants all values of a row to have the same. At
+    base_api_parser.py:125-126 pb adds values under a number to accuracies under a name, "trained";
+    at bayes_opt_runner.py:224 it averages the column.
     """
     import datetime
 
@@ -79,15 +79,17 @@ def record_keepers() -> None:
             **kwargs,
         ):
             group = input_group_name_for_non_objects
-            if group is not None:
-                iteration = self._named_iteration(group) or global_iteration
-                self.update_records(_with_text(record_these), iteration, parent_name=group)
-            else:
+            if group is None:
                 super().update_records(record_these, global_iteration, *args, **kwargs)
+                return
+            self._number_names(group, global_iteration)
+            super().update_records(_with_text(record_these), global_iteration, parent_name=group)
 
-        def _named_iteration(self, group: str) -> str | None:
-            pending = self.record_writer.records[hash_if_too_long(group)].values()
-            return next((i for series in pending for i in series if isinstance(i, str)), None)
+        def _number_names(self, group: str, iteration: int) -> None:
+            """Give a number to what waits to be written under a name."""
+            for series in self.record_writer.records[hash_if_too_long(group)].values():
+                for name in [i for i in series if isinstance(i, str)]:
+                    series[iteration] = series.pop(name)
 
     original = logging_presets.get_record_keeper
 

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
-import random
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from pml_pnp.benchmarker import prepare, register
+from pml_pnp.benchmarker.seeding import seed_everything, seed_runs
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -53,9 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bayes_opt_iters", type=int, default=0)
     parser.add_argument("--reproductions", default="0", help="N, or FIRST,LAST")
     parser.add_argument(
-        "--seed", type=int, default=None, help="of everything random; none if left out"
+        "--seed", type=_seed, default=None, help="of everything random; none if left out"
     )
     return parser
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {seed}")
+    return seed
 
 
 def build_runner(args: argparse.Namespace):
@@ -70,7 +77,7 @@ def build_runner(args: argparse.Namespace):
         def get_api_parser(self, *args):
             parser = super().get_api_parser(*args)
             if self.seed is not None:
-                seed_everything(self.seed)
+                seed_runs(parser, self.seed)
             return parser
 
     class Single(OverlaysAndSeed, SingleExperimentRunner):
@@ -94,6 +101,11 @@ def build_runner(args: argparse.Namespace):
     class Search(OverlaysAndSeed, bayes_opt_runner.BayesOptRunner):
         seed = args.seed
 
+        def run(self):
+            if self.seed is not None:
+                seed_everything(self.seed)  # Ax draws, too
+            super().run()
+
         def get_single_experiment_runner(self):
             runner = super().get_single_experiment_runner()
             runner.__class__ = Single  # every trial is seeded
@@ -105,18 +117,6 @@ def build_runner(args: argparse.Namespace):
         reproductions=reproductions if len(reproductions) > 1 else reproductions[0],
         **kwargs,
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch, and the generator that PML's samplers draw from."""
-    import numpy as np
-    import torch
-    from pytorch_metric_learning.utils import common_functions
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    common_functions.NUMPY_RANDOM = np.random.RandomState(seed)
 
 
 def _packaged(path: str) -> str:

@@ -1,0 +1,65 @@
+"""Seeds for powerful-benchmarker, which has none.
+
+Every fold and every epoch begin with a seed of their own, so that a run that was killed and resumed
+goes on as the one that was not.
+"""
+
+import copy
+import random
+import re
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seed Python, numpy, torch, and what PML's samplers draw from, by a tuple of seeds."""
+    import numpy as np
+    import torch
+    from pytorch_metric_learning.utils import common_functions
+
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    common_functions.NUMPY_RANDOM = np.random.RandomState(seed)
+
+
+def seed_runs(api_parser, seed: int) -> None:
+    """Seed what an API parser of pb goes on to do: each fold, and in it each epoch.
+
+    The reproductions that follow a hyperparameter search get different seeds.
+    """
+    number = re.search(r"_reproduction(\d+)$", api_parser.args.experiment_name)
+    seeds = (seed, 0 if number is None else 1 + int(number[1]))
+
+    class Seeded(type(api_parser)):
+        def set_models_optimizers_losses(self):
+            seed_everything(*seeds, self.curr_split_count)
+            super().set_models_optimizers_losses()
+
+        def get_trainer(self, **kwargs):
+            trainer = super().get_trainer(**kwargs)
+            _seed_epochs(trainer, (*seeds, self.curr_split_count))
+            return trainer
+
+    _change_class(api_parser, Seeded)
+    seed_everything(*seeds)
+
+
+def _seed_epochs(trainer, seeds: tuple[int, ...]) -> None:
+    """Seed each epoch of a trainer, which takes a sampler that has drawn nothing yet."""
+
+    class Seeded(type(trainer)):
+        def get_batch(self):
+            if self.iteration == 0:
+                seed_everything(*seeds, self.epoch)
+                # PML's samplers shuffle their labels in place, from epoch to epoch.
+                self.sampler = copy.deepcopy(untouched)
+                self.initialize_dataloader()
+            return super().get_batch()
+
+    untouched = copy.deepcopy(trainer.sampler)
+    _change_class(trainer, Seeded)
+
+
+def _change_class(instance, cls: type) -> None:
+    cls.__name__, cls.__qualname__ = type(instance).__name__, type(instance).__qualname__
+    instance.__class__ = cls
