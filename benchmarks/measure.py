@@ -31,16 +31,19 @@ from pathlib import Path
 import torch
 import tqdm
 from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
 
-from pml_pnp import losses
+from pml_pnp import losses, products
 from pml_pnp.kernels import Settings, eager
 from pml_pnp.relation import Relation
 
 RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
+PRODUCT, AT_ONCE = "products.py", "products.py, not in squares"
+BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (0.5, 1, 2, 2.5, 4, 16)}
 TRUNK = "ResNet-50 and PNPLoss"
 CHUNK = 2048
 PEERS = (
@@ -70,11 +73,14 @@ SIZES = {
     "growth": [(n, 4, 512) for n in (512, 1024, 2048, 4096, 8192)],
     "queue": [(384, 4, 512)],
     "kernel": [(n, 4, 512) for n in (384, 4096)],
+    "blocks": [(1024, 32, 512), (4096, 4, 512)],
+    "products": [(n, 4, 512) for n in (384, 4096)],
     "trunk": [(384, 4, 512)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
 ON_GPU_ALONE = ("largest", "trunk")
+ON_CPU_ALONE = ("blocks", "products")
 QUEUE = 65536
 COLUMNS = (
     "part,provider,device,dtype,N,M,per_class,d,chunk_size,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
@@ -97,7 +103,8 @@ def main() -> None:
     if path.exists() and not args.append:
         raise SystemExit(f"{path} exists; name another with --output, or --append to it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = args.only or [p for p in SIZES if p not in ON_GPU_ALONE or device.type != "cpu"]
+    not_here = ON_GPU_ALONE if device.type == "cpu" else ON_CPU_ALONE
+    parts = args.only or [p for p in SIZES if p not in not_here]
     _write(path, _rows(parts, device, args.dtypes, args.rounds, args.seconds))
     print(path)
 
@@ -112,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         nargs="+",
         choices=list(SIZES),
-        help="parts; all, but 'largest' and 'trunk' on a GPU alone",
+        help="parts; all, but some on a GPU and some on a CPU alone",
     )
     parser.add_argument("--rounds", type=int, default=5, help="times around the providers")
     parser.add_argument("--seconds", type=float, default=0.3, help="at least, for one of them")
@@ -207,8 +214,16 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
     s, labels = z @ z.T, torch.arange(n, device=device) // per_class
     relation = Relation.from_labels(labels, labels, torch.arange(n, device=device))
     settings = Settings(100.0, "Dq", 1.0, 2.0, True)
-    if provider == EAGER:
-        return lambda: eager.query_losses(s, None, relation, settings, True)
+    if provider == EAGER or provider in BLOCKS:
+        usual = eager.CPU_BLOCK
+        block = BLOCKS.get(provider, usual)
+
+        def step() -> None:
+            eager.CPU_BLOCK = block
+            eager.query_losses(s, None, relation, settings, True)
+            eager.CPU_BLOCK = usual
+
+        return step
     index = relation.positives(slice(0, n), per_class, per_class)
 
     def ranks(x, t):
@@ -229,6 +244,24 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
         _, w = ranks(x, t)
         grad, grad_t = gradients(x, t, w)
         grad.scatter_add_(1, index, -grad_t)
+
+    return step
+
+
+def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make the two products, and what lies between them and the embeddings, alone."""
+    if provider == FLOOR:
+        return build(provider, n, per_class, d, device, dtype)
+    x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    ones, distance = torch.ones(n, n, device=device, dtype=x.dtype), CosineSimilarity()
+    usual = products.CPU_TILE
+    tile = n if provider == AT_ONCE else usual
+
+    def step() -> None:
+        products.CPU_TILE = tile
+        products.self_product(x, distance).backward(ones)
+        products.CPU_TILE = usual
+        x.grad = None
 
     return step
 
@@ -268,6 +301,10 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     make = build_queue if part == "queue" else build
     if part == "kernel":
         providers, make = [EAGER, COMPILED], build_kernel
+    if part == "blocks":
+        providers, make = list(BLOCKS), build_kernel
+    if part == "products":
+        providers, make = [FLOOR, PRODUCT, AT_ONCE], build_product
     if part == "trunk":
         providers, make = [OURS, TRUNK], build_trunk
     timers = {

@@ -17,6 +17,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- of benchmarks/report.py -->", "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
+PRODUCT = "products.py"
 TRUNK = "ResNet-50 and PNPLoss"
 NAMES = {
     OURS: "**PNPLoss**",
@@ -165,6 +166,12 @@ def _sentences(rows: list[Row]) -> list[str]:
         said.append(
             "- Between the two products, losses and gradient of the similarities take "
             f"{_short(ms)} ms at N = {n:,}; the same sums by `torch.compile` {_short(compiled)} ms."
+        )
+    for n, ms in times(rows, "products").get(PRODUCT, {}).items():
+        floor = times(rows, "products")[FLOOR][n]
+        said.append(
+            "- Normalize and multiply, which autograd does not know to be symmetric, take "
+            f"{_short(ms)} ms instead of {_short(floor)} ms at N = {n:,}."
         )
     for part, text in (("memory", "Memory"), ("memory, lean", "Memory in lean mode (d = 128)")):
         peaks = {int(r["N"]): int(r["peak_bytes"]) for r in rows if _is(r, part)}

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs
-from pml_pnp.kernels import Settings, query_losses, query_losses_and_gradient, ranking_counts
+from pml_pnp.kernels import (
+    Origin,
+    Settings,
+    query_losses,
+    query_losses_and_gradient,
+    ranking_counts,
+)
 from pml_pnp.products import is_product, self_product, total_in_one_pass
 from pml_pnp.relation import Relation
 
@@ -106,9 +112,10 @@ class PNPLoss(BaseMetricLossFunction):
     positives with at least one, over the (query, positive) pairs of the last batch, by hard counts,
     without the queries themselves.
 
-    Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
-    (PML's SNRDistance N x M x d); with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids
-    are never held together. A tuple, and a callable `variant`, take some N x M matrices more.
+    Memory: one N x M matrix for a cosine similarity or dot product, whose place the gradient takes,
+    two where Triton computes it or for another `distance`, and what that needs (PML's SNRDistance
+    N x M x d); with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids are never held
+    together. A tuple, and a callable `variant`, take some N x M matrices more.
 
     Example:
         >>> import torch
@@ -222,7 +229,7 @@ class PNPLoss(BaseMetricLossFunction):
         if self.collect_stats:
             self._ranking_counts = 0
         batch = settings, embeddings, labels, indices_tuple, references, ref_labels
-        broken = _zero_or_nan(embeddings, references)
+        broken = _zero_or_nan(embeddings)
         if plain and self.computes_itself():
             total, number = self._total(*batch)
             result = _already_reduced(total / (number.clamp_(min=1) + broken))
@@ -341,7 +348,8 @@ class PNPLoss(BaseMetricLossFunction):
         whole = rows == slice(0, len(queries))
         part = queries if whole else queries[rows]
         own, self_similarity = None, None
-        if references is None:
+        given = references is not None
+        if not given:
             own = torch.arange(rows.start, rows.stop, device=queries.device)
             if not whole:
                 references, ref_labels = queries, labels
@@ -350,12 +358,18 @@ class PNPLoss(BaseMetricLossFunction):
             if isinstance(indices_tuple, QueriesAmongReferences):
                 own, indices_tuple = indices_tuple.columns[rows], None
         similarity = _matrix(self.distance, part, references)
+        product = is_product(self.distance)
+        if given:  # in a product each of them is in every row
+            broken = _zero_or_nan(similarity[:1] if product else references)
         others = labels if references is None else ref_labels
         relation = self._relation(
             settings, labels, indices_tuple, others, rows, similarity, own, recomputed
         )
-        losses = query_losses(similarity, self_similarity, relation, settings, recomputed)
-        return losses, relation.counted
+        origin = None
+        if recomputed is None and similarity.requires_grad and product:
+            origin = Origin(partial(_matrix, self.distance), part, references)
+        losses = query_losses(similarity, self_similarity, relation, settings, recomputed, origin)
+        return losses + broken if given else losses, relation.counted
 
     def _relation(
         self, settings, labels, indices_tuple, ref_labels, rows, similarity, own, recomputed=None
@@ -448,16 +462,13 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-def _zero_or_nan(embeddings: Tensor, references: Tensor | None) -> Tensor | int:
+def _zero_or_nan(x: Tensor) -> Tensor | int:
     """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity.
 
     Also where largest and smallest differ by more than the dtype holds, whose norm it does not hold
     either.
     """
-    total = None
-    for x in (embeddings, references):
-        if x is not None and x.numel():
-            low, high = x.detach().aminmax()
-            found = low.sub_(high).mul_(0)
-            total = found if total is None else total + found
-    return 0 if total is None else total
+    if x.numel() == 0:
+        return 0
+    low, high = x.detach().aminmax()
+    return low.sub_(high).mul_(0)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from helpers import VARIANTS
+from pytorch_metric_learning import distances
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_pnp import PNPLoss, products
@@ -84,9 +85,15 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(eager, "_of_thread", threading.local())
 
 
-def test_the_matrices_alive_are_the_similarities_and_their_gradient(small_blocks):
+def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
     n = 1024
-    assert 2 * n * n * 4 <= work(n).peak <= 2.5 * n * n * 4
+    assert n * n * 4 <= work(n).peak <= 1.4 * n * n * 4
+
+
+def test_the_similarities_of_another_distance_are_left_alone(small_blocks):
+    n = 1024
+    peak = work(n, distance=distances.CosineSimilarity(power=2)).peak
+    assert 2 * n * n * 4 <= peak  # backward of the power reads them
 
 
 def test_memory_of_lean_mode_grows_with_the_batch_not_its_square(small_blocks):

@@ -760,6 +760,37 @@ def test_lean_mode_under_compile_breaks_the_graph_and_no_more():
 # --- backward more than once
 
 
+@pytest.mark.parametrize(
+    "distance", [distances.CosineSimilarity(), distances.DotProductSimilarity()]
+)
+@pytest.mark.parametrize("with_references", [False, True])
+def test_what_is_overwritten_is_made_again(distance, with_references):
+    """The gradient takes the place of the similarities; later ones must not notice."""
+    x, y = batch(dtype=torch.float64)
+    refs, ref_labels = batch(n=30, dtype=torch.float64) if with_references else (None, None)
+    x.requires_grad_()
+    loss = PNPLoss(variant="Iu", anneal=0.2, distance=distance)(x, y, None, refs, ref_labels)
+    first, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    graph = torch.autograd.grad(loss, x, create_graph=True)[0]
+    assert torch.equal(first, again)
+    torch.testing.assert_close(graph, first)
+
+    def call(x):
+        return PNPLoss(variant="Iu", anneal=0.2, distance=distance)(x, y, None, refs, ref_labels)
+
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_a_second_backward_refuses_references_that_were_changed():
+    x, y = batch()
+    refs = batch()[0]
+    loss = PNPLoss()(x.requires_grad_(), y, None, refs, y)
+    refs.mul_(2)
+    loss.backward(retain_graph=True)  # a memory may move on
+    with pytest.raises(RuntimeError, match="must not be changed in place between the loss and a"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("wanted", ["embeddings", "references", "both"])
 def test_second_derivative_for_some_of_the_inputs(wanted):
     (x, y), (ref, ref_y) = batch(n=8, dtype=torch.float64), batch(n=9, dtype=torch.float64)

@@ -3,15 +3,18 @@
     python benchmark.py                                        # digits, nothing to download
     python benchmark.py --dataset omniglot --dataset-root DATA/omniglot-small
     python benchmark.py --losses with_pnp triplet --seeds 0    # some of it
+    python benchmark.py -- --batch_size 128                    # with flags of powerful-benchmarker
 
 Every loss is trained once for each seed, over the folds of the configs, at the default arguments of
 pytorch-metric-learning; nothing is tuned. A killed run continues where it was when the same command
-is given again; what is finished is not run again. The same seeds give the same table.
+is given again, to the same end; what is finished is not run again. The same seeds give the same
+table.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import logging
 import sys
 from importlib import metadata
@@ -20,6 +23,7 @@ from pathlib import Path
 from results_table import plot, read, rows_of, table
 from run import run
 
+from pml_pnp.benchmarker import prepare
 from pml_pnp.benchmarker.requirements import MissingPackage
 
 # Files of configs/config_loss_and_miners, or of the package.
@@ -40,6 +44,8 @@ NEEDS_PML_2 = ("smooth_ap",)
 def main() -> None:
     """Run the command line."""
     args = _parser().parse_args()
+    prepare()
+    _check_data(args.dataset, args.dataset_root)
     folder = Path(args.output) / args.dataset
     wanted = [x for x in args.losses if not (x in NEEDS_PML_2 and _is_pinned())]
     for skipped in sorted(set(args.losses) - set(wanted)):
@@ -52,6 +58,15 @@ def main() -> None:
     rows = read(path, rows)
     print(f"\n{table(rows)}\n\nwritten to {path}")
     plot(rows, folder / "results.svg")
+
+
+def _check_data(dataset: str, root: str) -> None:
+    from parts import DATASETS, UserError
+
+    try:
+        DATASETS[dataset](root)
+    except UserError as error:
+        sys.exit(f"benchmark.py: error: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verbose", action="store_true", help="show what powerful-benchmarker says"
     )
+    parser.add_argument(
+        "flags", nargs="*", help="after a --: flags of powerful-benchmarker for training"
+    )
     return parser
 
 
@@ -77,6 +95,7 @@ def _is_pinned() -> bool:
 def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
     name = f"{loss}-{seed}"
     done = folder / name / "finished"
+    _check_begun(folder / f"{name}.json", {"epochs": args.epochs, "flags": args.flags})
     if done.exists():
         print(f"{name}: finished before", flush=True)
         return
@@ -91,12 +110,25 @@ def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) ->
             train += ["--config_dataset", "[default,", f"{args.dataset}]"]
         if args.epochs:
             train += ["--num_epochs_train", str(args.epochs)]
+        train += args.flags
     test = ["--splits_to_eval", "[test]"]
     print(f"{name}: {'continuing' if '--resume_training' in train else 'training'}", flush=True)
     _run(train, args.verbose)
     _run([*common, "--evaluate", *test], args.verbose)
     _run([*common, "--evaluate_ensemble", *test], args.verbose)
     done.touch()
+
+
+def _check_begun(path: Path, settings: dict) -> None:
+    """Write down how an experiment is begun, or see that it was begun so."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    elif (begun := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        sys.exit(
+            f"benchmark.py: error: {path.stem} was begun with {begun}, not with {settings}: "
+            "name another folder with --output"
+        )
 
 
 def _run(argv: list[str], verbose: bool) -> None:

@@ -10,8 +10,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from errors import UserError  # noqa: E402
 from retrieval_data import READERS, Sample, with_turned_classes  # noqa: E402
 from trunks import SmallConvNet  # noqa: E402
+
+__all__ = ["DATASETS", "PARTS", "UserError"]
 
 
 class LabelledImages(Dataset):
@@ -25,9 +28,9 @@ class LabelledImages(Dataset):
 
     name: str
 
-    def __init__(self, root, transform=None, download=False):
+    def __init__(self, root, transform=None, download=False, **kwargs):
         self.transform = transform
-        self.images, self.labels = _read(self.name, root)
+        self.images, self.labels = _read(self.name, str(root), **kwargs)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,9 +44,12 @@ class LabelledImages(Dataset):
 
 
 class Digits(LabelledImages):
-    """The 8 x 8 digits of scikit-learn; turned and mirrored ones are classes of their own."""
+    """The 8 x 8 digits of scikit-learn; with `turned_classes`, turned ones are classes as well."""
 
     name = "digits"
+
+    def __init__(self, root, transform=None, download=False, turned_classes=True):
+        super().__init__(root, transform, download, turned_classes=turned_classes)
 
 
 class Omniglot(LabelledImages):
@@ -53,9 +59,11 @@ class Omniglot(LabelledImages):
 
 
 @functools.lru_cache
-def _read(name: str, root: str) -> tuple[list[Image.Image], np.ndarray]:
+def _read(
+    name: str, root: str, turned_classes: bool = False
+) -> tuple[list[Image.Image], np.ndarray]:
     train, test = READERS[name](None if name == "digits" else root)
-    if name == "digits":
+    if turned_classes:
         train, test = with_turned_classes(train), with_turned_classes(test)
     classes: dict[str, int] = {}
     for part in (train, test):  # those to train on get the lower numbers
@@ -82,4 +90,5 @@ class SmallTrunk(torch.nn.Module):
         return self.fc(self.features(x))
 
 
-PARTS = [("dataset", Digits), ("dataset", Omniglot), ("model", SmallTrunk)]
+DATASETS = {cls.name: cls for cls in (Digits, Omniglot)}
+PARTS = [*(("dataset", cls) for cls in DATASETS.values()), ("model", SmallTrunk)]

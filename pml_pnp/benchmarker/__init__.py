@@ -20,9 +20,9 @@ what was installed for either. Nothing is patched, and pb is not imported, befor
 `register` is called.
 """
 
-from pml_pnp.benchmarker.requirements import check_installed
+from pml_pnp.benchmarker.requirements import MissingPackage, check_installed
 
-__all__ = ["prepare", "register"]
+__all__ = ["MissingPackage", "prepare", "register"]
 
 
 def prepare(bayes_opt: bool = False) -> None:

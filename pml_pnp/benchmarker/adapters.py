@@ -2,12 +2,13 @@
 
 `apply` changes modules, once, in a process that asks for it. `parts` are subclasses of what PML
 has, under the same names, for the runner that they are registered on. With the PML that pb pins
-both do nothing but what Ax needs.
+they are but what Ax needs, and checkpoints.
 """
 
 import functools
 import inspect
 
+from pml_pnp.benchmarker import checkpoints
 from pml_pnp.benchmarker.requirements import is_pinned
 
 _applied: set[str] = set()
@@ -25,14 +26,17 @@ def apply(bayes_opt: bool) -> None:
 
 def parts() -> list[tuple[str, type]]:
     """What to register on a runner: (module type, class)."""
+    from pytorch_metric_learning.utils import logging_presets
+
+    hooks = checkpoints.hook_container(logging_presets.HookContainer)
     if is_pinned():
-        return []
+        return [("hook_container", hooks)]
     from pytorch_metric_learning import testers
 
     names = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
     return [
         *(("tester", tester(getattr(testers, name))) for name in names),
-        ("hook_container", hook_container()),
+        ("hook_container", hook_container(hooks)),
         ("accuracy_calculator", accuracy_calculator()),
     ]
 
@@ -161,16 +165,15 @@ def tester(base: type) -> type:
     return Tester
 
 
-def hook_container() -> type:
+def hook_container(base: type) -> type:
     """Hooks whose tables are named as in PML 0.9.
 
     PML 2 names them after the splits of the last test, of which pb's dummy hooks and testers have
     seen none (base_aggregator.py:60, base_api_parser.py:107), and asks a record keeper for it,
     which they do not have.
     """
-    from pytorch_metric_learning.utils import logging_presets
 
-    class HookContainer(logging_presets.HookContainer):
+    class HookContainer(base):
         def record_group_name(self, tester, split_name):
             return f"{self.base_record_group_name(tester)}_{split_name.upper()}"
 

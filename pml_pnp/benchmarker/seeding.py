@@ -15,7 +15,8 @@ def seed_everything(*seeds: int) -> None:
     import torch
     from pytorch_metric_learning.utils import common_functions
 
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    # With their number, since to numpy (1,) and (1, 0) are one seed.
+    seed = int(np.random.SeedSequence((len(seeds), *seeds)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -4,7 +4,12 @@ Triton's kernel takes float32 on a GPU where Triton works, plain PyTorch everyth
 environment variable PML_PNP_KERNEL forces one: "eager", or "triton" for all float32 input.
 """
 
-from pml_pnp.kernels.autograd import query_losses, query_losses_and_gradient, ranking_counts
+from pml_pnp.kernels.autograd import (
+    Origin,
+    query_losses,
+    query_losses_and_gradient,
+    ranking_counts,
+)
 from pml_pnp.kernels.settings import Settings
 
-__all__ = ["Settings", "query_losses", "query_losses_and_gradient", "ranking_counts"]
+__all__ = ["Origin", "Settings", "query_losses", "query_losses_and_gradient", "ranking_counts"]

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -18,12 +19,40 @@ from pml_pnp.variants import apply_variant
 KERNEL_VARIABLE = "PML_PNP_KERNEL"
 
 
+class Origin:
+    """What similarities were made of, s = distance(queries, references), to make them again."""
+
+    def __init__(
+        self,
+        distance: Callable[[Tensor, Tensor | None], Tensor],
+        queries: Tensor,
+        references: Tensor | None,
+    ) -> None:
+        self.distance = distance
+        self.tensors = queries, references
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int | None]:
+        return [None if x is None else x._version for x in self.tensors]
+
+    def similarities(self) -> Tensor:
+        """Compute s; raises RuntimeError if it would not be the same."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "embeddings and references must not be changed in place between the loss and a "
+                "second backward or one with create_graph=True, which computes their similarities "
+                "again"
+            )
+        return self.distance(*self.tensors)
+
+
 def query_losses(
     s: Tensor,
     self_similarity: Tensor | None,
     relation: Relation,
     settings: Settings,
     recomputed: bool | None = None,
+    origin: Origin | None = None,
 ) -> Tensor:
     """Losses of N queries, zero for those that do not count.
 
@@ -36,6 +65,9 @@ def query_losses(
         recomputed: None for a call that runs once. Of a call that runs again before its backward
             (`torch.utils.checkpoint`), False the first time, when only losses are asked for, and
             True the second, when only backward is: losses are then zeros.
+        origin: of `s`, if nothing else reads it, not even backward of its distance. The gradient
+            may then take its place, N x M numbers less, which the operating system need not hand
+            out; second derivatives make it again.
 
     Returns:
         (N,), differentiable twice with respect to `s` and `self_similarity`
@@ -49,8 +81,10 @@ def query_losses(
         and recomputed is None
         and (s.requires_grad or (self_similarity is not None and self_similarity.requires_grad))
     )
+    if not (origin is not None and with_gradient and _may_overwrite(s)):
+        origin = None
     return _QueryLosses.apply(
-        s, self_similarity, relation, settings, bool(recomputed), with_gradient
+        s, self_similarity, relation, settings, bool(recomputed), with_gradient, origin
     )[0]
 
 
@@ -58,9 +92,23 @@ def query_losses(
 def query_losses_and_gradient(
     s: Tensor, relation: Relation, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Losses of N queries, and the gradient of their sum with respect to `s`, without a graph."""
-    losses, gradient, _, factor = _compute(s, None, relation, settings, True)
+    """Losses of N queries, and the gradient of their sum with respect to `s`, without a graph.
+
+    The gradient may take the place of `s`.
+    """
+    overwrite = _may_overwrite(s)
+    losses, gradient, _, factor = _compute(s, None, relation, settings, True, overwrite)
     return losses, gradient.mul_(factor)
+
+
+def _may_overwrite(s: Tensor) -> bool:
+    """Whether a kernel can do so: Triton's reads a row several times."""
+    return (
+        type(s) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not _takes_triton(s)
+    )
 
 
 def _compute(
@@ -69,6 +117,7 @@ def _compute(
     relation: Relation,
     settings: Settings,
     with_gradient: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the kernel and call it; what it returns is described at `eager.query_losses`."""
     if torch.compiler.is_compiling():
@@ -77,7 +126,7 @@ def _compute(
         from pml_pnp.kernels import triton_kernel
 
         return triton_kernel.query_losses(s, self_similarity, relation, settings, with_gradient)
-    return eager.query_losses(s, self_similarity, relation, settings, with_gradient)
+    return eager.query_losses(s, self_similarity, relation, settings, with_gradient, overwrite)
 
 
 # torch.compile sees one operation instead of loops whose length depends on the data.
@@ -146,51 +195,60 @@ class _QueryLosses(torch.autograd.Function):
     """Makes the gradient along with the losses, and scales it in backward."""
 
     @staticmethod
-    def forward(s, self_similarity, relation, settings, is_recomputed, with_gradient):
+    def forward(s, self_similarity, relation, settings, is_recomputed, with_gradient, origin):
         if is_recomputed:
             return s.new_zeros(len(s)), *s.new_empty(3, 0).unbind()
-        return _compute(s, self_similarity, relation, settings, with_gradient)
+        if origin is None:
+            return _compute(s, self_similarity, relation, settings, with_gradient)
+        s = s.detach()
+        losses, _, *rest = _compute(s, self_similarity, relation, settings, True, True)
+        return losses, s.new_empty(0), *rest
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, self_similarity, relation, ctx.settings, _, with_gradient = inputs
+        s, self_similarity, relation, ctx.settings, _, with_gradient, origin = inputs
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
-        ctx.gradients = None
+        ctx.gradients, ctx.origin = None, origin
         if torch.compiler.is_compiling():
             ctx.save_for_backward(s, self_similarity, *relation, *gradients)
             return
         if with_gradient:
             # Not saved for backward, so that backward may scale it in place: N x M numbers less.
             ctx.gradients = gradients
+        if origin is not None:
+            ctx.gradients = s.detach(), *gradients[1:]
+            s = None
         ctx.save_for_backward(s, self_similarity, *relation)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         s, self_similarity, *saved = ctx.saved_tensors
         fields = len(Relation._fields)
         relation, gradients = Relation(*saved[:fields]), saved[fields:]
         if torch.is_grad_enabled():
+            s = s if ctx.origin is None else ctx.origin.similarities()
             losses = _composed(s, self_similarity, relation, ctx.settings)
             wanted = [needed for needed in ctx.needs_input_grad[:2]]
             inputs = [
                 x for x, is_wanted in zip((s, self_similarity), wanted, strict=True) if is_wanted
             ]
             grads = iter(torch.autograd.grad(losses, inputs, grad, create_graph=True))
-            return *(next(grads) if is_wanted else None for is_wanted in wanted), *[None] * 4
+            return *(next(grads) if is_wanted else None for is_wanted in wanted), *[None] * 5
         saved = len(gradients) > 0
         if not saved:
             gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # used up by an earlier backward, or not made
+            s = s if ctx.origin is None else ctx.origin.similarities()
             gradients = _compute(s, self_similarity, relation, ctx.settings, True)[1:]
         grad_s, grad_own, factor = gradients
         factor = grad.unsqueeze(1) * factor
         grad_s = grad_s * factor if saved else grad_s.mul_(factor)
         grad_own = None if self_similarity is None else (grad_own * factor).squeeze(1)
-        return grad_s, grad_own, None, None, None, None
+        return grad_s, grad_own, None, None, None, None, None
 
 
 # PyTorch binds the arguments at every call, and would build this anew: a twentieth of a step at

@@ -9,7 +9,7 @@ Only a block of the N * P * M sigmoids exists at a time. A row needs nothing fro
 that its gradient is made while its sigmoids are still there: every sigmoid is computed once.
 
 The same sums by torch.compile, which fuses them but computes every sigmoid twice, take as long on
-two CPU cores at N = 384 and twice as long at N = 4,096, and a C++ compiler
+two CPU cores at N = 384 and twice as long at N = 4,096, and need a C++ compiler
 (benchmarks/measure.py --only kernel).
 """
 
@@ -23,9 +23,9 @@ from pml_pnp.kernels.settings import Settings
 from pml_pnp.relation import Relation
 from pml_pnp.variants import VARIANTS
 
-# Sigmoids of a block on a CPU: 4 MiB in float32, which stays in a shared cache. On two cores with
-# 32 MiB of L3, N = 4,096 and 4 per class, 2**17 takes twice as long, 2**23 a third longer.
-CPU_BLOCK = 2**20
+# Sigmoids of a block on a CPU: 2.5 MiB in float32, which stay in cache. Smaller blocks take more
+# calls, larger ones wait for memory (benchmarks/measure.py --only blocks).
+CPU_BLOCK = 5 * 2**17
 # On other devices launches cost more than memory does; 64 MiB.
 DEVICE_BLOCK = 2**24
 # Memory of so few numbers comes from what the process has already.
@@ -55,8 +55,9 @@ def query_losses(
     relation: Relation,
     settings: Settings,
     with_gradient: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and what their gradients are made of.
+    """Losses and what their gradients are made of; with `overwrite`, in the place of `s`.
 
     Returns:
         losses (N,), grad_s (N, M), grad_own (N, 1) and factor (N, 1), such that the
@@ -65,7 +66,8 @@ def query_losses(
     """
     n, m = s.shape
     losses = s.new_empty(n)
-    grad_s = s.new_empty((n, m) if with_gradient else 0)
+    # A row of s is copied before its gradient is written.
+    grad_s = s if overwrite else s.new_empty((n, m) if with_gradient else 0)
     grad_own = s.new_empty((n, 1) if with_gradient and self_similarity is not None else 0)
     smallest, width = relation.sizes()
     if width == 0:

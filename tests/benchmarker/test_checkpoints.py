@@ -1,0 +1,138 @@
+"""A run that is stopped at any moment goes on to the end of one that was not."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from pytorch_metric_learning import losses, samplers, testers, trainers
+from pytorch_metric_learning.utils import accuracy_calculator, logging_presets
+
+from pml_pnp.benchmarker import adapters, checkpoints, requirements, seeding
+
+EPOCHS = 3
+
+
+class Killed(BaseException):
+    pass
+
+
+def set_up(folder, hook_container):
+    """A trainer, its hooks, and the epoch to begin with."""
+    seeding.seed_everything(0)
+    n = 40
+    labels = torch.arange(n) // 5
+    x = torch.randn(8, 6)[labels] + 0.8 * torch.randn(n, 6)
+    data = torch.utils.data.TensorDataset(x, labels)
+    model = torch.nn.Linear(6, 3)
+    csvs = str(folder / "csvs")
+    keeper, _, _ = logging_presets.get_record_keeper(csvs)
+    calculator = accuracy_calculator.AccuracyCalculator(include=("mean_average_precision_at_r",))
+    hooks = hook_container(keeper, primary_metric="mean_average_precision_at_r")
+    tester_class = testers.GlobalEmbeddingSpaceTester
+    if not requirements.is_pinned():
+        tester_class = adapters.tester(tester_class)
+    tester = tester_class(
+        end_of_testing_hook=hooks.end_of_testing_hook,
+        dataloader_num_workers=0,
+        data_device=torch.device("cpu"),
+        accuracy_calculator=calculator,
+    )
+    models = folder / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    trainer = trainers.MetricLossOnly(
+        models={"trunk": model},
+        optimizers={"trunk_optimizer": torch.optim.Adam(model.parameters(), lr=0.05)},
+        batch_size=10,
+        loss_funcs={"metric_loss": losses.ContrastiveLoss()},
+        mining_funcs={},
+        dataset=data,
+        sampler=samplers.MPerClassSampler(labels, m=2, length_before_new_iter=n),
+        iterations_per_epoch=4,
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        end_of_iteration_hook=hooks.end_of_iteration_hook,
+        end_of_epoch_hook=hooks.end_of_epoch_hook(tester, {"val": data}, str(models)),
+    )
+    seeding._seed_epochs(trainer, (0,))
+    return trainer, hooks, hooks.load_latest_saved_models(trainer, str(models), "cpu")
+
+
+def run(folder, hook_container):
+    trainer, _, epoch = set_up(folder, hook_container)
+    trainer.train(epoch, EPOCHS)
+
+
+def checkpoint_files(folder):
+    return {
+        path.name: torch.load(path, weights_only=True) for path in (folder / "models").glob("*.pth")
+    }
+
+
+@pytest.fixture
+def hook_container():
+    return dict(adapters.parts())["hook_container"]
+
+
+def stop_at(moment, monkeypatch):
+    """Raise at one of the steps that a kill could fall between; None to count them."""
+    steps = itertools.count(1)
+
+    def stopping(f):
+        def step(*args, **kwargs):
+            if next(steps) == moment:
+                raise Killed
+            return f(*args, **kwargs)
+
+        return step
+
+    writer = pytest.importorskip("record_keeper").RecordWriter
+    monkeypatch.setattr(os, "replace", stopping(os.replace))
+    monkeypatch.setattr(torch, "save", stopping(torch.save))
+    monkeypatch.setattr(checkpoints, "_delete", stopping(checkpoints._delete))
+    monkeypatch.setattr(writer, "save_records", stopping(writer.save_records))
+    return steps
+
+
+def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
+    with pytest.MonkeyPatch.context() as patch:
+        steps = stop_at(None, patch)
+        run(tmp_path / "whole", hook_container)
+        number = next(steps) - 1
+    want = checkpoint_files(tmp_path / "whole")
+    assert f"trunk_{EPOCHS}.pth" in want and any("best" in name for name in want)
+    assert number > 10 * EPOCHS
+    for moment in range(1, number + 1):
+        folder = tmp_path / str(moment)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(moment, patch)
+            with pytest.raises(Killed):
+                run(folder, hook_container)
+        run(folder, hook_container)
+        got = checkpoint_files(folder)
+        assert got.keys() >= want.keys(), moment  # what it was stopped in deleting may be there yet
+        for name, state in want.items():
+            torch.testing.assert_close(got[name], state, rtol=0, atol=0, msg=f"{moment}: {name}")
+
+
+def test_pmls_own_does_not(tmp_path):
+    """Or there were nothing to adapt: stopped between two files, it forgets the optimizer."""
+    own = logging_presets.HookContainer
+    if not requirements.is_pinned():
+        own = adapters.hook_container(own)
+    run(tmp_path / "whole", own)
+    with pytest.MonkeyPatch.context() as patch:
+        save = torch.save
+
+        def stopping(state, path):
+            if "optimizer_2" in str(path):
+                raise Killed
+            save(state, path)
+
+        patch.setattr(torch, "save", stopping)
+        with pytest.raises(Killed):
+            run(tmp_path / "stopped", own)
+    run(tmp_path / "stopped", own)
+    name = f"trunk_{EPOCHS}.pth"
+    got, want = (checkpoint_files(tmp_path / x)[name] for x in ("stopped", "whole"))
+    assert not torch.equal(got["weight"], want["weight"])

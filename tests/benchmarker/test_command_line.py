@@ -1,0 +1,65 @@
+"""Overlays by bare name, and flags."""
+
+import sys
+
+import pytest
+import yaml
+
+from pml_pnp.benchmarker import command_line
+
+OVERLAYS = sorted(path for path in command_line.CONFIGS.glob("*/*.yaml"))
+
+
+def test_overlays_are_found_by_bare_name_after_the_users_own(tmp_path):
+    folder = tmp_path / "config_loss_and_miners"
+    folder.mkdir()
+    wanted = str(folder / "with_pnp.yaml")
+    packaged = command_line._packaged(wanted)
+    assert packaged == str(command_line.CONFIGS / "config_loss_and_miners" / "with_pnp.yaml")
+    (folder / "with_pnp.yaml").touch()
+    assert command_line._packaged(wanted) == wanted
+    unknown = str(folder / "unknown.yaml")
+    assert command_line._packaged(unknown) == unknown
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_overlays_name_arguments_of_the_loss(path):
+    from pml_pnp import PNPLoss
+
+    (arguments,) = yaml.safe_load(path.read_text())["loss_funcs"]["metric_loss~OVERRIDE~"].values()
+    arguments = {name.partition("~")[0]: value for name, value in arguments.items()}
+    lows = {k: v[0] if isinstance(v, list) else v for k, v in arguments.items()}
+    highs = {k: v[1] if isinstance(v, list) else v for k, v in arguments.items()}
+    PNPLoss(**lows), PNPLoss(**highs)
+
+
+def test_there_are_two_overlays():
+    assert [path.stem for path in OVERLAYS] == ["with_pnp", "with_pnp_bayes_opt"]
+
+
+@pytest.mark.parametrize("seed", ["-1", "x"])
+def test_a_seed_that_is_none_is_refused(seed, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["--experiment_name", "x", "--seed", seed])
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
+    seen = []
+
+    class Runner:
+        def register(self, kind, part):
+            seen.append((kind, part))
+
+        def run(self):
+            seen.append(list(sys.argv[1:]))
+            raise RuntimeError("stopped")
+
+    monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: seen.append(bayes_opt))
+    monkeypatch.setattr(command_line, "register", lambda runner: None)
+    monkeypatch.setattr(command_line, "build_runner", lambda args: Runner())
+    before = list(sys.argv)
+    argv = ["--experiment_name", "x", "--bayes_opt_iters", "3"]
+    with pytest.raises(RuntimeError, match="stopped"):
+        command_line.main(argv, parts=[("dataset", dict)])
+    assert sys.argv == before and seen == [True, ("dataset", dict), argv]

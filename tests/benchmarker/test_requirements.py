@@ -1,0 +1,129 @@
+"""What is said when something is missing, and the recipes that it names."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from pml_pnp import benchmarker
+from pml_pnp.benchmarker import requirements
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "powerful_benchmarker"
+RECIPES = ("current", "pinned")
+
+
+def pins(path):
+    """{package: version} of a requirements file."""
+    lines = [x for x in path.read_text(encoding="utf-8").splitlines() if not x.startswith("#")]
+    return dict(x.split("==") for x in lines if "==" in x)
+
+
+@pytest.fixture
+def everything_is_there(monkeypatch):
+    found = set(requirements.MODULES) | {"ax"}
+    monkeypatch.setattr(
+        requirements.importlib.util, "find_spec", lambda name: name in found or None
+    )
+    version = metadata.version
+    monkeypatch.setattr(
+        requirements.metadata,
+        "version",
+        lambda name: "0.9.33" if name == "powerful-benchmarker" else version(name),
+    )
+    monkeypatch.setattr(requirements.importlib, "import_module", lambda name: None)
+    return found
+
+
+@pytest.mark.parametrize("module", [*requirements.MODULES, "ax"])
+def test_the_first_missing_module_is_named_with_the_line_that_installs_it(
+    everything_is_there, module
+):
+    requirements.check_installed(bayes_opt=True)
+    everything_is_there.remove(module)
+    with pytest.raises(requirements.MissingPackage, match=f"needs {module}, which") as raised:
+        requirements.check_installed(bayes_opt=True)
+    assert isinstance(raised.value, ImportError) and raised.value.name == module
+    line = str(raised.value).splitlines()[-1]
+    assert line.strip() == requirements.install_command(requirements.recipe(), bayes_opt=True)
+
+
+def test_ax_is_asked_for_by_a_search_alone(everything_is_there):
+    everything_is_there.remove("ax")
+    requirements.check_installed(bayes_opt=False)
+
+
+def test_another_release_of_powerful_benchmarker_is_refused(everything_is_there, monkeypatch):
+    monkeypatch.setattr(requirements.metadata, "version", lambda name: "0.0.1")
+    with pytest.raises(requirements.MissingPackage, match="expected .* 0.9.33, .* got 0.0.1"):
+        requirements.check_installed(bayes_opt=False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operator nms does not exist"), ImportError("no")])
+def test_a_torchvision_that_does_not_import_is_told_from_a_missing_one(
+    everything_is_there, monkeypatch, error
+):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(requirements.importlib, "import_module", fail)
+    with pytest.raises(requirements.MissingPackage, match="does not fit the installed torch") as e:
+        requirements.check_installed(bayes_opt=False)
+    assert str(error) in str(e.value) and "pip install --no-deps torchvision==" in str(e.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_line_names_files_that_exist(recipe):
+    command = requirements.install_command(recipe, bayes_opt=True)
+    files = [Path(x) for x in shlex.split(command) if x.endswith(".txt")]
+    assert len(files) == 3 and all(f.is_file() and f.name.startswith(recipe) for f in files)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_pin_what_powerful_benchmarker_was_run_with(recipe):
+    files = [requirements.FOLDER / f"{recipe}-{x}.txt" for x in ("base", "no-deps", "bayes")]
+    base, no_deps, bayes = map(pins, files)
+    assert no_deps["powerful-benchmarker"] == "0.9.33" and "ax-platform" in bayes
+    assert no_deps["pytorch-metric-learning"].startswith("0." if recipe == "pinned" else "2.")
+    assert not base.keys() & no_deps.keys()
+    assert all(base[name] == bayes[name] for name in base.keys() & bayes.keys())
+
+
+def test_the_current_recipe_agrees_with_the_constraints_of_the_suite():
+    suite = pins(ROOT / "constraints.txt")
+    files = [requirements.FOLDER / f"current-{x}.txt" for x in ("base", "no-deps")]
+    recipe = {name: version for f in files for name, version in pins(f).items()}
+    assert len(suite.keys() & recipe.keys()) > 8
+    assert {n: v for n, v in recipe.items() if suite.get(n, v) != v} == {}
+
+
+def test_importing_the_package_imports_neither_pml_nor_torch():
+    code = "import sys, pml_pnp.benchmarker.command_line; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "pytorch_metric_learning", "powerful_benchmarker"} & {*run.stdout.split()}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("powerful_benchmarker") is not None, reason="nothing is missing here"
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "pml_pnp.benchmarker", "--experiment_name", "x"],
+        [str(EXAMPLE / "run.py"), "--experiment_name", "x"],
+        [str(EXAMPLE / "benchmark.py")],
+    ],
+    ids=["module", "run.py", "benchmark.py"],
+)
+def test_without_powerful_benchmarker_a_command_says_how_to_install_it(command, tmp_path):
+    with pytest.raises(benchmarker.MissingPackage):
+        benchmarker.prepare()
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert re.search(r'error: powerful-benchmarker needs \w+, .*\n +pip install -r ".*', run.stderr)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""From the logs of powerful-benchmarker to a table."""
+
+import sqlite3
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import results_table
+from results_table import METRICS
+
+SCRIPT = Path(results_table.__file__)
+
+
+def write(path, table, rows):
+    path.parent.mkdir(parents=True)
+    columns = list(rows[0])
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"CREATE TABLE {table} ({', '.join(columns)})")
+        marks = ", ".join("?" * len(columns))
+        connection.executemany(
+            f"INSERT INTO {table} VALUES ({marks})", [tuple(row.values()) for row in rows]
+        )
+
+
+def accuracies(value):
+    return {f"{metric}_level0": value for metric in METRICS}
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """Two losses, two seeds, two folds; all metrics of a model are the same number."""
+    for loss, best in (("good", 0.9), ("bad_one", 0.5)):
+        for seed in (0, 1):
+            experiment = tmp_path / f"{loss}-{seed}"
+            (experiment / "configs").mkdir(parents=True)
+            for fold in (0, 1):
+                rows = [
+                    {"epoch": -1, **accuracies(0.2)},
+                    {"epoch": 0, **accuracies(0.3)},
+                    {"epoch": 4, **accuracies(best + 0.02 * seed + 0.01 * fold)},
+                ]
+                path = experiment / f"Test50_{fold}" / "saved_csvs" / "logs.db"
+                write(path, "accuracies_normalized_GlobalEmbeddingSpaceTester_level_0_TEST", rows)
+            rows = [
+                {"epoch": status, "trained_status": status, **accuracies(value)}
+                for status, value in (("untrained_trunk", 0.1), ("trained", best + 0.05))
+            ]
+            path = experiment / "meta_logs" / "saved_csvs" / "logs.db"
+            write(path, "ConcatenateEmbeddings_accuracies_level_0_TEST", rows)
+    return tmp_path
+
+
+def test_rows_are_of_each_fold_trained_and_not_and_of_the_ensemble(logs):
+    rows = list(results_table.rows_of(logs, "good", 1))
+    found = sorted((row["models"], row["precision_at_1"]) for row in rows)
+    assert found == [
+        ("ensemble", pytest.approx(0.95)),
+        ("fold", pytest.approx(0.92)),
+        ("fold", pytest.approx(0.93)),
+        ("untrained", 0.3),
+        ("untrained", 0.3),
+    ]
+
+
+def test_the_command_writes_rows_table_and_plot(logs):
+    command = [sys.executable, str(SCRIPT), str(logs)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    values = [90 + 2 * seed + fold for seed in (0, 1) for fold in (0, 1)]
+    cell = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("| loss | MAP@R, % | P@1, % | RP, % |")
+    assert lines[2] == f"| good | {cell} | {cell} | {cell} | 95.0 ± 0.0 |"
+    assert lines[3].startswith("| bad_one | 51.5 ")
+    assert lines[4] == "| untrained | 30.0 ± 0.0 | 30.0 ± 0.0 | 30.0 ± 0.0 | |"
+    assert len((logs / "results.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
+    assert "<svg" in (logs / "results.svg").read_text()
+
+
+def test_a_folder_without_results_is_said_to_be_one(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and f"no test accuracies below {tmp_path}" in run.stderr

@@ -1,0 +1,178 @@
+"""powerful-benchmarker itself, on few digits. Runs where a recipe is installed: .ci/benchmarker."""
+
+import csv
+import importlib.util
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytestmark = [
+    pytest.mark.benchmarker,
+    pytest.mark.skipif(
+        importlib.util.find_spec("powerful_benchmarker") is None,
+        reason="powerful-benchmarker is not installed; .ci/benchmarker makes an environment",
+    ),
+]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "powerful_benchmarker"
+# The digits as they are, and few steps.
+SMALL = [
+    *("--dataset~OVERRIDE~", "{Digits: {turned_classes: False}}"),
+    *("--trainer", "{MetricLossOnly: {iterations_per_epoch: 4}}"),
+]
+
+
+def start(script, *flags, **kwargs):
+    command = [sys.executable, str(EXAMPLE / script), *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def run(script, *flags):
+    process = start(script, *flags)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def query(path, sql):
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    return [dict(row) for row in connection.execute(sql)]
+
+
+def benchmark(folder, epochs=4):
+    flags = ["--losses", "with_pnp", "--seeds", 0, "--epochs", epochs, "--output", folder]
+    return start("benchmark.py", *flags, "--", *SMALL, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nobody stopped: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    process = benchmark(folder)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-6000:]
+    return folder / "digits", output
+
+
+def test_a_run_trains_evaluates_and_ensembles_every_fold(finished):
+    folder, output = finished
+    assert "| with_pnp | " in output and "| untrained | " in output
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    kinds = [row["models"] for row in rows]
+    assert sorted(kinds) == ["ensemble", "fold", "fold", "untrained", "untrained"]
+    assert all(0 < float(r["mean_average_precision_at_r"]) <= 1 for r in rows)
+
+
+def test_the_logs_hold_the_arguments_and_records_of_this_loss(finished):
+    """CSV, SQLite and TensorBoard."""
+    folder, _ = finished
+    for fold in (folder / "with_pnp-0").glob("Test50_50_Partitions*"):
+        logs = fold / "saved_csvs"
+        (name,) = (p.stem for p in logs.glob("*metric_loss_PNPLoss*.csv") if "stat" not in p.stem)
+        rows = query(logs / "logs.db", f"SELECT * FROM {name}")
+        assert {row["variant"] for row in rows} == {"Dq"} and {r["alpha"] for r in rows} == {4}
+        history = query(logs / "logs.db", "SELECT * FROM loss_histories")
+        assert len(history) == 4 * 4  # epochs, and iterations of each
+        assert all(0 <= row["metric_loss"] <= 1 for row in history)
+        assert list((fold / "tensorboard_logs").glob("events.*"))
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, epoch):
+    """SIGKILL in the second fold, after `epoch` epochs of it."""
+    process = benchmark(tmp_path)
+    models = tmp_path / "digits" / "with_pnp-0"
+    end = time.monotonic() + 600
+    while not list(models.glob(f"*_1/saved_models/embedder_{epoch}.pth")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    process = benchmark(tmp_path)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-6000:]
+    assert "with_pnp-0: continuing" in output
+    got, want = (x / "results.csv" for x in (tmp_path / "digits", finished[0]))
+    assert got.read_text() == want.read_text()
+    for path in sorted(models.glob("*/saved_models/*_best*.pth")):
+        weights = torch.load(path)
+        expected = torch.load(finished[0] / path.relative_to(tmp_path / "digits"))
+        assert all(torch.equal(weights[k], expected[k]) for k in expected)
+
+
+def test_what_is_finished_is_not_run_again_and_not_mixed(finished):
+    folder, first = finished
+    before = (folder / "results.csv").read_text()
+    output, _ = benchmark(folder.parent).communicate(timeout=900)
+    assert (
+        "with_pnp-0: finished before" in output and (folder / "results.csv").read_text() == before
+    )
+    process = benchmark(folder.parent, epochs=5)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 1 and "was begun with {'epochs': 4" in output
+    assert "Traceback" not in output
+
+
+def test_a_missing_data_set_is_named_before_anything_is_written(tmp_path):
+    flags = ["--dataset", "omniglot", "--dataset-root", tmp_path / "no", "--output", tmp_path / "x"]
+    process = start("benchmark.py", *flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "benchmark.py: error: " in output
+    assert "Traceback" not in output and not (tmp_path / "x").exists()
+
+
+def test_on_its_own_configs_the_overlay_is_found_and_the_loss_is_this_one(tmp_path):
+    code = """
+import sys
+from pml_pnp import PNPLoss, benchmarker
+from pml_pnp.benchmarker import command_line
+
+args, _ = command_line._parser().parse_known_args()
+benchmarker.prepare()
+runner = command_line.build_runner(args)
+benchmarker.register(runner)
+runner.set_YR()
+read = runner.YR.load_yamls(runner.determine_where_to_get_yamls(runner.YR.args), max_merge_depth=9)
+spec = read[0].loss_funcs["metric_loss"]
+loss = runner.pytorch_getter.get("loss", yaml_dict=spec)
+assert type(loss) is PNPLoss and (loss.variant, loss.alpha, loss.anneal) == ("Dq", 4, 0.01), loss
+assert list(read[0].dataset) == ["CUB200"], read[0].dataset
+"""
+    flags = ["--experiment_name", "x", "--config_loss_and_miners", "[default,", "with_pnp]"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_three_trials_of_a_hyperparameter_search(tmp_path):
+    pytest.importorskip("ax")
+    flags = ["--experiment_name", "search", "--root_experiment_folder", tmp_path, "--seed", 0]
+    flags += ["--config_loss_and_miners", "[default,", "with_pnp_bayes_opt]"]
+    flags += ["--bayes_opt_iters", 3, "--reproductions", 2, "--num_epochs_train", 1]
+    run("run.py", *flags, *SMALL)
+    folder = tmp_path / "search"
+    best = yaml.safe_load((folder / "best_parameters.yaml").read_text())
+    parameters = {k.rpartition("/")[2]: v for k, v in best["best_parameters"].items()}
+    assert 1 <= parameters["alpha"] <= 16 and 0.003 <= parameters["anneal"] <= 0.1
+    rows = query(folder / "bayes_opt_record_keeper_logs" / "logs.db", "SELECT * FROM bayes_opt")
+    assert [row["trial_index"] for row in rows] == [0, 1, 2]
+    assert len({row["loss_funcs_metric_loss_PNPLoss_anneal"] for row in rows}) == 3
+    name = best["best_sub_experiment_name"]
+    (report,) = folder.glob("report_ConcatenateEmbeddings*.yaml")
+    trained = yaml.safe_load(report.read_text())["trained"]["mean_average_precision_at_r_level0"]
+    assert 0 < trained["mean"] <= 1
+    assert 0 < trained["95%_confidence_interval_width"]  # reproductions have seeds of their own
+    assert {p.name for p in folder.glob(f"{name}*")} == {
+        name, f"{name}_reproduction0", f"{name}_reproduction1"
+    }  # fmt: skip
+    assert (folder / "optimization_plots.html").stat().st_size > 1000

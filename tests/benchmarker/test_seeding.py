@@ -1,0 +1,100 @@
+"""The same seed gives the same run, also to one that was interrupted."""
+
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses, samplers, trainers
+from pytorch_metric_learning.utils import common_functions
+
+from pml_pnp.benchmarker.seeding import seed_everything, seed_runs
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    monkeypatch.setattr(common_functions, "NUMPY_RANDOM", common_functions.NUMPY_RANDOM)
+
+
+def draws():
+    return (
+        random.random(),
+        float(np.random.rand()),
+        float(torch.rand(())),
+        float(common_functions.NUMPY_RANDOM.rand()),
+    )
+
+
+def test_seeds_are_of_everything_and_differ_in_each_part():
+    seen = set()
+    for seeds in ((0,), (1,), (0, 1), (1, 0), (0, 1, 2)):
+        seed_everything(*seeds)
+        first = draws()
+        seed_everything(*seeds)
+        assert draws() == first
+        seen.add(first)
+    assert len(seen) == 5
+
+
+class Parser:
+    """Of powerful-benchmarker's API parsers, what is seeded."""
+
+    def __init__(self, name="trial"):
+        self.args = types.SimpleNamespace(experiment_name=name)
+
+    def run(self, epochs, state=None):
+        """Train the first fold from epoch `epochs[0]` to `epochs[1]`; the state to go on from."""
+        self.curr_split_count = 0
+        self.set_models_optimizers_losses()
+        trainer = self.get_trainer()
+        if state is not None:
+            self.model.load_state_dict(state)
+        trainer.train(*epochs)
+        return {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def set_models_optimizers_losses(self):
+        self.model = torch.nn.Linear(4, 2)
+
+    def get_trainer(self):
+        labels = np.arange(40) // 5
+        x = torch.arange(160.0).view(40, 4).sin()
+        return trainers.MetricLossOnly(
+            models={"trunk": self.model},
+            optimizers={"trunk_optimizer": torch.optim.SGD(self.model.parameters(), lr=0.1)},
+            batch_size=8,
+            loss_funcs={"metric_loss": losses.ContrastiveLoss()},
+            mining_funcs={},
+            dataset=torch.utils.data.TensorDataset(x, torch.tensor(labels)),
+            sampler=samplers.MPerClassSampler(labels, m=2, length_before_new_iter=40),
+            iterations_per_epoch=3,
+            data_device=torch.device("cpu"),
+            dataloader_num_workers=0,
+        )
+
+
+def run(*args, seed=0, name="trial"):
+    parser = Parser(name)
+    seed_runs(parser, seed)
+    assert type(parser).__name__ == "Parser" and isinstance(parser, Parser)
+    return parser.run(*args)
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped():
+    whole = run((1, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), run((1, 4)).values(), strict=True))
+    torch.rand(17), np.random.rand(3)
+    rest = run((3, 4), run((1, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), rest.values(), strict=True))
+
+
+def test_seeds_and_reproductions_differ():
+    ends = [
+        run((1, 1)),
+        run((1, 1), seed=1),
+        run((1, 1), name="search3_reproduction0"),
+        run((1, 1), name="search3_reproduction1"),
+    ]
+    assert len({float(end["weight"][0, 0]) for end in ends}) == 4
+    again = run((1, 1), name="search3")["weight"]
+    assert torch.equal(again, ends[0]["weight"])  # trials of a search are compared on one seed
