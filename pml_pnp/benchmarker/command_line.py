@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
     Raises:
         MissingPackage: something is not installed; the message says how to install it.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _in_words(sys.argv[1:] if argv is None else argv)
     args, _ = _parser().parse_known_args(argv)
     bayes_opt = args.bayes_opt_iters > 0
     prepare(bayes_opt)
@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
         runner.run()
     finally:
         sys.argv = before
+
+
+def _in_words(argv: Iterable[str]) -> list[str]:
+    """Lists and dictionaries as pb reads them, word by word, whether they were quoted or not."""
+    return [word for x in argv for word in (x.split() if x[:1] in ("[", "{") else [x])]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,8 @@ def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(command_line, "register", lambda runner: None)
     monkeypatch.setattr(command_line, "build_runner", lambda args: Runner())
     before = list(sys.argv)
-    argv = ["--experiment_name", "x", "--bayes_opt_iters", "3"]
+    argv = ["--experiment_name", "x y", "--bayes_opt_iters", "3", "--losses", "{A: {b: 1}}"]
     with pytest.raises(RuntimeError, match="stopped"):
         command_line.main(argv, parts=[("dataset", dict)])
-    assert sys.argv == before and seen == [True, ("dataset", dict), argv]
+    words = [*argv[:-1], "{A:", "{b:", "1}}"]  # as if it had not been quoted
+    assert sys.argv == before and seen == [True, ("dataset", dict), words]

@@ -77,13 +77,15 @@ def test_a_run_trains_evaluates_and_ensembles_every_fold(finished):
 def test_the_logs_hold_the_arguments_and_records_of_this_loss(finished):
     """CSV, SQLite and TensorBoard."""
     folder, _ = finished
-    for fold in (folder / "with_pnp-0").glob("Test50_50_Partitions*"):
+    folds = sorted((folder / "with_pnp-0").glob("Test50_50_Partitions*"))
+    assert len(folds) == 2
+    for fold in folds:
         logs = fold / "saved_csvs"
-        (name,) = (p.stem for p in logs.glob("*metric_loss_PNPLoss*.csv") if "stat" not in p.stem)
-        rows = query(logs / "logs.db", f"SELECT * FROM {name}")
+        assert (logs / "metric_loss_PNPLoss.csv").is_file()
+        rows = query(logs / "logs.db", "SELECT * FROM metric_loss_PNPLoss")
         assert {row["variant"] for row in rows} == {"Dq"} and {r["alpha"] for r in rows} == {4}
         history = query(logs / "logs.db", "SELECT * FROM loss_histories")
-        assert len(history) == 4 * 4  # epochs, and iterations of each
+        assert len(history) >= 4  # one of each epoch at least
         assert all(0 <= row["metric_loss"] <= 1 for row in history)
         assert list((fold / "tensorboard_logs").glob("events.*"))
 
@@ -105,10 +107,13 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, epoch):
     assert "with_pnp-0: continuing" in output
     got, want = (x / "results.csv" for x in (tmp_path / "digits", finished[0]))
     assert got.read_text() == want.read_text()
-    for path in sorted(models.glob("*/saved_models/*_best*.pth")):
-        weights = torch.load(path)
-        expected = torch.load(finished[0] / path.relative_to(tmp_path / "digits"))
-        assert all(torch.equal(weights[k], expected[k]) for k in expected)
+    best = [*models.glob("*/saved_models/trunk_best?.pth")]
+    best += models.glob("*/saved_models/embedder_best?.pth")
+    assert len(best) >= 4
+    for path in best:
+        weights = torch.load(path, weights_only=True)
+        expected = finished[0] / path.relative_to(tmp_path / "digits")
+        torch.testing.assert_close(weights, torch.load(expected, weights_only=True), rtol=0, atol=0)
 
 
 def test_what_is_finished_is_not_run_again_and_not_mixed(finished):
