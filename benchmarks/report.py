@@ -1,7 +1,10 @@
-"""Make the README's section on speed, and its plot, of the rows that benchmarks/measure.py wrote.
+"""Make the README's figures and plots of the committed rows.
 
 python benchmarks/report.py                  # all of benchmarks/results, into README.md
 python benchmarks/report.py --check          # only whether the README says what the rows say
+
+Speed and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
+is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval.
 """
 
 import argparse
@@ -14,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- of benchmarks/report.py -->", "<!-- end -->"
+RETRIEVAL = RESULTS / "retrieval"
+END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
 PRODUCT = "products.py"
@@ -37,14 +41,37 @@ def main() -> None:
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
     text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    made = f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
+    made = _with(text, "<!-- speed, of benchmarks/report.py -->", section(rows))
+    made = _with(made, "<!-- retrieval, of benchmarks/report.py -->", retrieval())
     if args.check:
         sys.exit(0 if made == text else "README.md is not what benchmarks/report.py makes")
     README.write_text(made, encoding="utf-8")
     for device in devices(rows):
         plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+
+
+def _with(text: str, begin: str, made: str) -> str:
+    """Put what was made between `begin` and END."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(END)
+    return f"{before}{begin}\n{made}\n{END}{after}"
+
+
+def retrieval() -> str:
+    """What losses reach in powerful-benchmarker, a table for each data set."""
+    sys.path.insert(0, str(ROOT / "examples" / "powerful_benchmarker"))
+    import results_table
+
+    parts = []
+    for path in sorted(RETRIEVAL.glob("*.csv")):
+        rows = results_table.read(path)
+        first = rows[0]
+        versions = f"torch {first['torch']}, PML {first['pytorch-metric-learning']}"
+        parts.append(
+            f"{first['dataset']} ({versions}, {first['date']}, `{first['command']}`):\n\n"
+            f"{results_table.table(rows)}"
+        )
+    return "\n\n".join(parts)
 
 
 def read(paths: Iterable[Path]) -> list[Row]:

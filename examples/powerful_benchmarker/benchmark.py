@@ -3,7 +3,7 @@
     python benchmark.py                                        # digits, nothing to download
     python benchmark.py --dataset omniglot --dataset-root DATA/omniglot-small
     python benchmark.py --losses with_pnp triplet --seeds 0    # some of it
-    python benchmark.py -- --batch_size 128                    # with flags of powerful-benchmarker
+    python benchmark.py -- --patience 3                        # with flags of powerful-benchmarker
 
 Every loss is trained once for each seed, over the folds of the configs, at the default arguments of
 pytorch-metric-learning; nothing is tuned. A killed run continues where it was when the same command
@@ -16,11 +16,12 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
 
-from results_table import plot, read, rows_of, table
+from results_table import plot, read, rows_of, table, write
 from run import run
 
 from pml_pnp.benchmarker import prepare
@@ -55,7 +56,8 @@ def main() -> None:
             _experiment(folder, loss, seed, args)
     rows = [row for loss in wanted for seed in args.seeds for row in rows_of(folder, loss, seed)]
     path = folder / "results.csv"
-    rows = read(path, rows)
+    write(path, rows, args.dataset)
+    rows = read(path)
     print(f"\n{table(rows)}\n\nwritten to {path}")
     plot(rows, folder / "results.svg")
 
@@ -102,9 +104,11 @@ def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) ->
     common = ["--experiment_name", name, "--root_experiment_folder", str(folder)]
     common += ["--dataset_root", args.dataset_root, "--seed", str(seed)]
     train = list(common)
-    if (folder / name / "configs" / "config_foldernames.yaml").exists():
+    configs = folder / name / "configs"
+    if (configs / "config_foldernames.yaml").exists():  # the last of them to be written
         train += ["--resume_training", "latest"]
     else:
+        shutil.rmtree(configs, ignore_errors=True)
         train += ["--config_loss_and_miners", "[default,", f"{loss}]"]
         if args.dataset != "digits":
             train += ["--config_dataset", "[default,", f"{args.dataset}]"]

@@ -4,20 +4,27 @@
 
 Reads the SQLite logs of every experiment in the folder, of each fold and of the ensemble, takes the
 test accuracies of the epoch that was best in validation, and shows mean and standard deviation over
-folds and repeats.
+folds and repeats. The rows go to results.csv in the folder, the plot to results.svg.
 """
 
 import argparse
 import contextlib
 import csv
+import datetime
+import platform
+import shlex
 import sqlite3
 import statistics
+import sys
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 METRICS = ("mean_average_precision_at_r", "precision_at_1", "r_precision")
 SHORT = {"mean_average_precision_at_r": "MAP@R", "precision_at_1": "P@1", "r_precision": "RP"}
-COLUMNS = ("loss", "seed", "models", "epoch", *METRICS)
+PACKAGES = ("torch", "pytorch-metric-learning", "pml_pnp")
+COLUMNS = ("dataset", "loss", "seed", "models", "epoch", *METRICS, *PACKAGES, "hardware", "date",
+           "command")  # fmt: skip
 FOLDS, ENSEMBLE, UNTRAINED = "fold", "ensemble", "untrained"
 Row = dict[str, str | float]
 
@@ -33,7 +40,8 @@ def main() -> None:
     rows = [row for n in names for row in rows_of(folder, *n.rsplit("-", 1))]
     if not rows:
         raise SystemExit(f"no test accuracies below {folder}")
-    rows = read(folder / "results.csv", rows)
+    write(folder / "results.csv", rows, folder.resolve().name)
+    rows = read(folder / "results.csv")
     print(table(rows))
     plot(rows, folder / "results.svg")
 
@@ -72,12 +80,23 @@ def _table(connection: sqlite3.Connection, prefix: str) -> str | None:
     return next((n for (n,) in names if n.startswith(prefix) and n.endswith("_TEST")), None)
 
 
-def read(path: Path, rows: list[Row]) -> list[Row]:
-    """Write rows to a CSV file, and return them as they are read from there."""
+def write(path: Path, rows: Iterable[Row], dataset: str) -> None:
+    """Write rows to a CSV file, each with where, when and how it came to be."""
+    about = {
+        "dataset": dataset,
+        **{name: metadata.version(name) for name in PACKAGES},
+        "hardware": platform.machine(),
+        "date": str(datetime.date.today()),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, **about} for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """Read the rows of a CSV file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -118,8 +137,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _cell(value: tuple[float, float, int]) -> str:
-    mean, deviation, _ = value
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    mean, deviation, number = value
+    return f"{100 * mean:.1f}" + f" ± {100 * deviation:.1f}" * (number > 1)
 
 
 def plot(rows: list[Row], path: Path) -> None:

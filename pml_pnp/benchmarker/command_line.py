@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
 
     Raises:
         MissingPackage: something is not installed; the message says how to install it.
+        SystemExit: a flag is not what it should be, or the experiment's folder is taken.
     """
     argv = _in_words(sys.argv[1:] if argv is None else argv)
     args, _ = _parser().parse_known_args(argv)
@@ -35,6 +36,13 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
         for module_type, part in parts:
             runner.register(module_type, part)
         runner.run()
+    except SystemExit as exit:
+        if exit.code is None:  # folder_creator.py:12, with a line in the log
+            raise SystemExit(
+                f"a folder of this experiment_name is in {args.root_experiment_folder}: continue "
+                "it with --resume_training latest, or name another"
+            ) from exit
+        raise
     finally:
         sys.argv = before
 
@@ -47,7 +55,12 @@ def _in_words(argv: Iterable[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     """The flags of pb's run.py, and --seed; pb itself reads the rest."""
     parser = argparse.ArgumentParser(
-        prog="python -m pml_pnp.benchmarker", allow_abbrev=False, add_help="--help" in sys.argv
+        prog="python -m pml_pnp.benchmarker",
+        allow_abbrev=False,
+        epilog="powerful-benchmarker takes --experiment_name, --resume_training, --evaluate, "
+        "--evaluate_ensemble, --reproduce_results, --CONFIG [default, OVERLAY, ...] for each of "
+        "its config folders, and whatever those configs hold, as in --num_epochs_train 5 or "
+        "--loss_funcs~OVERRIDE~ {metric_loss: {PNPLoss: {variant: Dq}}}.",
     )
     parser.add_argument("--pytorch_home", default=None, help="where pretrained weights are kept")
     parser.add_argument("--dataset_root", default="datasets")

@@ -64,3 +64,15 @@ def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
         command_line.main(argv, parts=[("dataset", dict)])
     words = [*argv[:-1], "{A:", "{b:", "1}}"]  # as if it had not been quoted
     assert sys.argv == before and seen == [True, ("dataset", dict), words]
+
+
+def test_a_folder_that_is_taken_is_an_error(monkeypatch):
+    class Runner:
+        def run(self):
+            sys.exit()  # as powerful-benchmarker does
+
+    monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: None)
+    monkeypatch.setattr(command_line, "register", lambda runner: None)
+    monkeypatch.setattr(command_line, "build_runner", lambda args: Runner())
+    with pytest.raises(SystemExit, match="experiment_name is in experiments: continue it with"):
+        command_line.main(["--experiment_name", "x"])

@@ -49,6 +49,14 @@ def query(path, sql):
     return [dict(row) for row in connection.execute(sql)]
 
 
+def results(folder):
+    """The rows of the table, without when and how they were made."""
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows and all(row["date"] and row["command"] for row in rows)
+    return [{k: v for k, v in row.items() if k not in ("date", "command")} for row in rows]
+
+
 def benchmark(folder, epochs=4):
     flags = ["--losses", "with_pnp", "--seeds", 0, "--epochs", epochs, "--output", folder]
     return start("benchmark.py", *flags, "--", *SMALL, start_new_session=True)
@@ -67,8 +75,7 @@ def finished(tmp_path_factory):
 def test_a_run_trains_evaluates_and_ensembles_every_fold(finished):
     folder, output = finished
     assert "| with_pnp | " in output and "| untrained | " in output
-    with (folder / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = results(folder)
     kinds = [row["models"] for row in rows]
     assert sorted(kinds) == ["ensemble", "fold", "fold", "untrained", "untrained"]
     assert all(0 < float(r["mean_average_precision_at_r"]) <= 1 for r in rows)
@@ -105,8 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, epoch):
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-6000:]
     assert "with_pnp-0: continuing" in output
-    got, want = (x / "results.csv" for x in (tmp_path / "digits", finished[0]))
-    assert got.read_text() == want.read_text()
+    assert results(tmp_path / "digits") == results(finished[0])
     best = [*models.glob("*/saved_models/trunk_best?.pth")]
     best += models.glob("*/saved_models/embedder_best?.pth")
     assert len(best) >= 4
@@ -127,6 +133,21 @@ def test_what_is_finished_is_not_run_again_and_not_mixed(finished):
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 1 and "was begun with {'epochs': 4" in output
     assert "Traceback" not in output
+
+
+def test_a_run_that_was_killed_while_its_configs_were_written_begins_anew(finished, tmp_path):
+    configs = tmp_path / "digits" / "with_pnp-0" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "config_models.yaml").write_text("models: {trunk:")
+    output, _ = benchmark(tmp_path).communicate(timeout=900)
+    assert results(tmp_path / "digits") == results(finished[0]), output[-6000:]
+
+
+def test_a_folder_that_is_taken_is_left_alone(finished):
+    flags = ["--experiment_name", "with_pnp-0", "--root_experiment_folder", finished[0]]
+    process = start("run.py", *flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "continue it with --resume_training latest" in output
 
 
 def test_a_missing_data_set_is_named_before_anything_is_written(tmp_path):
