@@ -193,9 +193,15 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
+def triton_version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
 @pytest.fixture
 def triton_kernel(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if not CUDA and triton_version(triton) < (3, 1):
+        pytest.skip("the interpreter of Triton 3.0 leaves results unwritten")
     from pml_pnp.kernels import triton_kernel
 
     monkeypatch.setenv(autograd.KERNEL_VARIABLE, "triton")
@@ -306,7 +312,7 @@ for target in targets:
 
 def test_triton_compiles_for_gpus_that_are_not_here():
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    if triton_version(triton) < (3, 3):
         pytest.skip("this Triton compiles by other arguments")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
