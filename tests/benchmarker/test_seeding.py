@@ -4,17 +4,11 @@ import random
 import types
 
 import numpy as np
-import pytest
 import torch
 from pytorch_metric_learning import losses, samplers, trainers
 from pytorch_metric_learning.utils import common_functions
 
 from pml_pnp.benchmarker.seeding import seed_everything, seed_runs
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch):
-    monkeypatch.setattr(common_functions, "NUMPY_RANDOM", common_functions.NUMPY_RANDOM)
 
 
 def draws():
