@@ -12,6 +12,7 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pml_pnp.autocast import autocast_off, is_autocast_on
 from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs
 from pml_pnp.kernels import (
     Origin,
@@ -23,7 +24,7 @@ from pml_pnp.kernels import (
 from pml_pnp.products import is_product, self_product, total_in_one_pass
 from pml_pnp.relation import Relation
 
-# powerful-benchmarker 0.9.33 pins PML 0.9.92, which has none, and whose losses know no references.
+# PML 0.9.92, which powerful-benchmarker pins, has none; nothing is an instance of ().
 BatchedDistance = getattr(distances, "BatchedDistance", ())
 SELF_SIMILARITY_BLOCK = 128
 LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -105,7 +106,9 @@ class PNPLoss(BaseMetricLossFunction):
             `ref_emb`; lengths or embedding sizes that do not fit; a tuple that is not of 3 or 4
             index tensors, or an index outside the batch or the references; a distance that returns
             a matrix of another shape.
-        RuntimeError: memory does not suffice for the N x M similarities, where PyTorch notices.
+        RuntimeError: memory does not suffice for the N x M similarities, where PyTorch notices; in
+            a second backward, or one with create_graph=True, embeddings or references have been
+            changed in place, as a CrossBatchMemory changes its own at every call.
 
     Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
     negatives ranked before a positive and `positives_behind_negatives` the share (0 to 1) of
@@ -198,8 +201,8 @@ class PNPLoss(BaseMetricLossFunction):
         # rounded to bfloat16 is off by up to 0.002, and is then divided by anneal.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         device = embeddings.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        autocast = is_autocast_on(device)
+        with autocast_off(device):
             references = () if ref_emb is None else (ref_emb.to(dtype), ref_labels)
             loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)
         if isinstance(loss, Tensor) and not autocast:
@@ -215,7 +218,7 @@ class PNPLoss(BaseMetricLossFunction):
         """
         # PML's losses, too, tell the batch from a set of references by identity.
         own_references = ref_emb is embeddings and ref_labels is labels
-        references = None if own_references else ref_emb  # also None as it comes, in PML 0.9
+        references = None if own_references else ref_emb  # in PML 0.9 always None
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
@@ -359,7 +362,7 @@ class PNPLoss(BaseMetricLossFunction):
                 own, indices_tuple = indices_tuple.columns[rows], None
         similarity = _matrix(self.distance, part, references)
         product = is_product(self.distance)
-        if given:  # in a product each of them is in every row
+        if given:  # of a product, one row tells: every reference is in it
             broken = _zero_or_nan(similarity[:1] if product else references)
         others = labels if references is None else ref_labels
         relation = self._relation(
@@ -465,8 +468,7 @@ def _matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
 def _zero_or_nan(x: Tensor) -> Tensor | int:
     """Zero, or NaN if anything is NaN or infinite: a sigmoid makes a plausible rank of infinity.
 
-    Also where largest and smallest differ by more than the dtype holds, whose norm it does not hold
-    either.
+    Also where largest and smallest differ by more than the dtype holds.
     """
     if x.numel() == 0:
         return 0

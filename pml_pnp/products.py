@@ -16,6 +16,9 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.modules.module import _has_any_global_hook
+
+from pml_pnp.autocast import autocast_off
 
 # Below it a norm counts as this; that of torch.nn.functional.normalize.
 SMALLEST_NORM = 1e-12
@@ -30,6 +33,7 @@ def is_product(distance) -> bool:
         and distance.power == 1
         and not distance.collect_stats
         and not (distance._forward_hooks or distance._forward_pre_hooks or distance._backward_hooks)
+        and not _has_any_global_hook()
         and not {"forward", "compute_mat", "normalize", "maybe_normalize"} & vars(distance).keys()
     )
 
@@ -68,16 +72,21 @@ class _SelfProduct(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None
+        with autocast_off(grad.device.type):
+            return _SelfProduct._gradient(ctx, grad), None
+
+    @staticmethod
+    def _gradient(ctx, grad: Tensor) -> Tensor:
         x, z, length = ctx.saved_tensors
         if torch.is_grad_enabled():
             z = normalize(x, eps=SMALLEST_NORM) if ctx.by_length else x
-            return torch.autograd.grad(z @ z.T, x, grad, create_graph=True)[0], None
+            return torch.autograd.grad(z @ z.T, x, grad, create_graph=True)[0]
         if not ctx.by_length:
-            return _times_both(grad, x), None
+            return _times_both(grad, x)
         grad_z = _times_both(grad, z)
         # A length that is none does not change with x.
         along = (grad_z * z).sum(dim=1, keepdim=True).mul_(length > SMALLEST_NORM)
-        return grad_z.addcmul_(z, along, value=-1).div_(length), None
+        return grad_z.addcmul_(z, along, value=-1).div_(length)
 
 
 # As for the kernels' Function: PyTorch would build this anew at every call.
@@ -154,10 +163,11 @@ class _OnePass(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return ctx.gradient * grad, None, None, None
-        total = sum(
-            ctx.losses_of(rows, z[rows] @ z.T)[0].sum() for rows in _chunks(z, ctx.chunk_size)
-        )
-        return *torch.autograd.grad(total, z, grad, create_graph=True), None, None, None
+        with autocast_off(grad.device.type):
+            total = sum(
+                ctx.losses_of(rows, z[rows] @ z.T)[0].sum() for rows in _chunks(z, ctx.chunk_size)
+            )
+            return *torch.autograd.grad(total, z, grad, create_graph=True), None, None, None
 
 
 def _chunks(z: Tensor, chunk_size: int) -> list[slice]:

@@ -1,10 +1,12 @@
 """The rules of the loss in PML, each a promise to someone who writes losses.PNPLoss(...)."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
 import shutil
+import weakref
 
 import helpers
 import pytest
@@ -787,8 +789,64 @@ def test_a_second_backward_refuses_references_that_were_changed():
     loss = PNPLoss()(x.requires_grad_(), y, None, refs, y)
     refs.mul_(2)
     loss.backward(retain_graph=True)  # a memory may move on
-    with pytest.raises(RuntimeError, match="must not be changed in place between the loss and a"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_backward_is_as_accurate_under_autocast(chunk_size):
+    x, y = batch()
+    x.requires_grad_()
+    loss_func = PNPLoss(variant="Ds", anneal=0.1, chunk_size=chunk_size)
+    (want,) = torch.autograd.grad(loss_func(x, y), x, create_graph=True)
+    second = torch.autograd.grad(want.square().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_func(x, y)
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], want)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(grad, want)
+    torch.testing.assert_close(torch.autograd.grad(grad.square().sum(), x), second)
+
+
+def test_second_derivatives_under_autocast_with_references():
+    x, y = batch()
+    refs, ref_labels = batch()
+    x.requires_grad_()
+    loss_func = PNPLoss(variant="Ds", anneal=0.1)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = loss_func(x, y, None, refs, ref_labels)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grads.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.02 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("variant", ["Dq", torch.log1p])
+def test_references_may_come_from_inference_mode(variant):
+    x, y = batch()
+    with torch.inference_mode():
+        refs = batch()[0] * 1
+    got = value_and_grad(PNPLoss(variant=variant), x, y, None, refs, y)
+    torch.testing.assert_close(
+        got, value_and_grad(PNPLoss(variant=variant), x, y, None, refs.clone(), y)
+    )
+
+
+@pytest.mark.parametrize("with_references", [False, True])
+def test_a_loss_that_is_kept_does_not_keep_the_batch(with_references):
+    x, y = batch()
+    refs = (x + 0.1, y) if with_references else (None, None)
+    given = [t for t in (x, refs[0]) if t is not None]
+    embeddings = x.requires_grad_() * 2
+    given.append(embeddings)
+    loss = PNPLoss()(embeddings, y, None, *refs)
+    loss.backward()
+    watched = [weakref.ref(t) for t in given[1:]]  # the graph leads to the first, a leaf
+    del x, refs, given, embeddings
+    gc.collect()
+    assert loss.grad_fn is not None and all(ref() is None for ref in watched)
 
 
 @pytest.mark.parametrize("wanted", ["embeddings", "references", "both"])

@@ -117,3 +117,18 @@ def test_loss_equals_that_with_the_distance_as_it_is(distance, chunk_size, monke
     want = loss_func(x, labels)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(gradient, torch.autograd.grad(3 * want, x))
+
+
+def test_a_hook_of_all_modules_sees_what_the_distance_returned():
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append((module, output))
+    )
+    distance = CosineSimilarity()
+    try:
+        x = torch.randn(6, 3, requires_grad=True)
+        PNPLoss(distance=distance)(x, torch.arange(6) // 2).backward()
+    finally:
+        handle.remove()
+    (similarity,) = (output for module, output in seen if module is distance)
+    torch.testing.assert_close(similarity, distance(x))

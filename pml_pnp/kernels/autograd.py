@@ -6,11 +6,12 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from pml_pnp.autocast import autocast_off
 from pml_pnp.kernels import eager
 from pml_pnp.kernels.settings import Settings
 from pml_pnp.relation import Relation
@@ -19,31 +20,12 @@ from pml_pnp.variants import apply_variant
 KERNEL_VARIABLE = "PML_PNP_KERNEL"
 
 
-class Origin:
-    """What similarities were made of, s = distance(queries, references), to make them again."""
+class Origin(NamedTuple):
+    """How similarities were computed, distance(queries, references), to compute them again."""
 
-    def __init__(
-        self,
-        distance: Callable[[Tensor, Tensor | None], Tensor],
-        queries: Tensor,
-        references: Tensor | None,
-    ) -> None:
-        self.distance = distance
-        self.tensors = queries, references
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int | None]:
-        return [None if x is None else x._version for x in self.tensors]
-
-    def similarities(self) -> Tensor:
-        """Compute s; raises RuntimeError if it would not be the same."""
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "embeddings and references must not be changed in place between the loss and a "
-                "second backward or one with create_graph=True, which computes their similarities "
-                "again"
-            )
-        return self.distance(*self.tensors)
+    distance: Callable[[Tensor, Tensor | None], Tensor]
+    queries: Tensor
+    references: Tensor | None
 
 
 def query_losses(
@@ -65,9 +47,10 @@ def query_losses(
         recomputed: None for a call that runs once. Of a call that runs again before its backward
             (`torch.utils.checkpoint`), False the first time, when only losses are asked for, and
             True the second, when only backward is: losses are then zeros.
-        origin: of `s`, if nothing else reads it, not even backward of its distance. The gradient
-            may then take its place, N x M numbers less, which the operating system need not hand
-            out; second derivatives make it again.
+        origin: how `s` was computed, if nothing else will read it, not even backward of its
+            distance. The gradient may then overwrite it, which saves N x M numbers and, on a CPU,
+            the time that the operating system takes to hand them out. A second backward, and one
+            with create_graph=True, computes `s` again.
 
     Returns:
         (N,), differentiable twice with respect to `s` and `self_similarity`
@@ -81,10 +64,12 @@ def query_losses(
         and recomputed is None
         and (s.requires_grad or (self_similarity is not None and self_similarity.requires_grad))
     )
-    if not (origin is not None and with_gradient and _may_overwrite(s)):
-        origin = None
+    again = None
+    if origin is not None and with_gradient and _may_overwrite(s) and _may_be_saved(origin):
+        again = _Again(origin.distance)
+        s = _Kept.apply(s, again, origin)
     return _QueryLosses.apply(
-        s, self_similarity, relation, settings, bool(recomputed), with_gradient, origin
+        s, self_similarity, relation, settings, bool(recomputed), with_gradient, again
     )[0]
 
 
@@ -102,13 +87,50 @@ def query_losses_and_gradient(
 
 
 def _may_overwrite(s: Tensor) -> bool:
-    """Whether a kernel can do so: Triton's reads a row several times."""
+    """Whether the gradient may overwrite `s`: Triton's kernel reads a row more than once."""
     return (
         type(s) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not _takes_triton(s)
     )
+
+
+def _may_be_saved(origin: Origin) -> bool:
+    return not any(x is not None and x.is_inference() for x in origin[1:])
+
+
+class _Again:
+    """Computes similarities again, from what their graph has kept."""
+
+    def __init__(self, distance: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self.distance = distance
+
+    def __call__(self) -> Tensor:
+        queries, references = self.kept.saved_tensors
+        return self.distance(queries, references)
+
+
+class _Kept(torch.autograd.Function):
+    """Hands similarities on, and keeps what they were computed from for as long as the graph.
+
+    Not in `_QueryLosses`, whose saved tensors are all looked at in every backward: that a memory of
+    references has moved on since is an error in those alone that need it.
+    """
+
+    @staticmethod
+    def forward(s: Tensor, again: _Again, origin: Origin) -> Tensor:
+        return s.view_as(s)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, again, origin = inputs
+        ctx.save_for_backward(origin.queries, origin.references)
+        again.kept = ctx
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
 
 
 def _compute(
@@ -195,10 +217,10 @@ class _QueryLosses(torch.autograd.Function):
     """Makes the gradient along with the losses, and scales it in backward."""
 
     @staticmethod
-    def forward(s, self_similarity, relation, settings, is_recomputed, with_gradient, origin):
+    def forward(s, self_similarity, relation, settings, is_recomputed, with_gradient, again):
         if is_recomputed:
             return s.new_zeros(len(s)), *s.new_empty(3, 0).unbind()
-        if origin is None:
+        if again is None:
             return _compute(s, self_similarity, relation, settings, with_gradient)
         s = s.detach()
         losses, _, *rest = _compute(s, self_similarity, relation, settings, True, True)
@@ -206,18 +228,18 @@ class _QueryLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, self_similarity, relation, ctx.settings, _, with_gradient, origin = inputs
+        s, self_similarity, relation, ctx.settings, _, with_gradient, again = inputs
         gradients = output[1:]
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
-        ctx.gradients, ctx.origin = None, origin
+        ctx.gradients, ctx.again = None, again
         if torch.compiler.is_compiling():
             ctx.save_for_backward(s, self_similarity, *relation, *gradients)
             return
         if with_gradient:
             # Not saved for backward, so that backward may scale it in place: N x M numbers less.
             ctx.gradients = gradients
-        if origin is not None:
+        if again is not None:
             ctx.gradients = s.detach(), *gradients[1:]
             s = None
         ctx.save_for_backward(s, self_similarity, *relation)
@@ -226,34 +248,40 @@ class _QueryLosses(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 7
+        with autocast_off(grad.device.type):
+            return *_QueryLosses._gradients(ctx, grad), *[None] * 5
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """With respect to s and to self_similarity."""
         s, self_similarity, *saved = ctx.saved_tensors
         fields = len(Relation._fields)
         relation, gradients = Relation(*saved[:fields]), saved[fields:]
         if torch.is_grad_enabled():
-            s = s if ctx.origin is None else ctx.origin.similarities()
+            s = s if ctx.again is None else ctx.again()
             losses = _composed(s, self_similarity, relation, ctx.settings)
             wanted = [needed for needed in ctx.needs_input_grad[:2]]
             inputs = [
                 x for x, is_wanted in zip((s, self_similarity), wanted, strict=True) if is_wanted
             ]
             grads = iter(torch.autograd.grad(losses, inputs, grad, create_graph=True))
-            return *(next(grads) if is_wanted else None for is_wanted in wanted), *[None] * 5
+            return tuple(next(grads) if is_wanted else None for is_wanted in wanted)
         saved = len(gradients) > 0
         if not saved:
             gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # used up by an earlier backward, or not made
-            s = s if ctx.origin is None else ctx.origin.similarities()
+            s = s if ctx.again is None else ctx.again()
             gradients = _compute(s, self_similarity, relation, ctx.settings, True)[1:]
         grad_s, grad_own, factor = gradients
         factor = grad.unsqueeze(1) * factor
         grad_s = grad_s * factor if saved else grad_s.mul_(factor)
-        grad_own = None if self_similarity is None else (grad_own * factor).squeeze(1)
-        return grad_s, grad_own, None, None, None, None, None
+        return grad_s, None if self_similarity is None else (grad_own * factor).squeeze(1)
 
 
 # PyTorch binds the arguments at every call, and would build this anew: a twentieth of a step at
 # N = 32.
-_QueryLosses.forward.__signature__ = inspect.signature(_QueryLosses.forward)
+for function in (_QueryLosses, _Kept):
+    function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def _composed(

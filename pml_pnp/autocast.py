@@ -1,0 +1,17 @@
+"""Autocast, switched off where every digit counts."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager:
+    """Context in which it is not."""
+    if is_autocast_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
