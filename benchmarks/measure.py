@@ -36,13 +36,14 @@ from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
 
 from pml_pnp import losses, products
-from pml_pnp.kernels import Settings, eager
+from pml_pnp.kernels import Settings, autograd, eager
 from pml_pnp.relation import Relation
 
 RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
 PRODUCT, AT_ONCE = "products.py", "products.py, not in squares"
+OVERWRITING, SPARING = "PNPLoss, overwriting s", "PNPLoss, not overwriting s"
 BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (0.5, 1, 2, 2.5, 4, 16)}
 TRUNK = "ResNet-50 and PNPLoss"
 CHUNK = 2048
@@ -75,12 +76,13 @@ SIZES = {
     "kernel": [(n, 4, 512) for n in (384, 4096)],
     "blocks": [(1024, 32, 512), (4096, 4, 512)],
     "products": [(n, 4, 512) for n in (384, 4096)],
+    "overwriting": [(n, 4, 512) for n in (32, 384, 4096)],
     "trunk": [(384, 4, 512)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
 ON_GPU_ALONE = ("largest", "trunk")
-ON_CPU_ALONE = ("blocks", "products")
+ON_CPU_ALONE = ("blocks", "products", "overwriting")
 QUEUE = 65536
 COLUMNS = (
     "part,provider,device,dtype,N,M,per_class,d,chunk_size,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
@@ -266,6 +268,18 @@ def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: 
     return step
 
 
+def build_overwriting(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make a step whose gradient takes the place of the similarities, or does not."""
+    usual, loss = autograd.SMALLEST_OVERWRITTEN, build(OURS, n, per_class, d, device, dtype)
+
+    def step() -> None:
+        autograd.SMALLEST_OVERWRITTEN = 0 if provider == OVERWRITING else n * n + 1
+        loss()
+        autograd.SMALLEST_OVERWRITTEN = usual
+
+    return step
+
+
 def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: float):
     """Yield the rows one by one."""
     for part in parts:
@@ -305,6 +319,8 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
         providers, make = list(BLOCKS), build_kernel
     if part == "products":
         providers, make = [FLOOR, PRODUCT, AT_ONCE], build_product
+    if part == "overwriting":
+        providers, make = [OVERWRITING, SPARING], build_overwriting
     if part == "trunk":
         providers, make = [OURS, TRUNK], build_trunk
     timers = {

@@ -115,10 +115,10 @@ class PNPLoss(BaseMetricLossFunction):
     positives with at least one, over the (query, positive) pairs of the last batch, by hard counts,
     without the queries themselves.
 
-    Memory: one N x M matrix for a cosine similarity or dot product, whose place the gradient takes,
-    two where Triton computes it or for another `distance`, and what that needs (PML's SNRDistance
-    N x M x d); with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids are never held
-    together. A tuple, and a callable `variant`, take some N x M matrices more.
+    Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
+    (PML's SNRDistance N x M x d); one on a CPU for a cosine similarity or dot product, which the
+    gradient overwrites; with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids are never
+    held together. A tuple, and a callable `variant`, take some N x M matrices more.
 
     Example:
         >>> import torch

@@ -5,10 +5,10 @@
     python benchmark.py --losses with_pnp triplet --seeds 0    # some of it
     python benchmark.py -- --patience 3                        # with flags of powerful-benchmarker
 
-Every loss is trained once for each seed, over the folds of the configs, at the default arguments of
-pytorch-metric-learning; nothing is tuned. A killed run continues where it was when the same command
-is given again, to the same end; what is finished is not run again. The same seeds give the same
-table.
+Every loss is trained once for each seed, over the folds of the configs, with the arguments of its
+overlay, which are pytorch-metric-learning's defaults but for what its name says; nothing is tuned.
+When the same command is given again, a killed run continues where it was, to the same end, and what
+is finished is not run again. On one machine the same seeds give the same table.
 """
 
 import argparse
@@ -16,16 +16,14 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
 
-from results_table import plot, read, rows_of, table, write
-from run import run
+from results_table import about, plot, read, rows_of, table, write
+from run import CONFIGS, UserError, explained, run
 
-from pml_pnp.benchmarker import prepare
-from pml_pnp.benchmarker.requirements import MissingPackage
+from pml_pnp.benchmarker import command_line, prepare
 
 # Files of configs/config_loss_and_miners, or of the package.
 LOSSES = (
@@ -46,29 +44,40 @@ def main() -> None:
     """Run the command line."""
     args = _parser().parse_args()
     prepare()
-    _check_data(args.dataset, args.dataset_root)
+    from parts import DATASETS
+
+    wanted = _runnable(args.losses)
+    DATASETS[args.dataset](args.dataset_root)  # a UserError if they cannot be read
     folder = Path(args.output) / args.dataset
-    wanted = [x for x in args.losses if not (x in NEEDS_PML_2 and _is_pinned())]
-    for skipped in sorted(set(args.losses) - set(wanted)):
-        print(f"{skipped} skipped: not in pytorch-metric-learning of this environment", flush=True)
     for seed in args.seeds:
         for loss in wanted:
             _experiment(folder, loss, seed, args)
-    rows = [row for loss in wanted for seed in args.seeds for row in rows_of(folder, loss, seed)]
+    rows = [
+        row
+        for loss in wanted
+        for seed in args.seeds
+        for row in rows_of(folder / f"{loss}-{seed}", loss, seed)
+    ]
     path = folder / "results.csv"
-    write(path, rows, args.dataset)
+    write(path, rows)
     rows = read(path)
     print(f"\n{table(rows)}\n\nwritten to {path}")
     plot(rows, folder / "results.svg")
 
 
-def _check_data(dataset: str, root: str) -> None:
-    from parts import DATASETS, UserError
-
-    try:
-        DATASETS[dataset](root)
-    except UserError as error:
-        sys.exit(f"benchmark.py: error: {error}")
+def _runnable(losses: list[str]) -> list[str]:
+    """Those that the installed PML has; raises UserError for a name that no overlay has."""
+    folders = [x / "config_loss_and_miners" for x in (CONFIGS, command_line.CONFIGS)]
+    known = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    if unknown := sorted(set(losses) - known):
+        raise UserError(f"--losses must be of {', '.join(sorted(known))}, got {unknown[0]}")
+    missing = NEEDS_PML_2 if metadata.version("pytorch-metric-learning").startswith("0.") else ()
+    for loss in dict.fromkeys(x for x in losses if x in missing):
+        print(f"{loss} skipped: not in the pytorch-metric-learning of this environment", flush=True)
+    wanted = [x for x in dict.fromkeys(losses) if x not in missing]
+    if not wanted:
+        raise UserError("no loss is left to run")
+    return wanted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,48 +99,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_pinned() -> bool:
-    return metadata.version("pytorch-metric-learning").startswith("0.")
-
-
 def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
     name = f"{loss}-{seed}"
-    done = folder / name / "finished"
-    _check_begun(folder / f"{name}.json", {"epochs": args.epochs, "flags": args.flags})
+    configs, done = folder / name / "configs", folder / name / "finished.json"
+    was_begun = (configs / "config_foldernames.yaml").exists()  # the last of them to be written
+    _check_settings(
+        folder / f"{name}.json", {"epochs": args.epochs, "flags": args.flags}, was_begun
+    )
     if done.exists():
         print(f"{name}: finished before", flush=True)
         return
     common = ["--experiment_name", name, "--root_experiment_folder", str(folder)]
     common += ["--dataset_root", args.dataset_root, "--seed", str(seed)]
     train = list(common)
-    configs = folder / name / "configs"
-    if (configs / "config_foldernames.yaml").exists():  # the last of them to be written
+    if was_begun:
         train += ["--resume_training", "latest"]
     else:
-        shutil.rmtree(configs, ignore_errors=True)
-        train += ["--config_loss_and_miners", "[default,", f"{loss}]"]
+        for path in configs.glob("config_*.yaml"):  # of a run killed while it wrote them
+            path.unlink()
+        train += ["--config_loss_and_miners", f"[default, {loss}]"]
         if args.dataset != "digits":
-            train += ["--config_dataset", "[default,", f"{args.dataset}]"]
+            train += ["--config_dataset", f"[default, {args.dataset}]"]
         if args.epochs:
             train += ["--num_epochs_train", str(args.epochs)]
         train += args.flags
     test = ["--splits_to_eval", "[test]"]
-    print(f"{name}: {'continuing' if '--resume_training' in train else 'training'}", flush=True)
+    print(f"{name}: {'continuing' if was_begun else 'training'}", flush=True)
     _run(train, args.verbose)
     _run([*common, "--evaluate", *test], args.verbose)
     _run([*common, "--evaluate_ensemble", *test], args.verbose)
-    done.touch()
+    done.write_text(json.dumps(about(args.dataset)), encoding="utf-8")
 
 
-def _check_begun(path: Path, settings: dict) -> None:
+def _check_settings(path: Path, settings: dict, was_begun: bool) -> None:
     """Write down how an experiment is begun, or see that it was begun so."""
-    if not path.exists():
+    if not was_begun:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings), encoding="utf-8")
-    elif (begun := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        sys.exit(
-            f"benchmark.py: error: {path.stem} was begun with {begun}, not with {settings}: "
-            "name another folder with --output"
+    elif path.exists() and (begun := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise UserError(
+            f"{path.stem} was begun with {begun}, not with {settings}: name another folder with "
+            "--output"
         )
 
 
@@ -150,7 +158,4 @@ def _run(argv: list[str], verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MissingPackage as error:
-        sys.exit(f"benchmark.py: error: {error}")
+    explained("benchmark.py", main)

@@ -3,15 +3,18 @@
     python results_table.py experiments/digits
 
 Reads the SQLite logs of every experiment in the folder, of each fold and of the ensemble, takes the
-test accuracies of the epoch that was best in validation, and shows mean and standard deviation over
-folds and repeats. The rows go to results.csv in the folder, the plot to results.svg.
+test accuracies of the last model that was evaluated, which is the best in validation, and shows
+mean and standard deviation over folds and repeats: experiments LOSS-0, LOSS-1, ... are repeats of
+one. The rows go to results.csv in the folder, the plot to results.svg.
 """
 
 import argparse
 import contextlib
 import csv
 import datetime
+import json
 import platform
+import re
 import shlex
 import sqlite3
 import statistics
@@ -34,65 +37,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds experiments named LOSS-SEED")
+    parser.add_argument("folder", type=Path, help="holds experiments")
     folder = parser.parse_args().folder
-    names = sorted(p.parent.name for p in folder.glob("*/configs"))
-    rows = [row for n in names for row in rows_of(folder, *n.rsplit("-", 1))]
-    if not rows:
+    rows = []
+    for path in sorted(p.parent for p in folder.glob("*/configs")):
+        loss, seed = re.fullmatch(r"(.+?)(?:-(\d+))?", path.name).groups()
+        rows += rows_of(path, loss, seed or "")
+    if not any(row["models"] == FOLDS for row in rows):
         raise SystemExit(f"no test accuracies below {folder}")
-    write(folder / "results.csv", rows, folder.resolve().name)
+    write(folder / "results.csv", rows)
     rows = read(folder / "results.csv")
     print(table(rows))
     plot(rows, folder / "results.svg")
 
 
-def rows_of(folder: Path, loss: str, seed) -> Iterable[Row]:
+def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
     """Test accuracies of an experiment: a row for each fold, trained and not, and the ensemble."""
-    for path in sorted((folder / f"{loss}-{seed}").glob("*/saved_csvs/logs.db")):
+    finished = experiment / "finished.json"
+    how = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
+    for path in sorted(experiment.glob("*/saved_csvs/logs.db")):
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.row_factory = sqlite3.Row
             if path.parts[-3] == "meta_logs":
-                table = _table(connection, "ConcatenateEmbeddings")
-                where = "trained_status = 'trained'"
+                trained = "trained_status = 'trained'"
+                found = {ENSEMBLE: _last(connection, "ConcatenateEmbeddings", trained)}
             else:
-                table, where = _table(connection, "accuracies"), "1"
-            if table is None:
-                continue
-            for record in connection.execute(f"SELECT * FROM {table} WHERE {where}"):
-                kind = ENSEMBLE if path.parts[-3] == "meta_logs" else FOLDS
-                if kind == FOLDS and int(record["epoch"]) <= 0:
-                    if int(record["epoch"]) < 0:
-                        continue  # the trunk without its embedder
-                    kind = UNTRAINED
-                values = {m: record[f"{m}_level0"] for m in METRICS}
-                yield {
-                    "loss": loss,
-                    "seed": seed,
-                    "models": kind,
-                    "epoch": record["epoch"],
-                    **values,
+                found = {
+                    UNTRAINED: _last(connection, "accuracies", "CAST(epoch AS INTEGER) = 0"),
+                    FOLDS: _last(connection, "accuracies", "CAST(epoch AS INTEGER) > 0"),
                 }
+        for kind, record in found.items():
+            if record is not None:
+                values = {m: record[f"{m}_level0"] for m in METRICS}
+                row = {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"]}
+                yield {**row, **values, **how}
 
 
-def _table(connection: sqlite3.Connection, prefix: str) -> str | None:
-    """The table of test accuracies whose name begins so."""
-    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-    return next((n for (n,) in names if n.startswith(prefix) and n.endswith("_TEST")), None)
+def _last(connection: sqlite3.Connection, prefix: str, where: str) -> sqlite3.Row | None:
+    """The newest of such test accuracies, from the table whose name begins so."""
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    for (name,) in names:
+        if name.startswith(prefix) and name.endswith("_TEST"):
+            query = f"SELECT * FROM {name} WHERE {where} ORDER BY rowid DESC LIMIT 1"
+            return connection.execute(query).fetchone()
+    return None
 
 
-def write(path: Path, rows: Iterable[Row], dataset: str) -> None:
-    """Write rows to a CSV file, each with where, when and how it came to be."""
-    about = {
+def about(dataset: str) -> dict[str, str]:
+    """Where, when and how results come to be."""
+    return {
         "dataset": dataset,
         **{name: metadata.version(name) for name in PACKAGES},
-        "hardware": platform.machine(),
+        "hardware": platform.processor() or platform.machine(),
         "date": str(datetime.date.today()),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a CSV file."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
+        writer.writerows(rows)
 
 
 def read(path: Path) -> list[Row]:

@@ -1,7 +1,7 @@
 r"""PNPLoss in powerful-benchmarker 0.9.33 (pb), the metric-learning release.
 
     python -m pml_pnp.benchmarker --experiment_name trial \
-        --config_loss_and_miners [default, with_pnp]
+        --config_loss_and_miners "[default, with_pnp]"
 
 or, in a script that builds pb's runners itself:
 
@@ -20,7 +20,7 @@ what was installed for either. Nothing is patched, and pb is not imported, befor
 `register` is called.
 """
 
-from pml_pnp.benchmarker.requirements import MissingPackage, check_installed
+from pml_pnp.benchmarker.requirements import MissingPackage, check_imports, check_installed
 
 __all__ = ["MissingPackage", "prepare", "register"]
 
@@ -40,7 +40,8 @@ def prepare(bayes_opt: bool = False) -> None:
     check_installed(bayes_opt)
     from pml_pnp.benchmarker import adapters
 
-    adapters.apply(bayes_opt)
+    with check_imports(bayes_opt):
+        adapters.apply(bayes_opt)
 
 
 def register(runner) -> None:
@@ -49,9 +50,11 @@ def register(runner) -> None:
     Args:
         runner: a SingleExperimentRunner or BayesOptRunner of pb, in a process that was prepared.
     """
-    from pml_pnp.benchmarker import adapters
+    from pml_pnp.benchmarker import adapters, checkpoints
     from pml_pnp.loss import PNPLoss
 
     runner.register("loss", PNPLoss)
-    for module_type, part in adapters.parts():
+    for module_type, part in adapters.replacements():
         runner.register(module_type, part)
+    for api_parser in checkpoints.api_parsers():
+        runner.register("api_parser", api_parser)

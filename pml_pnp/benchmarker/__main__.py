@@ -1,7 +1,7 @@
 r"""powerful-benchmarker's command line, with this PNPLoss.
 
     python -m pml_pnp.benchmarker --experiment_name trial \
-        --config_loss_and_miners [default, with_pnp]
+        --config_loss_and_miners "[default, with_pnp]"
 
 All of its own flags are taken, and:
 
@@ -10,11 +10,11 @@ All of its own flags are taken, and:
 
 import sys
 
-from pml_pnp.benchmarker.command_line import main
+from pml_pnp.benchmarker.command_line import UnknownConfig, main
 from pml_pnp.benchmarker.requirements import MissingPackage
 
 if __name__ == "__main__":
     try:
         main()
-    except MissingPackage as error:
+    except (MissingPackage, UnknownConfig) as error:
         sys.exit(f"python -m pml_pnp.benchmarker: error: {error}")

@@ -1,8 +1,8 @@
 """What powerful-benchmarker 0.9.33 (pb) needs of pytorch-metric-learning (PML) 2, and why.
 
-`apply` changes modules, once, in a process that asks for it. `parts` are subclasses of what PML
-has, under the same names, for the runner that they are registered on. With the PML that pb pins
-they are but what Ax needs, and checkpoints.
+`apply` changes modules, once, in a process that asks for it. `replacements` are subclasses of what
+PML has, under the same names, for the runner that they are registered on. With the PML that pb pins
+only the adapter of Ax and the hooks that keep checkpoints are used.
 """
 
 import functools
@@ -24,7 +24,7 @@ def apply(bayes_opt: bool) -> None:
             _applied.add(change.__name__)
 
 
-def parts() -> list[tuple[str, type]]:
+def replacements() -> list[tuple[str, type]]:
     """What to register on a runner: (module type, class)."""
     from pytorch_metric_learning.utils import logging_presets
 
@@ -36,7 +36,7 @@ def parts() -> list[tuple[str, type]]:
     names = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
     return [
         *(("tester", tester(getattr(testers, name))) for name in names),
-        ("hook_container", hook_container(hooks)),
+        ("hook_container", with_old_table_names(hooks)),
         ("accuracy_calculator", accuracy_calculator()),
     ]
 
@@ -53,11 +53,14 @@ def identity() -> None:
 
 
 def record_keepers() -> None:
-    """record-keeper 0.9.32 has no `save_figures`, and another name for the group of plain values.
+    """record-keeper 0.9.32 has no `save_figures`, and renamed an argument.
 
     pb passes the first at record_keeper_factory.py:6, and `input_group_name_for_non_objects` at
     base_aggregator.py:33-38, base_api_parser.py:125-126 and bayes_opt_runner.py:165; all get their
     record keeper from PML's logging_presets, whose own hooks use the new name, `parent_name`.
+
+    It replaces the middle of long names by a hash; pb asks for tables by the names that it gave
+    (base_aggregator.py:54).
 
     It also writes the iteration into each row, and wants all values of a row to have the same. At
     base_api_parser.py:125-126 pb adds values under a number to accuracies under a name, "trained";
@@ -67,9 +70,8 @@ def record_keepers() -> None:
 
     from pytorch_metric_learning.utils import logging_presets
     from record_keeper import RecordKeeper
-    from record_keeper.utils import hash_if_too_long
 
-    def _with_text(values: dict) -> dict:
+    def _datetimes_as_text(values: dict) -> dict:
         """Times as text: record-keeper 0.9.32 leaves out what it does not know."""
         return {k: str(v) if isinstance(v, datetime.datetime) else v for k, v in values.items()}
 
@@ -87,11 +89,16 @@ def record_keepers() -> None:
                 super().update_records(record_these, global_iteration, *args, **kwargs)
                 return
             self._number_names(group, global_iteration)
-            super().update_records(_with_text(record_these), global_iteration, parent_name=group)
+            super().update_records(
+                _datetimes_as_text(record_these), global_iteration, parent_name=group
+            )
+
+        def append_primitive(self, group, series, value, global_iteration):
+            self.append_data(group, series, value, global_iteration)
 
         def _number_names(self, group: str, iteration: int) -> None:
             """Give a number to what waits to be written under a name."""
-            for series in self.record_writer.records[hash_if_too_long(group)].values():
+            for series in self.record_writer.records[group].values():
                 for name in [i for i in series if isinstance(i, str)]:
                     series[iteration] = series.pop(name)
 
@@ -165,7 +172,7 @@ def tester(base: type) -> type:
     return Tester
 
 
-def hook_container(base: type) -> type:
+def with_old_table_names(base: type) -> type:
     """Hooks whose tables are named as in PML 0.9.
 
     PML 2 names them after the splits of the last test, of which pb's dummy hooks and testers have

@@ -7,14 +7,20 @@ more than a line in the log: a run killed among these goes on with a new optimiz
 best model.
 """
 
+import inspect
+import logging
+import os
 import re
 from pathlib import Path
 
+UNRECORDED = "unrecorded"
+
 
 def hook_container(base: type) -> type:
-    """A HookContainer by which a checkpoint counts once it is whole and what led to it recorded.
+    """A HookContainer that counts a checkpoint once it is fully written and its epoch recorded.
 
-    Nothing that stands before it is deleted until then.
+    The one before is kept until then. Files of a later epoch than the last recorded one are set
+    aside when training is resumed, and the epoch done again.
     """
     from pytorch_metric_learning.utils import common_functions as c_f
 
@@ -22,6 +28,15 @@ def hook_container(base: type) -> type:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self._superseded = []
+            self._first_epoch = 1
+
+        def end_of_epoch_hook(
+            self, tester, dataset_dict, model_folder, test_interval=1, *args, **kwargs
+        ):
+            self._first_epoch = test_interval
+            return super().end_of_epoch_hook(
+                tester, dataset_dict, model_folder, test_interval, *args, **kwargs
+            )
 
         def save_models(self, trainer, model_folder, curr_suffix, prev_suffix=None):
             super().save_models(trainer, model_folder, curr_suffix)
@@ -39,23 +54,59 @@ def hook_container(base: type) -> type:
             self.record_keeper.save_records()
             while self._superseded:
                 suffix = self._superseded.pop()
-                for name in self.saveable_trainer_objects:
-                    c_f.delete_dict_of_models(getattr(trainer, name, {}), suffix, model_folder)
+                for objects in self._saved(trainer):
+                    c_f.delete_dict_of_models(objects, suffix, model_folder)
             return best_epoch
 
         def load_latest_saved_models(self, trainer, model_folder, *args, **kwargs):
-            recorded = self._recorded_epochs()
+            last = max(self._recorded_epochs(), default=None)
+            names = [re.escape(name) for objects in self._saved(trainer) for name in objects]
+            pattern = re.compile(rf"(?:{'|'.join(names)})_(?:best)?(\d+)\.pth")
             for path in Path(model_folder).glob("*.pth"):
-                epoch = re.search(r"_(?:best)?(\d+)$", path.stem)
-                if epoch and int(epoch[1]) not in recorded | {0}:
-                    path.unlink()
+                match = pattern.fullmatch(path.name)
+                epoch = int(match[1]) if match else 0
+                # Where nothing is recorded, of later epochs it has been lost since.
+                if epoch == self._first_epoch if last is None else epoch > max(0, last):
+                    _set_aside(path)
             return super().load_latest_saved_models(trainer, model_folder, *args, **kwargs)
 
-        def _recorded_epochs(self) -> set[int]:
+        def _saved(self, trainer) -> list[dict]:
+            return [getattr(trainer, name, {}) for name in self.saveable_trainer_objects]
+
+        def _recorded_epochs(self) -> list[int]:
             query = self.record_keeper.query
             tables = [row["name"] for row in query("SELECT name FROM sqlite_master")]
             end = f"_{self.validation_split_name.upper()}"
-            tables = [x for x in tables if x.startswith("accuracies") and x.endswith(end)]
-            return {int(row["epoch"]) for x in tables for row in query(f"SELECT epoch FROM {x}")}
+            tables = [x for x in tables if "accuracies" in x and x.endswith(end)]
+            return [int(row["epoch"]) for x in tables for row in query(f"SELECT epoch FROM {x}")]
 
     return HookContainer
+
+
+def api_parsers() -> list[type]:
+    """The API parsers of pb, which count as trained what was loaded.
+
+    By itself pb counts files, before those of an unrecorded epoch are set aside
+    (folder_creator.py:39, base_api_parser.py:135).
+    """
+    from powerful_benchmarker import api_parsers as module
+
+    def adapted(name: str, base: type) -> type:
+        class Parser(base):
+            def should_train(self, num_epochs, split_scheme_name):
+                if self.args.resume_training == "latest":
+                    self.latest_sub_experiment_epochs[split_scheme_name] = self.epoch - 1
+                return super().should_train(num_epochs, split_scheme_name)
+
+        Parser.__name__ = Parser.__qualname__ = name  # by which pb looks for it
+        return Parser
+
+    classes = {name: x for name, x in vars(module).items() if inspect.isclass(x)}
+    return [adapted(n, x) for n, x in classes.items() if issubclass(x, module.BaseAPIParser)]
+
+
+def _set_aside(path: Path) -> None:
+    folder = path.parent / UNRECORDED
+    folder.mkdir(exist_ok=True)
+    os.replace(path, folder / path.name)
+    logging.warning("%s is of an epoch that was not recorded: moved to %s", path.name, folder)

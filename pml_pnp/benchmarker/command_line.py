@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,10 @@ from pml_pnp.benchmarker import prepare, register
 from pml_pnp.benchmarker.seeding import seed_everything, seed_runs
 
 CONFIGS = Path(__file__).parent / "configs"
+
+
+class UnknownConfig(FileNotFoundError):
+    """An overlay, or an experiment to go on with, that is not there."""
 
 
 def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) -> None:
@@ -21,9 +26,10 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
 
     Raises:
         MissingPackage: something is not installed; the message says how to install it.
+        UnknownConfig: an overlay, or the experiment to resume or evaluate, is not there.
         SystemExit: a flag is not what it should be, or the experiment's folder is taken.
     """
-    argv = _in_words(sys.argv[1:] if argv is None else argv)
+    argv = _split_lists(sys.argv[1:] if argv is None else argv)
     args, _ = _parser().parse_known_args(argv)
     bayes_opt = args.bayes_opt_iters > 0
     prepare(bayes_opt)
@@ -47,8 +53,8 @@ def main(argv: list[str] | None = None, parts: Iterable[tuple[str, type]] = ()) 
         sys.argv = before
 
 
-def _in_words(argv: Iterable[str]) -> list[str]:
-    """Lists and dictionaries as pb reads them, word by word, whether they were quoted or not."""
+def _split_lists(argv: Iterable[str]) -> list[str]:
+    """Lists and dictionaries word by word, as pb reads them, whether they were quoted or not."""
     return [word for x in argv for word in (x.split() if x[:1] in ("[", "{") else [x])]
 
 
@@ -57,11 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pml_pnp.benchmarker",
         allow_abbrev=False,
-        epilog="powerful-benchmarker takes --experiment_name, --resume_training, --evaluate, "
+        epilog="powerful-benchmarker takes --resume_training, --evaluate, "
         "--evaluate_ensemble, --reproduce_results, --CONFIG [default, OVERLAY, ...] for each of "
         "its config folders, and whatever those configs hold, as in --num_epochs_train 5 or "
         "--loss_funcs~OVERRIDE~ {metric_loss: {PNPLoss: {variant: Dq}}}.",
     )
+    parser.add_argument("--experiment_name", required=True, help="of its folder")
     parser.add_argument("--pytorch_home", default=None, help="where pretrained weights are kept")
     parser.add_argument("--dataset_root", default="datasets")
     parser.add_argument("--root_experiment_folder", default="experiments")
@@ -69,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge_argparse_when_resuming", action="store_true")
     parser.add_argument("--root_config_folder", default=None, help="pb's own by default")
     parser.add_argument("--bayes_opt_iters", type=int, default=0)
-    parser.add_argument("--reproductions", default="0", help="N, or FIRST,LAST")
+    parser.add_argument("--reproductions", type=_range, default=0, help="N, or FIRST,LAST")
     parser.add_argument(
         "--seed", type=_seed, default=None, help="of everything random; none if left out"
     )
@@ -83,6 +90,13 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _range(text: str) -> int | list[int]:
+    numbers = [int(x) for x in text.split(",")]
+    if len(numbers) > 2 or min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"must be N, or FIRST,LAST, got {text}")
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
 def build_runner(args: argparse.Namespace):
     """Make pb's runner for these flags, which finds packaged overlays by bare name and can seed."""
     from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner
@@ -91,6 +105,13 @@ def build_runner(args: argparse.Namespace):
         def get_root_config_paths(self, *args):
             paths = super().get_root_config_paths(*args)
             return {k: [_packaged(p) for p in v] for k, v in paths.items()}
+
+        def get_saved_config_paths(self, args, config_folder=None):
+            if config_folder is None and not Path(args.place_to_save_configs).is_dir():
+                raise UnknownConfig(
+                    f"no experiment {args.experiment_name!r} in {self.root_experiment_folder}"
+                )
+            return super().get_saved_config_paths(args, config_folder)
 
         def get_api_parser(self, *args):
             parser = super().get_api_parser(*args)
@@ -124,22 +145,34 @@ def build_runner(args: argparse.Namespace):
                 seed_everything(self.seed)  # Ax draws, too
             super().run()
 
+        def read_yaml_and_find_bayes(self, find_bayes_params=True, **kwargs):
+            configs = Path(self.root_experiment_folder, args.experiment_name, "configs")
+            are_new = not configs.exists()
+            read = super().read_yaml_and_find_bayes(find_bayes_params, **kwargs)
+            if find_bayes_params and not read[1]:
+                if are_new:  # they were saved in between
+                    shutil.rmtree(configs)
+                raise UnknownConfig(
+                    "--bayes_opt_iters needs a config with a key that ends in ~BAYESIAN~, "
+                    "~LOG_BAYESIAN~ or ~INT_BAYESIAN~, as the overlay with_pnp_bayes_opt has"
+                )
+            return read
+
         def get_single_experiment_runner(self):
             runner = super().get_single_experiment_runner()
             runner.__class__ = Single  # every trial is seeded
             return runner
 
-    reproductions = [int(x) for x in args.reproductions.split(",")]
-    return Search(
-        bayes_opt_iters=args.bayes_opt_iters,
-        reproductions=reproductions if len(reproductions) > 1 else reproductions[0],
-        **kwargs,
-    )
+    return Search(bayes_opt_iters=args.bayes_opt_iters, reproductions=args.reproductions, **kwargs)
 
 
 def _packaged(path: str) -> str:
-    """The packaged overlay of that name, if the path leads to none of the user's or pb's."""
+    """That file of the user's or pb's, or else the packaged overlay of its name."""
     if Path(path).is_file():
         return path
     packaged = CONFIGS / Path(path).parent.name / Path(path).name
-    return str(packaged) if packaged.is_file() else path
+    if packaged.is_file():
+        return str(packaged)
+    folders = Path(path).parent, packaged.parent
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise UnknownConfig(f"no {Path(path).name} in {folders[0]}, which knows {', '.join(known)}")

@@ -46,7 +46,7 @@ def seed_runs(api_parser, seed: int) -> None:
 
 
 def _seed_epochs(trainer, seeds: tuple[int, ...]) -> None:
-    """Seed each epoch of a trainer, which takes a sampler that has drawn nothing yet."""
+    """Seed each epoch of a trainer whose sampler has not been iterated yet."""
 
     class Seeded(type(trainer)):
         def get_batch(self):

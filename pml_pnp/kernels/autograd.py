@@ -18,6 +18,9 @@ from pml_pnp.relation import Relation
 from pml_pnp.variants import apply_variant
 
 KERNEL_VARIABLE = "PML_PNP_KERNEL"
+# Smaller similarities are not overwritten: there is little to save, and the graph needs a node for
+# it, which costs more (benchmarks/measure.py --only overwriting).
+SMALLEST_OVERWRITTEN = 2**16
 
 
 class Origin(NamedTuple):
@@ -87,9 +90,13 @@ def query_losses_and_gradient(
 
 
 def _may_overwrite(s: Tensor) -> bool:
-    """Whether the gradient may overwrite `s`: Triton's kernel reads a row more than once."""
+    """Whether the gradient may overwrite `s`: not in a trace, nor with Triton's kernel.
+
+    That reads a row more than once.
+    """
     return (
-        type(s) is Tensor
+        s.numel() >= SMALLEST_OVERWRITTEN
+        and type(s) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not _takes_triton(s)

@@ -58,7 +58,7 @@ def test_the_pinned_pml_needs_ax_alone(monkeypatch):
     monkeypatch.setattr(adapters, "is_pinned", lambda: True)
     monkeypatch.setattr(adapters, "_applied", set())
     adapters.apply(bayes_opt=True)
-    assert made == ["ax"] and [kind for kind, _ in adapters.parts()] == ["hook_container"]
+    assert made == ["ax"] and [kind for kind, _ in adapters.replacements()] == ["hook_container"]
 
 
 def test_identity_is_torchs(monkeypatch):
@@ -88,6 +88,14 @@ def test_what_was_recorded_under_a_name_is_written_under_a_number(record_keepers
     (row,) = rows(tmp_path / "csv", "ensemble")
     assert row["~iteration~"] == 3 and row["precision_at_1"] == 0.5
     assert row["trained_status"] == "trained"
+
+
+def test_long_names_of_tables_are_kept(record_keepers, tmp_path):
+    keeper, _, _ = record_keepers(str(tmp_path / "csv"), None)
+    name = f"accuracies_{'_'.join(['long'] * 30)}_VAL"
+    keeper.update_records({"a": 1}, 1, parent_name=name)
+    keeper.save_records()
+    assert rows(tmp_path / "csv", name)[0]["a"] == 1
 
 
 TESTERS = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
@@ -125,7 +133,7 @@ def test_splits_by_name_become_queries_and_references(monkeypatch, reference_set
 
 
 def test_tables_are_named_before_any_test():
-    hooks = adapters.hook_container(logging_presets.HookContainer)(None)
+    hooks = adapters.with_old_table_names(logging_presets.HookContainer)(None)
     tester = testers.GlobalEmbeddingSpaceTester()
     name = hooks.record_group_name(tester, "val")
     assert name.startswith("accuracies_") and name.endswith("_VAL")
@@ -138,15 +146,17 @@ def test_metrics_rank_as_far_as_they_look_unless_told_otherwise():
 
 
 def test_the_parts_have_the_names_that_configs_say():
-    parts = adapters.parts()
+    parts = adapters.replacements()
     assert {kind for kind, _ in parts} == {"tester", "hook_container", "accuracy_calculator"}
     names = {cls.__name__ for _, cls in parts}
     assert {"GlobalEmbeddingSpaceTester", "HookContainer", "AccuracyCalculator"} <= names
 
 
-def test_register_puts_this_loss_and_the_parts_on_a_runner():
+def test_register_puts_this_loss_and_the_parts_on_a_runner(monkeypatch):
     from pml_pnp import PNPLoss, benchmarker
+    from pml_pnp.benchmarker import checkpoints
 
+    monkeypatch.setattr(checkpoints, "api_parsers", lambda: [dict])
     registered = []
 
     class Runner:
@@ -154,4 +164,5 @@ def test_register_puts_this_loss_and_the_parts_on_a_runner():
             registered.append((kind, cls))
 
     benchmarker.register(Runner())
-    assert registered[0] == ("loss", PNPLoss) and len(registered) == 1 + len(adapters.parts())
+    assert registered[0] == ("loss", PNPLoss) and registered[-1] == ("api_parser", dict)
+    assert len(registered) == 2 + len(adapters.replacements())

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def checkpoint_files(folder):
 
 @pytest.fixture
 def hook_container():
-    return dict(adapters.parts())["hook_container"]
+    return dict(adapters.replacements())["hook_container"]
 
 
 def stop_at(moment, monkeypatch):
@@ -114,11 +115,34 @@ def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
             torch.testing.assert_close(got[name], state, rtol=0, atol=0, msg=f"{moment}: {name}")
 
 
+def test_only_unrecorded_checkpoints_are_set_aside_and_none_is_lost(tmp_path, hook_container):
+    run(tmp_path, hook_container)
+    models = tmp_path / "models"
+    for name in ("trunk_9.pth", "trunk_best9.pth", "trunk_optimizer_9.pth"):
+        (models / name).write_bytes(b"torn")
+    for name in ("resnet_50.pth", "trunk.pth", "my_trunk_9.pth"):
+        (models / name).write_bytes(b"the user's")
+    before = {path.name for path in models.iterdir()}
+    _, _, epoch = set_up(tmp_path, hook_container)
+    assert epoch == EPOCHS + 1
+    aside = {path.name for path in (models / "unrecorded").iterdir()}
+    assert aside == {"trunk_9.pth", "trunk_best9.pth", "trunk_optimizer_9.pth"}
+    assert {path.name for path in models.glob("*.pth")} == before - aside
+
+
+def test_without_records_nothing_is_touched(tmp_path, hook_container):
+    run(tmp_path, hook_container)
+    shutil.rmtree(tmp_path / "csvs")
+    before = checkpoint_files(tmp_path).keys()
+    _, _, epoch = set_up(tmp_path, hook_container)
+    assert epoch == EPOCHS + 1 and checkpoint_files(tmp_path).keys() == before
+
+
 def test_pmls_own_does_not(tmp_path):
     """Or there were nothing to adapt: stopped between two files, it forgets the optimizer."""
     own = logging_presets.HookContainer
     if not requirements.is_pinned():
-        own = adapters.hook_container(own)
+        own = adapters.with_old_table_names(own)
     run(tmp_path / "whole", own)
     with pytest.MonkeyPatch.context() as patch:
         save = torch.save

@@ -18,8 +18,8 @@ def test_overlays_are_found_by_bare_name_after_the_users_own(tmp_path):
     assert packaged == str(command_line.CONFIGS / "config_loss_and_miners" / "with_pnp.yaml")
     (folder / "with_pnp.yaml").touch()
     assert command_line._packaged(wanted) == wanted
-    unknown = str(folder / "unknown.yaml")
-    assert command_line._packaged(unknown) == unknown
+    with pytest.raises(command_line.UnknownConfig, match="no x.yaml in .* with_pnp, with_pnp_bay"):
+        command_line._packaged(str(folder / "x.yaml"))
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
@@ -35,6 +35,15 @@ def test_overlays_name_arguments_of_the_loss(path):
 
 def test_there_are_two_overlays():
     assert [path.stem for path in OVERLAYS] == ["with_pnp", "with_pnp_bayes_opt"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("3", 3), ("2,5", [2, 5])])
+def test_reproductions_are_a_number_or_a_range(text, expected):
+    flags = ["--experiment_name", "x", "--reproductions", text]
+    assert command_line._parser().parse_args(flags).reproductions == expected
+    for wrong in ("a", "-1", "1,2,3"):
+        with pytest.raises(SystemExit):
+            command_line._parser().parse_args([*flags[:-1], wrong])
 
 
 @pytest.mark.parametrize("seed", ["-1", "x"])

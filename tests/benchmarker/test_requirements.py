@@ -1,6 +1,5 @@
 """What is said when something is missing, and the recipes that it names."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -27,9 +26,7 @@ def pins(path):
 @pytest.fixture
 def everything_is_there(monkeypatch):
     found = set(requirements.MODULES) | {"ax"}
-    monkeypatch.setattr(
-        requirements.importlib.util, "find_spec", lambda name: name in found or None
-    )
+    monkeypatch.setattr(requirements, "is_there", found.__contains__)
     version = metadata.version
     monkeypatch.setattr(
         requirements.metadata,
@@ -62,6 +59,33 @@ def test_another_release_of_powerful_benchmarker_is_refused(everything_is_there,
     monkeypatch.setattr(requirements.metadata, "version", lambda name: "0.0.1")
     with pytest.raises(requirements.MissingPackage, match="expected .* 0.9.33, .* got 0.0.1"):
         requirements.check_installed(bayes_opt=False)
+
+
+def test_a_checkout_of_powerful_benchmarker_is_refused(everything_is_there, monkeypatch):
+    def fail(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(requirements.metadata, "version", fail)
+    with pytest.raises(requirements.MissingPackage, match="got one that is not installed"):
+        requirements.check_installed(bayes_opt=False)
+
+
+@pytest.mark.parametrize("bayes_opt", [False, True])
+def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, bayes_opt):
+    imported = []
+    monkeypatch.setattr(requirements.importlib, "import_module", imported.append)
+    with requirements.check_imports(bayes_opt):
+        pass
+    assert any("bayes_opt" in name for name in imported) == bayes_opt
+
+    def fail(name):
+        raise ImportError("cannot import name 'assert_md5sum'", name="gdown")
+
+    monkeypatch.setattr(requirements.importlib, "import_module", fail)
+    with pytest.raises(requirements.MissingPackage, match="does not import .*assert_md5sum") as e:
+        with requirements.check_imports(bayes_opt):
+            pass
+    assert "pip install -r" in str(e.value) and e.value.name == "gdown"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operator nms does not exist"), ImportError("no")])
@@ -108,9 +132,15 @@ def test_importing_the_package_imports_neither_pml_nor_torch():
     assert not {"torch", "pytorch_metric_learning", "powerful_benchmarker"} & {*run.stdout.split()}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("powerful_benchmarker") is not None, reason="nothing is missing here"
-)
+def test_a_folder_of_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
+    (tmp_path / "powerful_nothing").mkdir()
+    (tmp_path / "powerful_module.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("powerful_nothing", "powerful_module", "powerful_absence", "torch")
+    assert [requirements.is_there(name) for name in names] == [False, True, False, True]
+
+
+@pytest.mark.skipif(requirements.is_there("powerful_benchmarker"), reason="nothing is missing here")
 @pytest.mark.parametrize(
     "command",
     [

@@ -1,5 +1,6 @@
 """From the logs of powerful-benchmarker to a table."""
 
+import json
 import sqlite3
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ def logs(tmp_path):
                 rows = [
                     {"epoch": -1, **accuracies(0.2)},
                     {"epoch": 0, **accuracies(0.3)},
+                    {"epoch": 2, **accuracies(0.99)},  # evaluated before training went on
                     {"epoch": 4, **accuracies(best + 0.02 * seed + 0.01 * fold)},
                 ]
                 path = experiment / f"Test50_{fold}" / "saved_csvs" / "logs.db"
@@ -53,7 +55,7 @@ def logs(tmp_path):
 
 
 def test_rows_are_of_each_fold_trained_and_not_and_of_the_ensemble(logs):
-    rows = list(results_table.rows_of(logs, "good", 1))
+    rows = list(results_table.rows_of(logs / "good-1", "good", 1))
     found = sorted((row["models"], row["precision_at_1"]) for row in rows)
     assert found == [
         ("ensemble", pytest.approx(0.95)),
@@ -76,6 +78,30 @@ def test_the_command_writes_rows_table_and_plot(logs):
     assert lines[4] == "| untrained | 30.0 ± 0.0 | 30.0 ± 0.0 | 30.0 ± 0.0 | |"
     assert len((logs / "results.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
     assert "<svg" in (logs / "results.svg").read_text()
+
+
+def test_other_names_are_losses_as_they_are(logs):
+    (logs / "good-0").rename(logs / "trial")
+    (logs / "good-1").rename(logs / "my-trial")
+    (logs / "nothing" / "configs").mkdir(parents=True)
+    command = [sys.executable, str(SCRIPT), str(logs)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split(" | ")[0] for line in run.stdout.splitlines()[2:]] == [
+        "| my-trial",
+        "| trial",
+        "| bad_one",
+        "| untrained",
+    ]
+
+
+def test_rows_say_where_and_when_they_were_made(logs):
+    about = results_table.about("digits")
+    assert about["torch"] and about["date"] and about["command"].startswith("python ")
+    (logs / "good-1" / "finished.json").write_text(json.dumps({**about, "date": "2001-02-03"}))
+    rows = list(results_table.rows_of(logs / "good-1", "good", 1))
+    assert {row["date"] for row in rows} == {"2001-02-03"}
+    results_table.write(logs / "rows.csv", rows)
+    assert results_table.read(logs / "rows.csv")[0]["torch"] == about["torch"]
 
 
 def test_a_folder_without_results_is_said_to_be_one(tmp_path):

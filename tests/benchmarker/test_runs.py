@@ -1,8 +1,8 @@
 """powerful-benchmarker itself, on few digits. Runs where a recipe is installed: .ci/benchmarker."""
 
 import csv
-import importlib.util
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,10 +14,12 @@ import pytest
 import torch
 import yaml
 
+from pml_pnp.benchmarker.requirements import is_there
+
 pytestmark = [
     pytest.mark.benchmarker,
     pytest.mark.skipif(
-        importlib.util.find_spec("powerful_benchmarker") is None,
+        not is_there("powerful_benchmarker"),
         reason="powerful-benchmarker is not installed; .ci/benchmarker makes an environment",
     ),
 ]
@@ -97,13 +99,13 @@ def test_the_logs_hold_the_arguments_and_records_of_this_loss(finished):
         assert list((fold / "tensorboard_logs").glob("events.*"))
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, epoch):
-    """SIGKILL in the second fold, after `epoch` epochs of it."""
+@pytest.mark.parametrize(("fold", "epoch"), [(0, 4), (1, 1)])
+def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, fold, epoch):
+    """SIGKILL while the checkpoint of an epoch is written."""
     process = benchmark(tmp_path)
     models = tmp_path / "digits" / "with_pnp-0"
     end = time.monotonic() + 600
-    while not list(models.glob(f"*_1/saved_models/embedder_{epoch}.pth")):
+    while not list(models.glob(f"*_{fold}/saved_models/embedder_{epoch}.pth")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -150,12 +152,39 @@ def test_a_folder_that_is_taken_is_left_alone(finished):
     assert process.returncode == 1 and "continue it with --resume_training latest" in output
 
 
-def test_a_missing_data_set_is_named_before_anything_is_written(tmp_path):
+@pytest.mark.parametrize("script", ["benchmark.py", "run.py"])
+def test_a_missing_data_set_is_named_before_training(script, tmp_path):
     flags = ["--dataset", "omniglot", "--dataset-root", tmp_path / "no", "--output", tmp_path / "x"]
-    process = start("benchmark.py", *flags)
+    if script == "run.py":
+        flags = ["--experiment_name", "x", "--config_dataset", "[default, omniglot]"]
+        flags += ["--dataset_root", tmp_path / "no", "--root_experiment_folder", tmp_path]
+    process = start(script, *flags)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "benchmark.py: error: " in output
-    assert "Traceback" not in output and not (tmp_path / "x").exists()
+    assert process.returncode == 1 and f"{script}: error: " in output and "omniglot" in output
+    assert "Traceback" not in output and not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("benchmark.py", ["--losses", "nope"], "--losses must be of contrastive, .* got nope"),
+        ("run.py", ["--config_loss_and_miners", "[default, nope]"], "no nope.yaml in .* with_pnp,"),
+        ("run.py", ["--resume_training", "latest"], "no experiment 'x' in "),
+        ("run.py", ["--evaluate"], "no experiment 'x' in "),
+        ("run.py", ["--reproductions", "a"], "--reproductions"),
+        ("run.py", ["--bayes_opt_iters", "3"], "needs a config with a key that ends in ~BAYESIAN~"),
+    ],
+)
+def test_what_is_not_there_is_named(script, flags, message, tmp_path):
+    if script == "run.py":
+        flags = ["--experiment_name", "x", "--root_experiment_folder", tmp_path, *flags]
+    else:
+        flags = ["--output", tmp_path / "out", *flags]
+    process = start(script, *flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode in (1, 2) and re.search(message, output), output
+    assert "Traceback" not in output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_on_its_own_configs_the_overlay_is_found_and_the_loss_is_this_one(tmp_path):
@@ -180,13 +209,22 @@ assert list(read[0].dataset) == ["CUB200"], read[0].dataset
     assert not list(tmp_path.iterdir())
 
 
-def test_three_trials_of_a_hyperparameter_search(tmp_path):
-    pytest.importorskip("ax")
+def test_three_trials_of_a_hyperparameter_search_that_is_killed_in_between(tmp_path):
     flags = ["--experiment_name", "search", "--root_experiment_folder", tmp_path, "--seed", 0]
     flags += ["--config_loss_and_miners", "[default,", "with_pnp_bayes_opt]"]
     flags += ["--bayes_opt_iters", 3, "--reproductions", 2, "--num_epochs_train", 1]
-    run("run.py", *flags, *SMALL)
     folder = tmp_path / "search"
+    process = start("run.py", *flags, *SMALL, start_new_session=True)
+    end = time.monotonic() + 600
+    while not list(folder.glob("search1/*/saved_models/embedder_1.pth")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = sorted((folder / "search0").rglob("*.pth"))
+    times = [path.stat().st_mtime for path in first]
+    run("run.py", *flags, *SMALL)
+    assert first and times == [path.stat().st_mtime for path in first]  # not trained again
     best = yaml.safe_load((folder / "best_parameters.yaml").read_text())
     parameters = {k.rpartition("/")[2]: v for k, v in best["best_parameters"].items()}
     assert 1 <= parameters["alpha"] <= 16 and 0.003 <= parameters["anneal"] <= 0.1

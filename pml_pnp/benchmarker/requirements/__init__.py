@@ -4,9 +4,11 @@ There are two recipes, each of three files: `base`, `no-deps` (whose own require
 each other, so that pip must not look at them) and `bayes` for hyperparameter search.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -54,17 +56,24 @@ def install_command(recipe: str, bayes_opt: bool = False) -> str:
     return " && ".join(commands + [f'pip install -r "{files[2]}"'] * bayes_opt)
 
 
+def is_there(module: str) -> bool:
+    """Whether there is such a module, or a package that is more than a folder of this name."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def check_installed(bayes_opt: bool) -> None:
     """Raise MissingPackage, with the line that helps, for the first module that is not there."""
     for module in (*MODULES, *["ax"] * bayes_opt):
-        if importlib.util.find_spec(module) is None:
-            command = install_command(recipe(), bayes_opt)
+        if not is_there(module):
             raise MissingPackage(
-                f"powerful-benchmarker needs {module}, which is not installed. In an environment "
-                f"of its own:\n    {command}",
+                f"powerful-benchmarker needs {module}, which is not installed. {_help(bayes_opt)}",
                 name=module,
             )
-    version = metadata.version("powerful-benchmarker")
+    try:
+        version = metadata.version("powerful-benchmarker")
+    except metadata.PackageNotFoundError:
+        version = "one that is not installed"
     if version != "0.9.33":
         raise MissingPackage(
             f"expected powerful-benchmarker 0.9.33, the metric-learning release, got {version}:\n"
@@ -72,6 +81,33 @@ def check_installed(bayes_opt: bool) -> None:
             name="powerful_benchmarker",
         )
     _check_torchvision()
+
+
+@contextlib.contextmanager
+def check_imports(bayes_opt: bool) -> Iterator[None]:
+    """Raise MissingPackage if powerful-benchmarker does not import at the end, or something before.
+
+    As with gdown 6 or an Ax of other years, which are there, but lack what it imports.
+    """
+    try:
+        yield
+        importlib.import_module("powerful_benchmarker.runners.single_experiment_runner")
+        importlib.import_module("powerful_benchmarker.datasets")
+        if bayes_opt:
+            importlib.import_module("powerful_benchmarker.runners.bayes_opt_runner")
+    except ImportError as error:
+        raise MissingPackage(
+            f"powerful-benchmarker does not import with what is installed ({error}). "
+            f"{_help(bayes_opt)}",
+            name=error.name,
+        ) from error
+
+
+def _help(bayes_opt: bool) -> str:
+    command = install_command(recipe(), bayes_opt)
+    return (
+        f"In an environment of its own, where pml_pnp is installed with --no-deps:\n    {command}"
+    )
 
 
 def _check_torchvision() -> None:
