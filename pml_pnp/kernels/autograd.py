@@ -20,7 +20,7 @@ from pml_pnp.variants import apply_variant
 KERNEL_VARIABLE = "PML_PNP_KERNEL"
 # Smaller similarities are not overwritten: there is little to save, and the graph needs a node for
 # it, which costs more (benchmarks/measure.py --only overwriting).
-SMALLEST_OVERWRITTEN = 2**16
+SMALLEST_OVERWRITTEN = 2**18
 
 
 class Origin(NamedTuple):

@@ -89,6 +89,9 @@ def query_losses(
         share = relation.share(settings.include_self, extra, s.dtype)
         factor = (share * scale).unsqueeze(1)
     buffers = None
+    # All at once where that is little, for the sake of the calls that each block spares.
+    everywhere = n * width <= block_entries(s.device)
+    positives = relation.positives(slice(0, n), width, smallest) if everywhere else None
     for rows, columns in blocks(n, m, number, block_entries(s.device)):
         height = rows.stop - rows.start
         if buffers is None:
@@ -96,7 +99,7 @@ def query_losses(
         part, losses_of_part = s[rows], losses[rows]
         grad_of_part = grad_s[rows] if with_gradient else grad_s
         x = buffers[0][: height * m].view(height, m).copy_(part)
-        index = relation.positives(rows, width, smallest)
+        index = positives[rows] if everywhere else relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.silence_(x, rows, index, _never_before(scale))
         if extra:
