@@ -16,10 +16,21 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from pml_pnp.autocast import autocast_off
 
+HOOKS_OF_ALL_MODULES = (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 # Below it a norm counts as this; that of torch.nn.functional.normalize.
 SMALLEST_NORM = 1e-12
 # Side of the squares in which a matrix is transposed on a CPU, where it matters to stay in cache.
@@ -33,7 +44,7 @@ def is_product(distance) -> bool:
         and distance.power == 1
         and not distance.collect_stats
         and not (distance._forward_hooks or distance._forward_pre_hooks or distance._backward_hooks)
-        and not _has_any_global_hook()
+        and not any(HOOKS_OF_ALL_MODULES)
         and not {"forward", "compute_mat", "normalize", "maybe_normalize"} & vars(distance).keys()
     )
 
