@@ -44,7 +44,7 @@ def main() -> None:
         loss, seed = re.fullmatch(r"(.+?)(?:-(\d+))?", path.name).groups()
         rows += rows_of(path, loss, seed or "")
     if not any(row["models"] == FOLDS for row in rows):
-        raise SystemExit(f"no test accuracies below {folder}")
+        raise SystemExit(f"no experiment with test accuracies in {folder}")
     write(folder / "results.csv", rows)
     rows = read(folder / "results.csv")
     print(table(rows))

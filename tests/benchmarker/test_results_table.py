@@ -107,4 +107,4 @@ def test_rows_say_where_and_when_they_were_made(logs):
 def test_a_folder_without_results_is_said_to_be_one(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and f"no test accuracies below {tmp_path}" in run.stderr
+    assert run.returncode == 1 and f"no experiment with test accuracies in {tmp_path}" in run.stderr
