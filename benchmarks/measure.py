@@ -25,6 +25,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -216,16 +217,10 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
     s, labels = z @ z.T, torch.arange(n, device=device) // per_class
     relation = Relation.from_labels(labels, labels, torch.arange(n, device=device))
     settings = Settings(100.0, "Dq", 1.0, 2.0, True)
-    if provider == EAGER or provider in BLOCKS:
-        usual = eager.CPU_BLOCK
-        block = BLOCKS.get(provider, usual)
-
-        def step() -> None:
-            eager.CPU_BLOCK = block
-            eager.query_losses(s, None, relation, settings, True)
-            eager.CPU_BLOCK = usual
-
-        return step
+    if provider != COMPILED:
+        block = BLOCKS.get(provider, eager.CPU_BLOCK)
+        sums = partial(eager.query_losses, s, None, relation, settings, True)
+        return _with(eager, "CPU_BLOCK", block, sums)
     index = relation.positives(slice(0, n), per_class, per_class)
 
     def ranks(x, t):
@@ -256,28 +251,31 @@ def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: 
         return build(provider, n, per_class, d, device, dtype)
     x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
     ones, distance = torch.ones(n, n, device=device, dtype=x.dtype), CosineSimilarity()
-    usual = products.CPU_TILE
-    tile = n if provider == AT_ONCE else usual
 
     def step() -> None:
-        products.CPU_TILE = tile
         products.self_product(x, distance).backward(ones)
-        products.CPU_TILE = usual
         x.grad = None
 
-    return step
+    return _with(products, "CPU_TILE", n if provider == AT_ONCE else products.CPU_TILE, step)
 
 
 def build_overwriting(provider: str, n: int, per_class: int, d: int, device, dtype: str):
     """Make a step whose gradient takes the place of the similarities, or does not."""
-    usual, loss = autograd.SMALLEST_OVERWRITTEN, build(OURS, n, per_class, d, device, dtype)
+    step = build(OURS, n, per_class, d, device, dtype)
+    smallest = 0 if provider == OVERWRITING else n * n + 1
+    return _with(autograd, "SMALLEST_OVERWRITTEN", smallest, step)
 
-    def step() -> None:
-        autograd.SMALLEST_OVERWRITTEN = 0 if provider == OVERWRITING else n * n + 1
-        loss()
-        autograd.SMALLEST_OVERWRITTEN = usual
 
-    return step
+def _with(module, name: str, value: int, step: Callable[[], object]) -> Callable[[], None]:
+    """Make a step that takes another value for a constant of a module."""
+    usual = getattr(module, name)
+
+    def changed() -> None:
+        setattr(module, name, value)
+        step()
+        setattr(module, name, usual)
+
+    return changed
 
 
 def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: float):
@@ -313,16 +311,14 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     if part in ("large", "growth") and n >= 4096:
         providers.append(LEAN)
     make = build_queue if part == "queue" else build
-    if part == "kernel":
-        providers, make = [EAGER, COMPILED], build_kernel
-    if part == "blocks":
-        providers, make = list(BLOCKS), build_kernel
-    if part == "products":
-        providers, make = [FLOOR, PRODUCT, AT_ONCE], build_product
-    if part == "overwriting":
-        providers, make = [OVERWRITING, SPARING], build_overwriting
-    if part == "trunk":
-        providers, make = [OURS, TRUNK], build_trunk
+    others = {
+        "kernel": ([EAGER, COMPILED], build_kernel),
+        "blocks": (list(BLOCKS), build_kernel),
+        "products": ([FLOOR, PRODUCT, AT_ONCE], build_product),
+        "overwriting": ([OVERWRITING, SPARING], build_overwriting),
+        "trunk": ([OURS, TRUNK], build_trunk),
+    }
+    providers, make = others.get(part, (providers, make))
     timers = {
         p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
                  num_threads=torch.get_num_threads())

@@ -17,13 +17,13 @@ import io
 import json
 import logging
 import sys
-from importlib import metadata
 from pathlib import Path
 
-from results_table import about, plot, read, rows_of, table, write
+from results_table import about, rows_of, save
 from run import CONFIGS, UserError, explained, run
 
 from pml_pnp.benchmarker import command_line, prepare
+from pml_pnp.benchmarker.requirements import is_pinned
 
 # Files of configs/config_loss_and_miners, or of the package.
 LOSSES = (
@@ -58,11 +58,7 @@ def main() -> None:
         for seed in args.seeds
         for row in rows_of(folder / f"{loss}-{seed}", loss, seed)
     ]
-    path = folder / "results.csv"
-    write(path, rows)
-    rows = read(path)
-    print(f"\n{table(rows)}\n\nwritten to {path}")
-    plot(rows, folder / "results.svg")
+    print(f"\n{save(folder, rows)}\n\nwritten to {folder / 'results.csv'}")
 
 
 def _runnable(losses: list[str]) -> list[str]:
@@ -71,7 +67,7 @@ def _runnable(losses: list[str]) -> list[str]:
     known = {path.stem for folder in folders for path in folder.glob("*.yaml")}
     if unknown := sorted(set(losses) - known):
         raise UserError(f"--losses must be of {', '.join(sorted(known))}, got {unknown[0]}")
-    missing = NEEDS_PML_2 if metadata.version("pytorch-metric-learning").startswith("0.") else ()
+    missing = NEEDS_PML_2 if is_pinned() else ()
     for loss in dict.fromkeys(x for x in losses if x in missing):
         print(f"{loss} skipped: not in the pytorch-metric-learning of this environment", flush=True)
     wanted = [x for x in dict.fromkeys(losses) if x not in missing]

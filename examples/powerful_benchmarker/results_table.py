@@ -45,10 +45,14 @@ def main() -> None:
         rows += rows_of(path, loss, seed or "")
     if not any(row["models"] == FOLDS for row in rows):
         raise SystemExit(f"no experiment with test accuracies in {folder}")
+    print(save(folder, rows))
+
+
+def save(folder: Path, rows: list[Row]) -> str:
+    """Write rows and plot to a folder, and return the table."""
     write(folder / "results.csv", rows)
-    rows = read(folder / "results.csv")
-    print(table(rows))
     plot(rows, folder / "results.svg")
+    return table(rows)
 
 
 def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
