@@ -31,14 +31,14 @@ from pathlib import Path
 
 import torch
 import tqdm
+from pml_pnp.kernels import Settings, autograd, eager
+from pml_pnp.relation import Relation
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
 
 from pml_pnp import losses, products
-from pml_pnp.kernels import Settings, autograd, eager
-from pml_pnp.relation import Relation
 
 RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"

@@ -14,7 +14,9 @@ Example:
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
-from pml_pnp.loss import PNPLoss, QueriesAmongReferences
+from pml_pnp.distances import is_unmodified
+from pml_pnp.loss import PNPLoss
+from pml_pnp.pairs import QueryColumns
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
@@ -46,12 +48,14 @@ class CrossBatchMemory(_pml.CrossBatchMemory):
         self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
     ):
         """Pairs or triplets for the loss, or what PNPLoss takes in their place."""
-        reads_labels = isinstance(self.loss, PNPLoss) and self.loss.computes_itself()
+        reads_labels = isinstance(self.loss, PNPLoss) and is_unmodified(
+            self.loss, "forward", "compute_loss"
+        )
         if self.miner or input_indices_tuple is not None or not reads_labels:
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
             )
-        return QueriesAmongReferences(self.curr_batch_idx) if do_remove_self_comparisons else None
+        return QueryColumns(self.curr_batch_idx) if do_remove_self_comparisons else None
 
 
 class SelfSupervisedLoss(_pml.SelfSupervisedLoss):

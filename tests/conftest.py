@@ -6,8 +6,6 @@ import pytest
 import torch
 from helpers import DEVICE, DTYPES
 
-from pml_pnp.kernels import autograd
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
@@ -20,11 +18,6 @@ def device():
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _small_similarities_are_overwritten_too(monkeypatch):
-    monkeypatch.setattr(autograd, "SMALLEST_OVERWRITTEN", 0)
 
 
 @pytest.fixture(autouse=True)

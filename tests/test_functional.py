@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from pml_pnp.functional import pnp_loss, ranking_statistics
-from pml_pnp.kernels import eager
+from pml_pnp.ops import eager
 
 
 def random_case(n=7, m=11, dtype=torch.float64, device="cpu", scale=0.1):

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pml_pnp.kernels.settings import Settings
-from pml_pnp.relation import Relation
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
 
 # References and positives at a time. Classes of four are the usual ones.
 BLOCK_M = 1024
@@ -91,14 +91,14 @@ def _sigmoids(
     last,
     scale,
     place,
-    absent_row,
+    not_negative_row,
     m,
-    HAS_ABSENT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
 ):
     """sigmoid(scale * (s[a, j] - t)), 0 where j is no negative, and which j are negatives."""
     inside = j < m
-    if HAS_ABSENT:
-        negative = tl.load(absent_row + j, mask=inside, other=1) == 0
+    if HAS_MASK:
+        negative = tl.load(not_negative_row + j, mask=inside, other=1) == 0
     else:
         at = tl.load(place + j, mask=inside, other=0)
         negative = inside & ((at < first) | (at >= last))
@@ -116,20 +116,19 @@ def _query(
     start,
     stop,
     place,
-    absent,
+    not_negative,
     losses,
     grad_s,
-    grad_own,
-    factor,
-    own,
+    grad_self,
+    query_column,
     m,
     scale,
     alpha,
     b,
     VARIANT: tl.constexpr,
-    HAS_ABSENT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SELF: tl.constexpr,  # similarities of queries to themselves are given
-    OWN: tl.constexpr,  # the queries are among the references
+    LISTED: tl.constexpr,  # the queries are among the references
     INCLUDE_SELF: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -137,22 +136,22 @@ def _query(
 ):
     a = tl.program_id(0).to(tl.int64)
     row = s + a * s_stride
-    absent_row = absent + a * m
+    not_negative_row = not_negative + a * m
     grad_row = grad_s + a * m
     first = tl.load(start + a)
     last = tl.load(stop + a)
     listed = last - first
     number = listed
-    if HAS_SELF and not OWN:
+    if HAS_SELF and not LISTED:
         number += 1
-    if OWN and not INCLUDE_SELF:
+    if LISTED and not INCLUDE_SELF:
         number -= 1
     share = 1.0 / tl.maximum(number, 1)
     total = 0.0
     targets = listed
-    if HAS_SELF and not OWN:
+    if HAS_SELF and not LISTED:
         targets += 1
-    if not HAS_ABSENT:
+    if not HAS_MASK:
         # Also a query without positives has a row of the gradient to write.
         targets = tl.maximum(targets, 1)
     for group in range(0, targets, BLOCK_P):
@@ -160,13 +159,13 @@ def _query(
         is_reference = i < listed
         column = tl.load(columns + first + i, mask=is_reference, other=0)
         # A query counts if it has a positive besides itself.
-        counts = listed > i * 0 + (1 if OWN else 0)
+        counts = listed > i * 0 + (1 if LISTED else 0)
         used = is_reference & counts
         is_self = (i == listed) & counts  # one target more, or else in the place of the listed one
-        if OWN:
-            is_self = used & (column == tl.load(own + a))
+        if LISTED:
+            is_self = used & (column == tl.load(query_column + a))
             if not INCLUDE_SELF:
-                used = used & (column != tl.load(own + a))
+                used = used & (column != tl.load(query_column + a))
         t = tl.load(row + column, mask=used, other=0.0)
         if HAS_SELF:
             t = tl.where(is_self, tl.load(self_similarity + a), t)
@@ -174,16 +173,18 @@ def _query(
         r = tl.zeros([BLOCK_P], dtype=tl.float32)
         for begin in range(0, m, BLOCK_M):
             j = begin + tl.arange(0, BLOCK_M)
-            y, negative = _sigmoids(row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT)
+            y, negative = _sigmoids(
+                row, j, t, first, last, scale, place, not_negative_row, m, HAS_MASK
+            )
             r += tl.sum(y, axis=1)
         total += tl.sum(tl.where(used, _f(r, alpha, b, VARIANT), 0.0), axis=0)
         if WITH_GRADIENT:
-            w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0)
+            w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0) * (share * scale)
             grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
             for begin in range(0, m, BLOCK_M):
                 j = begin + tl.arange(0, BLOCK_M)
                 y, negative = _sigmoids(
-                    row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT
+                    row, j, t, first, last, scale, place, not_negative_row, m, HAS_MASK
                 )
                 dy = w[:, None] * y * (1 - y)
                 grad_t += tl.sum(dy, axis=1)
@@ -192,9 +193,9 @@ def _query(
                     grad += tl.load(grad_row + j, mask=negative, other=0.0)
                 tl.store(grad_row + j, grad, mask=negative)
             if HAS_SELF:
-                tl.store(grad_own + a + i * 0, -grad_t, mask=is_self)
+                tl.store(grad_self + a + i * 0, -grad_t, mask=is_self)
                 grad_t = tl.where(is_self, 0.0, grad_t)
-            if HAS_ABSENT:
+            if HAS_MASK:
                 # A user's mask may call a reference both positive and negative: add to what
                 # other threads of this program have written.
                 tl.debug_barrier()
@@ -204,35 +205,37 @@ def _query(
             else:
                 tl.store(grad_row + column, -grad_t, mask=is_reference)
     tl.store(losses + a, total * share)
-    tl.store(factor + a, share * scale)
 
 
-def query_losses(
+def losses_and_gradient(
     s: Tensor,
     self_similarity: Tensor | None,
     relation: Relation,
     settings: Settings,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.query_losses`, for float32."""
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.losses_and_gradient`, for float32.
+
+    The gradient never takes the place of `s`, of which a program reads its row more than once.
+    """
     n, m = s.shape
     if s.stride(1) != 1:
         s = s.contiguous()
-    has_absent = relation.absent is not None
+    has_mask = relation.not_negative is not None
+    is_listed = relation.query_column is not None
+    has_self = self_similarity is not None
     place = relation.columns
-    if not has_absent:
+    if not has_mask:
         place = torch.empty_like(relation.columns, dtype=torch.int32)
         place[relation.columns] = torch.arange(m, dtype=torch.int32, device=s.device)
     losses = s.new_empty(n)
-    factor = s.new_empty(n, 1)
-    has_self = self_similarity is not None
-    grad_own = s.new_zeros((n, 1) if with_gradient and has_self else 0)
-    if has_absent:
-        grad_s = s.new_zeros((n, m) if with_gradient else 0)
-    else:
-        grad_s = s.new_empty((n, m) if with_gradient else 0)
+    # Without a mask every entry is written.
+    new = s.new_zeros if has_mask else s.new_empty
+    grad_s = new((n, m) if with_gradient else 0)
+    grad_self = s.new_zeros(n if with_gradient and has_self else 0)
     if n == 0:
-        return losses, grad_s, grad_own, factor
+        return losses, grad_s, grad_self
     with torch.cuda.device_of(s):
         _query[(n,)](
             s,
@@ -242,23 +245,22 @@ def query_losses(
             relation.start,
             relation.stop,
             place,
-            relation.absent.contiguous().view(torch.int8) if has_absent else place,
+            relation.not_negative.contiguous().view(torch.int8) if has_mask else place,
             losses,
             grad_s,
-            grad_own,
-            factor,
-            relation.start if relation.own is None else relation.own,
+            grad_self,
+            relation.query_column if is_listed else relation.start,
             m,
             settings.scale,
             settings.alpha,
             settings.b,
             VARIANT=settings.variant,
-            HAS_ABSENT=has_absent,
+            HAS_MASK=has_mask,
             HAS_SELF=has_self,
-            OWN=relation.own is not None,
+            LISTED=is_listed,
             INCLUDE_SELF=settings.include_self,
             WITH_GRADIENT=with_gradient,
             BLOCK_M=BLOCK_M,
             BLOCK_P=BLOCK_P,
         )
-    return losses, grad_s, grad_own, factor
+    return losses, grad_s, grad_self

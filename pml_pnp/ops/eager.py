@@ -1,16 +1,16 @@
-"""Losses of queries, and their gradients, in plain PyTorch for every device.
+"""Losses of queries and their gradients, in plain PyTorch for every device.
 
-    R[a, p] = sum over negatives n of a: sigmoid(scale * (s[a, n] - s[a, p]))
-    L[a]    = share[a] * sum over p: f(R[a, p])                      share = 1 / number of p
-    d L[a] / d s[a, n] =   factor[a] * sum over p: f'(R[a, p]) sigmoid'    factor = share * scale
-    d L[a] / d s[a, p] = - factor[a] * sum over n: f'(R[a, p]) sigmoid'
+    R[a, p] = sum over negatives n of a: y[a, p, n]     y = sigmoid(scale * (s[a, n] - s[a, p]))
+    L[a]    = share[a] * sum over p: f(R[a, p])         share = 1 / number of p
+    d L[a] / d s[a, n] =   sum over p: w[a, p] * y * (1 - y)    w = share * scale * f'(R[a, p])
+    d L[a] / d s[a, p] = - sum over n: w[a, p] * y * (1 - y)
 
-Only a block of the N * P * M sigmoids exists at a time. A row needs nothing from the others, so
-that its gradient is made while its sigmoids are still there: every sigmoid is computed once.
+Only a block of the N * P * M sigmoids exists at a time. A row needs nothing from the others, so its
+gradient is made while its sigmoids are still there, and every sigmoid is computed once.
 
-The same sums by torch.compile, which fuses them but computes every sigmoid twice, take as long on
-two CPU cores at N = 384 and twice as long at N = 4,096, and need a C++ compiler
-(benchmarks/measure.py --only kernel).
+A sigmoid of a difference is a ratio, y = g_p / (g_p + g_n) with g = exp(-scale * s), which takes
+M exponentials for each query instead of P * M. It is used on a CPU, where the exponentials are most
+of the time (benchmarks/measure.py --only sigmoids), as long as the g of a block fit into the dtype.
 """
 
 import threading
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pml_pnp.kernels.settings import Settings
-from pml_pnp.relation import Relation
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
 from pml_pnp.variants import VARIANTS
 
 # Sigmoids of a block on a CPU: 2.5 MiB in float32, which stay in cache. Smaller blocks take more
@@ -30,6 +30,9 @@ CPU_BLOCK = 5 * 2**17
 DEVICE_BLOCK = 2**24
 # Memory of so few numbers comes from what the process has already.
 SMALL = 2**14
+# Largest scale * (max - min) of the similarities of a block for which exp(scale * (s - middle)) is
+# a normal number: 2 * 87 and 2 * 708 would be too large.
+LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
 _of_thread = threading.local()
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
@@ -49,103 +52,135 @@ def blocks(n: int, m: int, p: int, entries: int) -> Iterator[tuple[slice, list[s
         yield slice(first, min(first + height, n)), columns
 
 
-def query_losses(
+def losses_and_gradient(
     s: Tensor,
     self_similarity: Tensor | None,
     relation: Relation,
     settings: Settings,
     with_gradient: bool,
     overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and what their gradients are made of; with `overwrite`, in the place of `s`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of N queries, and the gradient of L[a] in row a.
+
+    Args:
+        s: similarities, (N, M), float32 or float64
+        self_similarity: of each query to itself, (N,), if it is a positive that `s` does not hold,
+            or is to replace what `s` holds
+        relation: positives and negatives
+        settings: hyperparameters; `variant` is a name
+        with_gradient: whether to make the gradient
+        overwrite: whether the gradient may take the place of `s`
 
     Returns:
-        losses (N,), grad_s (N, M), grad_own (N, 1) and factor (N, 1), such that the
-        gradient of L[a] is factor[a] * grad_s[a] for s[a], and factor[a] * grad_own[a] for
-        self_similarity[a]. A gradient that is not asked for is empty.
+        losses (N,), grad_s (N, M) and grad_self (N,). A gradient that is not asked for is empty.
     """
     n, m = s.shape
     losses = s.new_empty(n)
-    # A row of s is copied before its gradient is written.
-    grad_s = s if overwrite else s.new_empty((n, m) if with_gradient else 0)
-    grad_own = s.new_empty((n, 1) if with_gradient and self_similarity is not None else 0)
+    if not with_gradient:
+        grad_s = s.new_empty(0)
+    else:
+        grad_s = s if overwrite else s.new_empty(n, m)
+    given = self_similarity is not None
+    grad_self = s.new_empty(n if with_gradient and given else 0)
     smallest, width = relation.sizes()
     if width == 0:
-        return losses.zero_(), grad_s.zero_(), grad_own.zero_(), s.new_ones(n, 1)
+        return losses.zero_(), grad_s.zero_(), grad_self.zero_()
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
     scale, alpha, b = settings.scale, settings.alpha, settings.b
-    # What is given as similarity of the query to itself is one target more, unless the query is
-    # among the references: then it takes the place of what is there.
-    given = self_similarity is not None
-    extra, replaced = given and relation.own is None, given and relation.own is not None
-    number = width + 1 if extra else width
-    # Classes of one size are what samplers make. At N = 32, where a step is some sixty calls of
-    # PyTorch, to have nothing to leave out spares ten of them.
-    own = relation.number_of_own
-    uniform = smallest == width > own and (own == 0 or settings.include_self)
+    # A given similarity of the query to itself is one positive more, unless the query is listed.
+    besides, replaces = given and relation.query_column is None, given and relation.listed_self
+    number = width + 1 if besides else width
+    # Samplers make classes of one size. Then nothing is masked, which saves about 10 of the 60
+    # calls of PyTorch that are a step at N = 32.
+    uniform = smallest == width > relation.listed_self and (
+        settings.include_self or not relation.listed_self
+    )
     if uniform:
-        share, factor = 1 / number, s.new_full((n, 1), scale / number)
+        share = 1 / number
+        factor = scale * share
     else:
-        share = relation.share(settings.include_self, extra, s.dtype)
-        factor = (share * scale).unsqueeze(1)
+        share = relation.share(settings.include_self, besides, s.dtype)
+        factor = (scale * share).unsqueeze(1)
     buffers = None
-    # All at once where that is little, for the sake of the calls that each block spares.
-    everywhere = n * width <= block_entries(s.device)
-    positives = relation.positives(slice(0, n), width, smallest) if everywhere else None
+    # All columns at once where they are few: a block saves a call or two.
+    at_once = n * width <= block_entries(s.device)
+    positives = relation.positives(slice(0, n), width, smallest) if at_once else None
     for rows, columns in blocks(n, m, number, block_entries(s.device)):
         height = rows.stop - rows.start
         if buffers is None:
             buffers = _workspace(s, height * m, height * columns[0].stop * m)
-        part, losses_of_part = s[rows], losses[rows]
-        grad_of_part = grad_s[rows] if with_gradient else grad_s
-        x = buffers[0][: height * m].view(height, m).copy_(part)
-        index = positives[rows] if everywhere else relation.positives(rows, width, smallest)
+        losses_of_rows, x = losses[rows], buffers[0][: height * m].view(height, m)
+        own = self_similarity[rows].unsqueeze(1) if given else None
+        middle = _middle(s[rows], own, scale)
+        if middle is None:
+            never, x = _never_before(scale), x.copy_(s[rows])
+            unused = -never  # a positive there has no negative before it: y, R and f are 0
+        else:
+            never, unused = float("inf"), 0.0
+            torch.sub(s[rows], middle, out=x).mul_(-scale).exp_()
+            own = (own - middle).mul_(-scale).exp_() if given else None
+        index = positives[rows] if at_once else relation.positives(rows, width, smallest)
         t = x.gather(1, index)
-        relation.silence_(x, rows, index, _never_before(scale))
-        if extra:
-            t = torch.cat([t, self_similarity[rows].unsqueeze(1)], dim=1)
-        if replaced:
-            is_own = index == relation.own[rows].unsqueeze(1)
-            t = torch.where(is_own, self_similarity[rows].unsqueeze(1), t)
+        relation.fill_non_negatives_(x, rows, index, never)
+        if besides:
+            t = torch.cat([t, own], dim=1)
+        if replaces:
+            is_own = index == relation.query_column[rows].unsqueeze(1)
+            t = torch.where(is_own, own, t)
         if not uniform:
             used = relation.used(rows, index, settings.include_self)
-            if extra:
+            if besides:
                 used = torch.cat([used, relation.counted[rows].unsqueeze(1)], dim=1)
-            t.masked_fill_(~used, 0)  # a difference to infinity would not be a number
+            t.masked_fill_(~used, unused)
         grad_t = torch.empty_like(t)
         for cols in columns:
             y = buffers[1][: height * (cols.stop - cols.start) * m].view(height, -1, m)
-            # First the difference, then the scale: large similarities would overflow.
-            torch.sub(x.unsqueeze(1), t[:, cols].unsqueeze(2), out=y).mul_(scale).sigmoid_()
-            r = y.sum(dim=2)
-            values = f(r, alpha, b)
-            if not uniform:
-                values = values.masked_fill(~used[:, cols], 0)
-            if cols.start == 0:
-                torch.sum(values, dim=1, out=losses_of_part)
+            x_n, x_p = x.unsqueeze(1), t[:, cols].unsqueeze(2)
+            if middle is None:
+                # First the difference, then the scale: large similarities would overflow.
+                torch.sub(x_n, x_p, out=y).mul_(scale).sigmoid_()
             else:
-                losses_of_part += values.sum(dim=1)
+                torch.div(x_p, torch.add(x_n, x_p, out=y), out=y)
+            r = y.sum(dim=2)
+            if cols.start == 0:
+                torch.sum(f(r, alpha, b), dim=1, out=losses_of_rows)
+            else:
+                losses_of_rows += f(r, alpha, b).sum(dim=1)
             if with_gradient:
-                w = derivative(r, alpha, b)
-                if not uniform:
-                    w = w.masked_fill(~used[:, cols], 0)
+                w = derivative(r, alpha, b) * (factor if uniform else factor[rows])
                 # y = w * y * (1 - y), in one pass.
                 _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
                 if cols.start == 0:
-                    torch.sum(y, dim=1, out=grad_of_part)
+                    torch.sum(y, dim=1, out=grad_s[rows])
                 else:
-                    grad_of_part += y.sum(dim=1)
+                    grad_s[rows] += y.sum(dim=1)
                 torch.sum(y, dim=2, out=grad_t[:, cols])
         if with_gradient:
             grad_t.neg_()
-            if extra:
-                grad_own[rows] = grad_t[:, width:]
-            if replaced:
-                grad_own[rows] = (grad_t * is_own).sum(dim=1, keepdim=True)
+            if besides:
+                grad_self[rows] = grad_t[:, width]
+            if replaces:
+                grad_self[rows] = (grad_t * is_own).sum(dim=1)
                 grad_t.masked_fill_(is_own, 0)
-            grad_of_part.scatter_add_(1, index, grad_t[:, :width])
+            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
     losses.mul_(share)
-    return losses, grad_s, grad_own, factor
+    if not uniform:
+        losses.masked_fill_(~relation.counted, 0)
+    return losses, grad_s, grad_self
+
+
+def _middle(s: Tensor, own: Tensor | None, scale: float) -> float | None:
+    """Middle of the similarities of a block; None if its sigmoids are to be computed one by one."""
+    if s.device.type != "cpu" or s.dtype not in LARGEST_RANGE:
+        return None
+    low, high = (float(x) for x in s.aminmax())
+    if own is not None:
+        low_own, high_own = (float(x) for x in own.aminmax())
+        low, high = min(low, low_own), max(high, high_own)
+    # Not so for NaN either.
+    if (high - low) * abs(scale) <= LARGEST_RANGE[s.dtype]:
+        return low + (high - low) / 2
+    return None
 
 
 def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
