@@ -349,14 +349,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pml_pnp.ops.triton import _query
 
-pointers = {"columns": "*i64", "start": "*i64", "stop": "*i64", "place": "*i32", "not_negative": "*i8"}
-numbers = {"query_column": "*i64", "s_stride": "i32", "m": "i32", "scale": "fp32", "alpha": "fp32"}
+pointers = {"columns": "*i64", "start": "*i64", "number": "*i64", "place": "*i32"}
+pointers |= {"not_negative": "*i8", "query_column": "*i64"}
+numbers = {"s_stride": "i32", "m": "i32", "scale": "fp32", "alpha": "fp32"}
 floats = ("s", "self_similarity", "losses", "grad_s", "grad_self")
 targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 cases = ("Ib", (0, 0, 1, 1, 1)), ("Dq", (1, 1, 0, 0, 1)), ("Iu", (0, 1, 0, 0, 0))
 for target in targets:
     for variant, flags in cases:
-        names = ("HAS_MASK", "HAS_SELF", "LISTED", "INCLUDE_SELF", "WITH_GRADIENT")
+        names = ("HAS_MASK", "HAS_SELF", "LISTED", "WITH_QUERY", "WITH_GRADIENT")
         constants = dict(zip(names, map(bool, flags)), VARIANT=variant, BLOCK_M=1024, BLOCK_P=4)
         signature = {name: "*fp32" for name in floats} | pointers | numbers | {"b": "fp32"}
         signature = {name: signature.get(name, "constexpr") for name in _query.arg_names}

@@ -121,7 +121,7 @@ def _losses_and_gradient(
     self_similarity: Optional[Tensor],  # noqa: UP045 (PyTorch 2.4 reads no other spelling)
     columns: Tensor,
     start: Tensor,
-    stop: Tensor,
+    number: Tensor,
     counted: Tensor,
     not_negative: Optional[Tensor],  # noqa: UP045
     query_column: Optional[Tensor],  # noqa: UP045
@@ -131,7 +131,7 @@ def _losses_and_gradient(
     b: float,
     include_self: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    relation = Relation(columns, start, stop, counted, not_negative, query_column)
+    relation = Relation(columns, start, number, counted, not_negative, query_column)
     settings = Settings(scale, variant, alpha, b, include_self)
     return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
 
@@ -147,7 +147,7 @@ def differentiable_losses(
 ) -> Tensor:
     """The same losses by operations that autograd differentiates, as often as it is asked to."""
     t, used = _targets(s, self_similarity, relation, settings.include_self)
-    r = eager.negatives_before(s, t, relation.negative_mask(s.shape[1]), settings.scale)
+    r = eager.NegativesBefore.apply(s, t, relation.negative_mask(s.shape[1]), settings.scale)
     # R = 1 where there is no positive, so that no f, and no derivative of it, is asked for at an
     # odd place.
     r = r.masked_fill(~used, 1)
@@ -181,6 +181,6 @@ def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
     """
     t, used = _targets(s, None, relation, False)
     mask = relation.negative_mask(s.shape[1])
-    count = eager.count_negatives_before(s, t, mask, 1.0 if is_inverted else -1.0)
+    count = eager.count_negatives_before(s, t, mask, is_inverted)
     count.masked_fill_(~used, 0)
     return torch.stack([count.sum(), (count > 0).sum(), used.sum()])
