@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import weakref
 
 import pytest
@@ -84,7 +83,6 @@ def test_a_small_batch_takes_few_operations():
 def small_blocks(monkeypatch):
     """Blocks that do not count beside small matrices."""
     monkeypatch.setattr(eager, "CPU_BLOCK", 2**14)
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
 
 
 def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
@@ -211,15 +209,13 @@ def test_a_given_self_similarity_takes_the_place_of_the_diagonal(labels):
     torch.testing.assert_close(rest + own.diag(), whole)
 
 
-def test_kept_memory_is_fit_for_every_mode_dtype_and_default_device(monkeypatch):
+def test_every_mode_dtype_and_default_device_gives_the_same:
     s, labels = torch.randn(8, 8), torch.arange(8) // 2
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
     with torch.inference_mode():
         want = pnp_loss(s, labels)[0].clone()
     assert torch.equal(pnp_loss(s.requires_grad_(), labels)[0].detach(), want)
     for dtype in (torch.float64, torch.float32):
         assert pnp_loss(s.to(dtype), labels)[0].dtype == dtype
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
     with torch.device("meta"):
         assert torch.equal(pnp_loss(s, labels)[0].detach(), want)
 

@@ -13,7 +13,6 @@ M exponentials for each query instead of P * M. It is used on a CPU, where the e
 of the time (benchmarks/measure.py --only sigmoids), as long as the g of a block fit into the dtype.
 """
 
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -29,12 +28,9 @@ INF = float("inf")
 CPU_BLOCK = 5 * 2**17
 # On other devices launches cost more than memory does; 64 MiB.
 DEVICE_BLOCK = 2**24
-# Memory of so few numbers comes from what the process has already.
-SMALL = 2**14
 # Largest scale * (max - min) of a block's similarities for which exp(scale * (s - middle)) is a
 # normal number; 2 * 87 and 2 * 708 would be too large.
 LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
-_of_thread = threading.local()
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
@@ -100,11 +96,10 @@ def losses_and_gradient(
     positives = relation.positives(slice(0, n), width, smallest) if at_once else None
     for rows, columns in blocks(n, m, width + given, block_entries(s.device)):
         height = rows.stop - rows.start
-        if buffers is None:
-            buffers = _workspace(s, height * m, height * columns[0].stop * m)
-        x, own = buffers[0][: height * m].view(height, m), None
-        if given:
-            own = self_similarity[rows].unsqueeze(1)
+        if buffers is None:  # the first block is the largest
+            buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
+        x = buffers[0][:height]
+        own = self_similarity[rows].unsqueeze(1) if given else None
         middle = _middle(s[rows], own, scale)
         if middle is None:
             x.copy_(s[rows])
@@ -166,23 +161,6 @@ def _middle(s: Tensor, own: Tensor | None, scale: float) -> float | None:
     return low + (high - low) / 2 if is_narrow else None
 
 
-def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Uninitialized vectors like `s`, not to be used beyond the call.
-
-    On a CPU each thread keeps one of up to twice CPU_BLOCK numbers: at N = 384, memory that the
-    operating system hands out anew would take a twentieth of a step, and new tensors in every block
-    twice the time.
-    """
-    total = sum(sizes)
-    if s.device.type != "cpu" or not SMALL < total <= 2 * CPU_BLOCK or type(s) is not Tensor:
-        return tuple(s.new_empty(size) for size in sizes)
-    kept = getattr(_of_thread, "kept", None)
-    if kept is None or kept.dtype != s.dtype or len(kept) < total:
-        with torch.inference_mode(False):  # what is made in that mode stays there
-            kept = _of_thread.kept = torch.empty(total, dtype=s.dtype, device=s.device)
-    return kept[:total].split(sizes)
-
-
 class NegativesBefore(torch.autograd.Function):
     """R itself, (N, P), for an f that is not in the table and for second derivatives.
 
@@ -192,7 +170,12 @@ class NegativesBefore(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:  # noqa: D102
-        return _sums(s, t, negative, scale, torch.sigmoid_)
+        r = torch.empty_like(t)
+        for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+            for cols in columns:
+                x = _differences(s[rows], t[rows, cols], negative[rows], scale)
+                torch.sum(x.sigmoid_(), dim=2, out=r[rows, cols])
+        return r
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: D102
@@ -216,22 +199,6 @@ class NegativesBefore(torch.autograd.Function):
             grad_s.append(total)
             grad_t.append(torch.cat(by_column, dim=1))
         return torch.cat(grad_s), torch.cat(grad_t), None, None
-
-
-@torch.no_grad()
-def count_negatives_before(s: Tensor, t: Tensor, negative: Tensor, is_inverted: bool) -> Tensor:
-    """The hard count that `NegativesBefore` is the smooth version of, (N, P), without gradient."""
-    return _sums(s, t, negative, 1.0 if is_inverted else -1.0, lambda x: (x > 0).to(x.dtype))
-
-
-def _sums(s: Tensor, t: Tensor, negative: Tensor, scale: float, of) -> Tensor:
-    """Sum over j of `of`(scale * (s[a, j] - t[a, i])), (N, P)."""
-    result = torch.empty_like(t)
-    for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
-        for cols in columns:
-            x = _differences(s[rows], t[rows, cols], negative[rows], scale)
-            result[rows, cols] = of(x).sum(dim=2)
-    return result
 
 
 def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:

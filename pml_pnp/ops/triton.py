@@ -96,24 +96,11 @@ def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.co
     return tl.where(negative[None, :], y, 0.0), negative
 
 
+# fmt: off
 @triton.jit
-def _query(
-    s,
-    s_stride,
-    self_similarity,
-    columns,
-    start,
-    number,
-    place,  # of each reference in columns
-    not_negative,
-    query_column,
-    losses,
-    grad_s,
-    grad_self,
-    m,
-    scale,
-    alpha,
-    b,
+def _query(  # `place` is that of each reference in `columns`
+    s, s_stride, self_similarity, columns, start, number, place, not_negative, query_column,
+    losses, grad_s, grad_self, m, scale, alpha, b,
     VARIANT: tl.constexpr,
     HAS_MASK: tl.constexpr,  # not_negative is given
     HAS_SELF: tl.constexpr,  # self_similarity is given
@@ -123,6 +110,7 @@ def _query(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    # fmt: on
     a = tl.program_id(0).to(tl.int64)
     row = s + a * s_stride
     mask_row = not_negative + a * m
@@ -214,30 +202,16 @@ def losses_and_gradient(
     if n == 0:
         return losses, grad_s, grad_self
     with torch.cuda.device_of(s):
+        # fmt: off
         _query[(n,)](
-            s,
-            s.stride(0),
-            self_similarity.contiguous() if has_self else s,
-            relation.columns,
-            relation.start,
-            relation.number,
-            place,
+            s, s.stride(0), self_similarity.contiguous() if has_self else s,
+            relation.columns, relation.start, relation.number, place,
             place if mask is None else mask.contiguous().view(torch.int8),
             relation.start if query_column is None else query_column,
-            losses,
-            grad_s,
-            grad_self,
-            m,
-            settings.scale,
-            settings.alpha,
-            settings.b,
-            VARIANT=settings.variant,
-            HAS_MASK=mask is not None,
-            HAS_SELF=has_self,
-            LISTED=query_column is not None,
-            WITH_QUERY=settings.include_self and not has_self,
-            WITH_GRADIENT=with_gradient,
-            BLOCK_M=BLOCK_M,
-            BLOCK_P=BLOCK_P,
+            losses, grad_s, grad_self, m, settings.scale, settings.alpha, settings.b,
+            VARIANT=settings.variant, HAS_MASK=mask is not None, HAS_SELF=has_self,
+            LISTED=query_column is not None, WITH_QUERY=settings.include_self and not has_self,
+            WITH_GRADIENT=with_gradient, BLOCK_M=BLOCK_M, BLOCK_P=BLOCK_P,
         )
+        # fmt: on
     return losses, grad_s, grad_self
