@@ -209,7 +209,7 @@ def test_a_given_self_similarity_takes_the_place_of_the_diagonal(labels):
     torch.testing.assert_close(rest + own.diag(), whole)
 
 
-def test_every_mode_dtype_and_default_device_gives_the_same:
+def test_every_mode_dtype_and_default_device_gives_the_same():
     s, labels = torch.randn(8, 8), torch.arange(8) // 2
     with torch.inference_mode():
         want = pnp_loss(s, labels)[0].clone()
