@@ -48,7 +48,9 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(function, again, chunk_size, random_state, queries, references, *parameters):  # noqa: D102
-        chunks = [function(rows, queries, references) for rows in blocks_of(queries, chunk_size)]
+        chunks = []
+        for rows in blocks_of(queries, chunk_size):
+            chunks.append(function(rows, queries, references))
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
     @staticmethod

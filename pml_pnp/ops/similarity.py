@@ -135,8 +135,8 @@ def _losses_and_gradient(
 
 @_losses_and_gradient.register_fake
 def _(s, self_similarity, *args):
-    grad_self = s.new_empty(0 if self_similarity is None else len(s))
-    return s.new_empty(len(s)), s.new_empty(s.shape), grad_self
+    n = s.shape[0]  # not len(s), which would make a graph for every batch size
+    return s.new_empty(n), s.new_empty(s.shape), s.new_empty(0 if self_similarity is None else n)
 
 
 def differentiable_losses(
