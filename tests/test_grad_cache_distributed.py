@@ -18,7 +18,8 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, worker.__file__, str(folder)], check=True, env=environment)
+    command += [worker.__file__, str(folder)]
+    subprocess.run(command, check=True, env=environment, timeout=600)
     return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
 
 
