@@ -123,7 +123,7 @@ class GradCache(nn.Module):
             )
             return self.module(*chunk_args, **chunk_kwargs)
 
-        run = _CalledTwice(self.module, call) if self._needs_gradients(tensors) else call
+        run = _CalledTwice(self.module, call) if torch.is_grad_enabled() else call
         count = -(-batch_size // self.chunk_size)
         bounds = [batch_size * i // count for i in range(count + 1)]  # no chunk of one left over
         outputs = []
@@ -131,11 +131,6 @@ class GradCache(nn.Module):
             own_rows = partial(_own_rows, end - start)
             outputs.append(_map(own_rows, "output", run(*(t[start:end] for t in tensors))))
         return _map(_joined, "output", *outputs)
-
-    def _needs_gradients(self, tensors: list[Tensor]) -> bool:
-        return torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*self.module.parameters(), *tensors)
-        )
 
     def _inside_ddp(self, *args, **kwargs) -> Any:
         """One forward pass of DistributedDataParallel, in which its own module runs in chunks."""

@@ -1,11 +1,14 @@
 """GradCache against the plain model on the whole batch."""
 
 import copy
+import doctest
 import pickle
+import re
 import subprocess
 import sys
 import weakref
 from collections import OrderedDict, UserDict, namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +195,17 @@ def test_frozen_parts_get_no_gradient():
     assert torch.equal(*(gradients(model, m(x), x)[0] for m in (GradCache(model, 23), model)))
     result, expected = (gradients(model, m(x), x) for m in (GradCache(model, 6), model))
     torch.testing.assert_close(result, expected)
+
+
+def test_weights_that_are_no_parameters_get_gradients():
+    model, x = nn.Sequential(nn.Tanh()), torch.randn(8, 3)
+    weight = torch.randn(3, 2, requires_grad=True)
+    model.register_forward_pre_hook(lambda _, args: (args[0] @ weight,))
+    seen = rows_seen(model)
+    GradCache(model, 4)(x).sum().backward()
+    assert seen == [4, 4, 4, 4]
+    expected = torch.autograd.grad(torch.tanh(x @ weight).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -703,3 +717,14 @@ from pml_pnp import GradCache
 assert not any(name.startswith("pytorch_metric_learning") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_code_of_the_documentation_runs():
+    pytest.importorskip("faiss", reason="PML's testers need faiss")
+    page = Path(__file__).parents[1] / "docs" / "large_batches.md"
+    blocks = re.findall(r"```python\n(>>> .*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
+    assert len(example.examples) > 10
+    report, runner = [], doctest.DocTestRunner()
+    runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
