@@ -1,7 +1,7 @@
-"""Make the README's figures and plots of the committed rows.
+"""Make the figures of the README and of docs/, and the plots, of the committed rows.
 
-python benchmarks/report.py                  # all of benchmarks/results, into README.md
-python benchmarks/report.py --check          # only whether the README says what the rows say
+python benchmarks/report.py                  # all of benchmarks/results, into the pages
+python benchmarks/report.py --check          # only whether the pages say what the rows say
 
 Speed and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
 is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "powerful_benchmarker.md")
 RETRIEVAL = RESULTS / "retrieval"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
@@ -40,14 +40,25 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
-    text = README.read_text(encoding="utf-8")
-    made = _with(text, "<!-- speed, of benchmarks/report.py -->", section(rows))
-    made = _with(made, "<!-- retrieval, of benchmarks/report.py -->", retrieval())
-    if args.check:
-        sys.exit(0 if made == text else "README.md is not what benchmarks/report.py makes")
-    README.write_text(made, encoding="utf-8")
-    for device in devices(rows):
-        plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+    blocks = {
+        "<!-- speed, of benchmarks/report.py -->": section(rows),
+        "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
+    }
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for begin, block in blocks.items():
+        holders = [page for page, text in texts.items() if begin in text]
+        if not holders:
+            sys.exit(f"no page holds {begin}")
+        for page in holders:
+            texts[page] = _with(texts[page], begin, block)
+    for page, text in texts.items():
+        if args.check and text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
+        if not args.check:
+            page.write_text(text, encoding="utf-8")
+    if not args.check:
+        for device in devices(rows):
+            plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
 
 
 def _with(text: str, begin: str, made: str) -> str:
