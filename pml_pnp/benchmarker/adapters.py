@@ -212,6 +212,11 @@ def tester(base: type) -> type:
                 return list(dataset_dict)
             return ["train" if self.reference_set == "compared_to_training_set" else query]
 
+        def maybe_normalize(self, embeddings):
+            if self.pca:  # PML 2 divides by a standard deviation, that may be 0
+                embeddings = embeddings[:, embeddings.std(dim=0) > 0]
+            return super().maybe_normalize(embeddings)
+
         def description_suffixes(self, base_name):
             name = f"_{type(self).__name__}_level_"
             suffixes = super().description_suffixes(base_name)
@@ -240,12 +245,21 @@ def accuracy_calculator() -> type:
     """An AccuracyCalculator that ranks, by default, as far as its metrics look.
 
     PML 2 ranks the whole set unless told otherwise; pb's configs tell nothing
-    (config_eval/default.yaml).
+    (config_eval/default.yaml). And where no reference has the label of a query, as where new
+    classes are compared to the training set, PML 2 ranks 0 of them, which fails, and the accuracy
+    is NaN, of which pb makes means (base_aggregator.py:32). It was 0.
     """
     from pytorch_metric_learning.utils import accuracy_calculator as module
 
     class AccuracyCalculator(module.AccuracyCalculator):
         def __init__(self, *args, k="max_bin_count", **kwargs):
             super().__init__(*args, k=k, **kwargs)
+
+        def determine_k(self, *args):
+            return max(1, super().determine_k(*args))
+
+        def _get_accuracy(self, *args, **kwargs):
+            accuracies = super()._get_accuracy(*args, **kwargs)
+            return {name: 0.0 if value != value else value for name, value in accuracies.items()}
 
     return AccuracyCalculator

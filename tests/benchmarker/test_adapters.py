@@ -153,6 +153,21 @@ def test_metrics_rank_as_far_as_they_look_unless_told_otherwise():
     assert calculator().k == "max_bin_count" and calculator(k=5).k == 5
 
 
+def test_without_a_reference_of_the_label_the_accuracy_is_0():
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    metrics = ("precision_at_1", "mean_average_precision_at_r", "r_precision")
+    calculator = adapters.accuracy_calculator()(include=metrics, device=torch.device("cpu"))
+    assert calculator.get_accuracy(x, y, torch.randn(5, 4), y[:5] + 3) == dict.fromkeys(metrics, 0)
+    assert calculator.get_accuracy(x, y, x, y)["precision_at_1"] == 1
+
+
+def test_constant_dimensions_are_left_out_of_a_pca():
+    embeddings = torch.nn.functional.pad(torch.randn(20, 3), (0, 2))
+    tester = adapters.tester(testers.GlobalEmbeddingSpaceTester)(pca=2)
+    assert tester.maybe_normalize(embeddings).shape == (20, 2)
+    assert tester.maybe_normalize(embeddings).isfinite().all()
+
+
 def test_the_parts_have_the_names_that_configs_say():
     parts = adapters.replacements()
     kinds = {"tester", "hook_container", "accuracy_calculator", "loss"}

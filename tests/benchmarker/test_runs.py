@@ -241,6 +241,25 @@ try:
 except AttributeError:  # not of PML 2
     found["mined"] = None
 
+specs = {
+    "trunk_optimizer": {
+        "SGD": {"lr": 1.0},
+        "scheduler_by_epoch": {"StepLR": {"step_size": 1, "gamma": 0.1}},
+        "clip_grad_norm": 0.5,
+    }
+}
+trunk = torch.nn.Linear(8, 2)
+for fold in range(2):
+    optimizers, schedulers, clippers = factory("OptimizerFactory").create(
+        named_specs=specs, kwargs={"param_sources": [{"trunk": trunk}]}
+    )
+trunk(x).square().sum().backward()
+clippers["trunk_grad_clipper"]()
+found["norm"] = torch.nn.utils.get_total_norm([p.grad for p in trunk.parameters()]).item()
+optimizers["trunk_optimizer"].step()
+schedulers["trunk_scheduler_by_epoch"].step()
+found["rate"] = optimizers["trunk_optimizer"].param_groups[0]["lr"]
+
 sys.argv[1:] = ["--experiment_name", "search", "--loss_funcs~OVERRIDE~"]
 sys.argv += "{metric_loss: {PNPLoss: {alpha~BAYESIAN~: [1.0, 16.0]}}}".split()
 from powerful_benchmarker.runners.bayes_opt_runner import BayesOptRunner
@@ -281,6 +300,11 @@ def test_losses_inside_others_can_be_named_fold_after_fold(script):
     assert nested["sum"] == pytest.approx(alone / 2, rel=1e-5) and found["classes"] == 5
     assert nested["mined"] > 0
     assert found["mined"] == (8 if requirements.is_pinned() else None)
+
+
+def test_schedulers_and_clipped_gradients_can_be_named_fold_after_fold(script):
+    found, _ = script
+    assert found["norm"] == pytest.approx(0.5, rel=1e-4) and found["rate"] == pytest.approx(0.1)
 
 
 def test_a_search_is_prepared_and_goes_on_where_no_folder_was_made(script):
