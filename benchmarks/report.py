@@ -1,7 +1,7 @@
-"""Make the figures and plots of README and docs of the committed rows.
+"""Make the figures of the README and of docs/, and the plots, of the committed rows.
 
-python benchmarks/report.py                  # all of benchmarks/results, into README.md and docs
-python benchmarks/report.py --check          # only whether they say what the rows say
+python benchmarks/report.py                  # all of benchmarks/results, into the pages
+python benchmarks/report.py --check          # only whether the pages say what the rows say
 
 Speed and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
 is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval; large
@@ -17,8 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-LARGE_BATCHES = ROOT / "docs" / "large_batches.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RETRIEVAL = RESULTS / "retrieval"
 GRAD_CACHE = RESULTS / "grad_cache"
 END = "<!-- end -->"
@@ -43,22 +42,26 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
-    made = {
-        README: {"speed": section(rows), "retrieval": retrieval()},
-        LARGE_BATCHES: {"grad_cache": grad_cache()},
+    blocks = {
+        "<!-- speed, of benchmarks/report.py -->": section(rows),
+        "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
+        "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
     }
-    for path, parts in made.items():
-        before = after = path.read_text(encoding="utf-8")
-        for name, part in parts.items():
-            after = _with(after, f"<!-- {name}, of benchmarks/report.py -->", part)
-        if args.check and after != before:
-            sys.exit(f"{path.relative_to(ROOT)} is not what benchmarks/report.py makes")
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for begin, block in blocks.items():
+        holders = [page for page, text in texts.items() if begin in text]
+        if not holders:
+            sys.exit(f"no page holds {begin}")
+        for page in holders:
+            texts[page] = _with(texts[page], begin, block)
+    for page, text in texts.items():
+        if args.check and text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
         if not args.check:
-            path.write_text(after, encoding="utf-8")
-    if args.check:
-        return
-    for device in devices(rows):
-        plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+            page.write_text(text, encoding="utf-8")
+    if not args.check:
+        for device in devices(rows):
+            plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
 
 
 def _with(text: str, begin: str, made: str) -> str:
