@@ -31,6 +31,8 @@ DEVICE_BLOCK = 2**24
 # Largest scale * (max - min) of a block's similarities for which exp(scale * (s - middle)) is a
 # normal number; 2 * 87 and 2 * 708 would be too large.
 LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
+# Of so few sigmoids the exponentials take less time than finding the range.
+FEW_SIGMOIDS = 2**13
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
@@ -100,7 +102,8 @@ def losses_and_gradient(
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
         x = buffers[0][:height]
         own = self_similarity[rows].unsqueeze(1) if given else None
-        middle = _middle(s[rows], own, scale)
+        few = n * (width + given) * m < FEW_SIGMOIDS
+        middle = None if few else _middle(s[rows], own, scale)
         if middle is None:
             x.copy_(s[rows])
             never = -INF if scale > 0 else INF  # the similarity of what stands before nothing

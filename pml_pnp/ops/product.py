@@ -189,7 +189,7 @@ def _factor(x: Tensor, normalized: bool) -> tuple[Tensor, Tensor | None, Tensor]
     if not normalized:
         return x, None, zero_or_nan(x)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    broken = (norm * 0).sum()
+    broken = norm.sum() * 0
     norm.clamp_(min=SMALLEST_NORM)
     return x / norm, norm, broken
 
