@@ -1,5 +1,6 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -198,7 +199,7 @@ class PNPLoss(BaseMetricLossFunction):
         dtype = at_least_float32(embeddings.dtype)
         device = embeddings.device.type
         autocast = is_autocast_on(device)
-        with autocast_off(device):
+        with autocast_off(device) if autocast else nullcontext():
             references = () if ref_emb is None else (plain(ref_emb).to(dtype), ref_labels)
             loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)
         if isinstance(loss, Tensor) and not autocast:

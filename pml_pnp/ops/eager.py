@@ -92,24 +92,28 @@ def losses_and_gradient(
         number = relation.number + (given - (listed and not with_query))
         share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
-    buffers = None
+    entries = block_entries(s.device)
+    few = n * (width + given) * m < FEW_SIGMOIDS
     # All columns at once where they are few: a block saves a call or two.
-    at_once = n * width <= block_entries(s.device)
+    at_once = n * width <= entries
     positives = relation.positives(slice(0, n), width, smallest) if at_once else None
-    for rows, columns in blocks(n, m, width + given, block_entries(s.device)):
+    buffers = None
+    for rows, columns in blocks(n, m, width + given, entries):
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x = buffers[0][:height]
+        x, part, losses_of_rows = buffers[0], s, losses
+        if height < n:
+            x, part, losses_of_rows = x[:height], s[rows], losses[rows]
+        grad_of_rows = part if overwrite else grad_s[rows] if with_gradient else None
         own = self_similarity[rows].unsqueeze(1) if given else None
-        few = n * (width + given) * m < FEW_SIGMOIDS
-        middle = None if few else _middle(s[rows], own, scale)
+        middle = None if few else _middle(part, own, scale)
         if middle is None:
-            x.copy_(s[rows])
+            x.copy_(part)
             never = -INF if scale > 0 else INF  # the similarity of what stands before nothing
             unused = -never  # and that of a positive which has nothing before it: R = f(R) = 0
         else:
-            torch.sub(s[rows], middle, out=x).mul_(-scale).exp_()
+            torch.sub(part, middle, out=x).mul_(-scale).exp_()
             own = (own - middle).mul_(-scale).exp_() if given else None
             never, unused = INF, 0.0
         index = positives[rows] if at_once else relation.positives(rows, width, smallest)
@@ -120,34 +124,34 @@ def losses_and_gradient(
         if given:
             own = own.masked_fill(~relation.counted[rows].unsqueeze(1), unused)
             t = torch.cat([t, own], dim=1)
-        grad_t = torch.empty_like(t)
+        x, parts_of_grad_t = x.unsqueeze(1), []
         for cols in columns:
-            y = buffers[1][: height * (cols.stop - cols.start) * m].view(height, -1, m)
-            x_n, x_p = x.unsqueeze(1), t[:, cols].unsqueeze(2)
+            t_of_cols = (t if len(columns) == 1 else t[:, cols]).unsqueeze(2)
+            y = buffers[1][: height * t_of_cols.shape[1] * m].view(height, -1, m)
             if middle is None:
                 # First the difference, then the scale: large similarities would overflow.
-                torch.sub(x_n, x_p, out=y).mul_(scale).sigmoid_()
+                torch.sub(x, t_of_cols, out=y).mul_(scale).sigmoid_()
             else:
-                torch.div(x_p, torch.add(x_n, x_p, out=y), out=y)
+                torch.div(t_of_cols, torch.add(x, t_of_cols, out=y), out=y)
             r = y.sum(dim=2)
             if cols.start == 0:
-                torch.sum(f(r, alpha, b), dim=1, out=losses[rows])
+                torch.sum(f(r, alpha, b), dim=1, out=losses_of_rows)
             else:
-                losses[rows] += f(r, alpha, b).sum(dim=1)
+                losses_of_rows += f(r, alpha, b).sum(dim=1)
             if with_gradient:
                 w = derivative(r, alpha, b) * (factor if uniform else factor[rows])
                 # y = w * y * (1 - y), in one pass.
                 _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
                 if cols.start == 0:
-                    torch.sum(y, dim=1, out=grad_s[rows])
+                    torch.sum(y, dim=1, out=grad_of_rows)
                 else:
-                    grad_s[rows] += y.sum(dim=1)
-                torch.sum(y, dim=2, out=grad_t[:, cols])
+                    grad_of_rows += y.sum(dim=1)
+                parts_of_grad_t.append(y.sum(dim=2).neg_())
         if with_gradient:
-            grad_t.neg_()
+            grad_t = torch.cat(parts_of_grad_t, dim=1) if len(columns) > 1 else parts_of_grad_t[0]
             if given:
-                grad_self[rows] = grad_t[:, width]
-            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
+                grad_self[rows], grad_t = grad_t[:, width], grad_t[:, :width]
+            grad_of_rows.scatter_add_(1, index, grad_t)
     losses.mul_(share)
     if not uniform:
         losses.masked_fill_(~relation.counted, 0)

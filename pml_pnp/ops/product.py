@@ -98,12 +98,12 @@ class _Mean(torch.autograd.Function):
             grad_z = (
                 grad_q if is_self else torch.zeros_like(z) if call.with_grad_references else None
             )
-        block = q.new_empty(min(call.height, len(q)), len(z))
-        kernel = dispatch.kernel_for(block)
+        block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
+        kernel = dispatch.kernel_for(q)
         losses, numbers, counts = [], [], []
         for rows in blocks_of(q, call.height):
             part, relation = q if whole else q[rows], call.pairs.of(rows)
-            s = torch.mm(part, z.T, out=block if whole else block[: len(part)])
+            s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
                 counts.append(ranking_counts(s, relation, settings.scale > 0))
             own = _self_similarity(part, relation, call) if not is_self else None
