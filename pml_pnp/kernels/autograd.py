@@ -183,7 +183,7 @@ def _compute_opaque(
 
 @_compute_opaque.register_fake
 def _(s, self_similarity, *args):
-    n, with_gradient = len(s), args[-1]
+    n, with_gradient = s.shape[0], args[-1]
     return (
         s.new_empty(n),
         s.new_empty(s.shape if with_gradient else 0),
