@@ -184,6 +184,10 @@ class PNPLoss(BaseMetricLossFunction):
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
+        if indices_tuple is not None and torch.compiler.is_compiling():
+            # A tuple of another length would be compiled anew at every call.
+            eagerly = torch.compiler.disable(self.forward)
+            return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         check_inputs(
             embeddings,
             labels,
