@@ -89,7 +89,7 @@ class Recomputed(torch.autograd.Function):
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
-            total = [torch.zeros_like(x) for x in inputs]
+            total: list[Tensor | None] = [None] * len(inputs)  # None for what is not used
             for rows in blocks_of(queries, ctx.chunk_size):
                 losses = ctx.again(rows, queries, references)[0]
                 if losses.requires_grad:
@@ -97,9 +97,13 @@ class Recomputed(torch.autograd.Function):
                     found = torch.autograd.grad(
                         losses, inputs, grad[rows], create_graph=create_graph, allow_unused=True
                     )
-                    total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
+                    total = [_sum(*pair) for pair in zip(total, found, strict=True)]
         found = iter(total)
         return None, None, None, None, *(next(found) if x else None for x in needed)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total + part
 
 
 def _view(x: Tensor | None, is_needed: bool) -> Tensor | None:
