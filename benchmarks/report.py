@@ -22,8 +22,9 @@ RETRIEVAL = RESULTS / "retrieval"
 GRAD_CACHE = RESULTS / "grad_cache"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
-PRODUCT = "products.py"
+EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+PRODUCT, TWO_PRODUCTS = "PNPLoss, in squares", "PNPLoss, two products"
+RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
 TRUNK = "ResNet-50 and PNPLoss"
 NAMES = {
     OURS: "**PNPLoss**",

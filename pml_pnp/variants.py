@@ -69,7 +69,7 @@ VARIANTS = {
     # 1 - 1 / (1 + R)^alpha         alpha / (1 + R)^(alpha + 1)
     "Dq": Variant(
         lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)),
-        lambda r, alpha, b: alpha * torch.exp(-(alpha + 1) * torch.log1p(r)),
+        lambda r, alpha, b: alpha * (1 + r) ** -(alpha + 1),
         13,
     ),
 }
