@@ -31,8 +31,8 @@ from pml_pnp.precision import autocast_off
 SMALLEST_NORM = 1e-12
 # Side of the squares in which a matrix is transposed on a CPU, where it has to stay in cache.
 CPU_TILE = 512
-# Similarities to references other than the batch, at a time, without a chunk_size: 32 MiB.
-REFERENCES_BLOCK = 2**23
+# Similarities to references other than the batch, at a time, without a chunk_size: 128 MiB.
+REFERENCES_BLOCK = 2**25
 
 
 class _Call(NamedTuple):
