@@ -1,0 +1,172 @@
+"""The runs of the study, stage by stage, each left out if it has a row.
+
+`untuned`: every candidate at its defaults, trained on all training classes, measured on `test`.
+`tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the default.
+`tuned`: the best trial's setting, trained on all training classes, measured on `test`.
+
+The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import rows
+import tqdm
+from candidates import CANDIDATES, LEARNING_RATE, PROXY_LEARNING_RATE, Params, objective
+from fitting import METRICS, Outcome, run
+from study_data import DataSet, Part
+
+TRIALS = 20
+SEEDS = 10
+SEED_OF_TRIALS = 0  # the final runs have 1, 2, ...
+TRIALS_AT_RANDOM = 8  # before TPE models what they found
+OBJECTIVE = METRICS[0]
+
+
+class Study:
+    """The study of one data set.
+
+    Args:
+        data: the data set.
+        data_root: where the data is.
+        results: the folder of the CSV files.
+        database: the SQLite file of optuna; made of the rows where it lacks them.
+        losses: the candidates to run, all by default.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        data_root: str | None,
+        results: Path,
+        database: Path,
+        losses: Iterable[str] | None = None,
+    ):
+        self.data = data
+        self.losses = list(CANDIDATES if losses is None else losses)
+        self.path = rows.path_of(data.name, results)
+        self.database = database
+        self.part: Callable[[str], Part] = cache(partial(self._read, data_root))
+
+    def _read(self, data_root: str | None, part: str) -> Part:
+        return self.data.read(part, data_root)
+
+    def rows(self, stage: str | None = None) -> list[rows.Row]:
+        """The rows so far, of one stage or of all."""
+        return [r for r in rows.read(self.path) if stage in (None, r["stage"])]
+
+    def untuned(self, seeds: int = SEEDS) -> None:
+        """Run the defaults of every candidate."""
+        settings = {name: self._defaults(name) for name in self.losses}
+        self._measure("untuned", settings, seeds)
+
+    def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
+        """Run the best setting of every loss whose trials are complete."""
+        self._measure("tuned", self.best_settings(trials), seeds)
+
+    def best_settings(self, trials: int = TRIALS) -> dict[str, Params]:
+        """The best trial of every loss that has so many."""
+        best = {}
+        of_trials = self.rows("tune")
+        for name in self.losses:
+            own = [r for r in of_trials if r["loss"] == name and int(r["trial"]) < trials]
+            if CANDIDATES[name].tuned and len(own) == trials:
+                best[name] = json.loads(max(own, key=lambda r: float(r[OBJECTIVE]))["parameters"])
+        return best
+
+    def tune(self, trials: int = TRIALS) -> None:
+        """Run the trials that are missing, a loss after the other."""
+        for name in self.losses:
+            if CANDIDATES[name].tuned:
+                self._tune(name, trials)
+
+    def _defaults(self, name: str) -> Params:
+        params = {**CANDIDATES[name].defaults, "learning_rate": self.data.learning_rate}
+        if "proxy_learning_rate" in CANDIDATES[name].space:
+            params["proxy_learning_rate"] = PROXY_LEARNING_RATE
+        return params
+
+    def _measure(self, stage: str, settings: dict[str, Params], seeds: int) -> None:
+        done = rows.done(self.rows(stage))
+        todo = [
+            (seed, name)
+            for seed in range(1, seeds + 1)
+            for name in settings
+            if (stage, name, str(seed), "") not in done
+        ]
+        for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
+            outcome = self.fit(name, settings[name], seed, train="training", measured_on="test")
+            self._add(stage, name, seed, "", "test", settings[name], outcome)
+
+    def fit(
+        self, name: str, params: Params, seed: int, train: str, measured_on: str, **kwargs: Any
+    ) -> Outcome:
+        """One run of a candidate."""
+        return run(
+            self.data,
+            self.part(train),
+            self.part(measured_on),
+            lambda classes: objective(name, params, classes),
+            params["learning_rate"],
+            params.get("proxy_learning_rate", PROXY_LEARNING_RATE),
+            seed,
+            **kwargs,
+        )
+
+    def _add(self, stage, name, seed, trial, measured_on, params, outcome) -> None:
+        row = rows.row_of(self.data, stage, name, seed, trial, measured_on, params, outcome)
+        rows.add(self.path, row)
+
+    def _tune(self, name: str, trials: int) -> None:
+        space = {**CANDIDATES[name].space, "learning_rate": LEARNING_RATE}
+        study = self._optuna_study(name, space)
+        number = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        for trial_number in tqdm.trange(
+            number, trials, desc=f"{self.data.name} tune {name}", initial=number, total=trials
+        ):
+            if trial_number == 0:
+                study.enqueue_trial(self._defaults(name), skip_if_exists=True)
+            # So that a resumed study draws what an uninterrupted one would have drawn.
+            study.sampler = _sampler(name, trial_number)
+            trial = study.ask(space)
+            outcome = self.fit(
+                name, trial.params, SEED_OF_TRIALS, train="fit", measured_on="validation"
+            )
+            self._add(
+                "tune", name, SEED_OF_TRIALS, trial_number, "validation", trial.params, outcome
+            )
+            study.tell(trial, outcome.metrics[OBJECTIVE])
+
+    def _optuna_study(self, name: str, space) -> optuna.Study:
+        """The study of a loss, with all trials that have a row."""
+        self.database.parent.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.database}",
+            study_name=f"{self.data.name}, {name}",
+            direction="maximize",
+            load_if_exists=True,
+        )
+        # Rows are written first: a kill between the two leaves a trial that the file lacks.
+        known = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        of_loss = [r for r in self.rows("tune") if r["loss"] == name]
+        for row in sorted(of_loss, key=lambda r: int(r["trial"]))[known:]:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=json.loads(row["parameters"]),
+                    distributions=space,
+                    value=float(row[OBJECTIVE]),
+                )
+            )
+        return study
+
+
+def _sampler(name: str, trial: int) -> optuna.samplers.TPESampler:
+    seed = zlib.crc32(f"{name} {trial}".encode())
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=TRIALS_AT_RANDOM, multivariate=True
+    )
