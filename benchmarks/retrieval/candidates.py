@@ -1,7 +1,7 @@
 """The losses of the study: how each is made, its defaults, and what tuning may change.
 
-A default is the value that PML documents, or the paper's for the losses of peers.py. Tuning searches
-the learning rate of the network besides, for every loss over the same range.
+A default is the value that PML documents, or the paper's for the losses of peers.py. Tuning also
+searches the learning rate of the network, for every loss over the same range.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
     python benchmarks/retrieval/run.py --dataset omniglot --stages untuned --seeds 3
     python benchmarks/retrieval/run.py --dataset clinc150 --stages tune --losses PNP-Ds SupCon
 
-Every run is a row of benchmarks/results/retrieval_study; a run that has one is not repeated, so that
-the command carries on where it was stopped. Two processes can share the work by --losses.
+Every run is a row of benchmarks/results/retrieval_study. A run that has one is not repeated: the
+command carries on where it was stopped. Two processes can share the work by --losses.
 benchmarks/retrieval/study_tables.py makes docs/retrieval.md of the rows.
 """
 

@@ -1,7 +1,8 @@
 """The runs of the study, stage by stage, each left out if it has a row.
 
 `untuned`: every candidate at its defaults, trained on all training classes, measured on `test`.
-`tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the default.
+`tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
+default.
 `tuned`: the best trial's setting, trained on all training classes, measured on `test`.
 
 The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.

@@ -216,7 +216,7 @@ DATA_SETS = {
         lambda: nn.Linear(384, EMBEDDING_SIZE),
         _as_it_is,
         classes_per_batch=55,
-        steps=300,
+        steps=200,
         learning_rate=3e-4,
         about="CLINC150: requests in 150 intents, as frozen features of all-MiniLM-L6-v2 under a "
         "linear layer 384 -> 128",
