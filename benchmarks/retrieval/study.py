@@ -119,9 +119,10 @@ class Study:
             **kwargs,
         )
 
-    def _add(self, stage, name, seed, trial, measured_on, params, outcome) -> None:
+    def _add(self, stage, name, seed, trial, measured_on, params, outcome) -> dict[str, Any]:
         row = rows.row_of(self.data, stage, name, seed, trial, measured_on, params, outcome)
         rows.add(self.path, row)
+        return row
 
     def _tune(self, name: str, trials: int) -> None:
         space = {**CANDIDATES[name].space, "learning_rate": LEARNING_RATE}
@@ -138,10 +139,10 @@ class Study:
             outcome = self.fit(
                 name, trial.params, SEED_OF_TRIALS, train="fit", measured_on="validation"
             )
-            self._add(
+            row = self._add(
                 "tune", name, SEED_OF_TRIALS, trial_number, "validation", trial.params, outcome
             )
-            study.tell(trial, outcome.metrics[OBJECTIVE])
+            study.tell(trial, float(row[OBJECTIVE]))
 
     def _optuna_study(self, name: str, space) -> optuna.Study:
         """The study of a loss, with all trials that have a row."""
@@ -152,6 +153,8 @@ class Study:
             direction="maximize",
             load_if_exists=True,
         )
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # killed
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         # Rows are written first: a kill between the two leaves a trial that the file lacks.
         known = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
         of_loss = [r for r in self.rows("tune") if r["loss"] == name]
