@@ -11,7 +11,6 @@ from study_data import DataSet, Part
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-EXAMPLES_PER_CLASS = 4
 EVALUATED_AT_A_TIME = 1024
 METRICS = ("map_at_r", "precision_at_1", "r_precision")
 
@@ -77,9 +76,9 @@ def run(
 
 def batches(labels: Tensor, data: DataSet, seed: int) -> Tensor:
     """Indices of all batches, (steps, batch size), by PML's sampler."""
-    size = data.classes_per_batch * EXAMPLES_PER_CLASS
+    size = data.classes_per_batch * data.examples_per_class
     np.random.seed(seed)  # PML's sampler draws from NumPy's own generator
-    sampler = MPerClassSampler(labels, EXAMPLES_PER_CLASS, size, data.steps * size)
+    sampler = MPerClassSampler(labels, data.examples_per_class, size, data.steps * size)
     return torch.tensor(list(sampler)).view(data.steps, size)
 
 

@@ -17,30 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fitting import EXAMPLES_PER_CLASS, METRICS, Outcome
+from fitting import Outcome
 from study_data import DataSet
 
 RESULTS = Path(__file__).parents[1] / "results" / "retrieval_study"
 PACKAGES = ("torch", "pytorch-metric-learning", "optuna")
 # What tells one run from another; the other columns are what came of it and where.
-KEY = ("stage", "loss", "seed", "trial")
-COLUMNS = (
-    "dataset",
-    *KEY,
-    "measured_on",
-    *METRICS,
-    "parameters",
-    "steps",
-    "batch_size",
-    "train_seconds",
-    "evaluation_seconds",
-    "machine",
-    "python",
-    *PACKAGES,
-    "pml_pnp",
-    "date",
-    "command",
-)
+KEY = ("stage", "loss", "setting", "seed")
 Row = dict[str, str]
 
 
@@ -59,11 +42,14 @@ def read(path: Path) -> list[Row]:
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
-    """Append a row in one write, so that two processes can share the file."""
+    """Append a row in one write, so that two processes can share the file.
+
+    A new file gets the row's keys as its header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_unfinished_line(path)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
     if not path.exists() or path.stat().st_size == 0:
         writer.writeheader()
     writer.writerow(row)
@@ -95,24 +81,36 @@ def row_of(
     data: DataSet,
     stage: str,
     loss: str,
+    setting: str,
     seed: int,
-    trial: int | str,
     measured_on: str,
     parameters: dict[str, Any],
     outcome: Outcome,
 ) -> dict[str, Any]:
-    """The row of a run that just ended, on this machine."""
+    """The row of a run that just ended, on this machine.
+
+    Args:
+        data: what it ran on.
+        stage: of the study.
+        loss: the candidate.
+        setting: tells runs of a stage, loss and seed apart: the number of the trial, or what a
+            probe changes.
+        seed: of the run.
+        measured_on: the part of the data.
+        parameters: of the candidate.
+        outcome: of the run.
+    """
     return {
         "dataset": data.name,
         "stage": stage,
         "loss": loss,
+        "setting": setting,
         "seed": seed,
-        "trial": trial,
         "measured_on": measured_on,
         **{k: f"{v:.6f}" for k, v in outcome.metrics.items()},
         "parameters": json.dumps(parameters, sort_keys=True),
         "steps": data.steps,
-        "batch_size": data.classes_per_batch * EXAMPLES_PER_CLASS,
+        "batch_size": data.classes_per_batch * data.examples_per_class,
         "train_seconds": f"{outcome.train_seconds:.2f}",
         "evaluation_seconds": f"{outcome.evaluation_seconds:.2f}",
         **_here(),

@@ -3,6 +3,7 @@
     python benchmarks/retrieval/run.py --dataset clinc150 --data-root ../data
     python benchmarks/retrieval/run.py --dataset omniglot --stages untuned --seeds 3
     python benchmarks/retrieval/run.py --dataset clinc150 --stages tune --losses PNP-Ds SupCon
+    python benchmarks/retrieval/run.py --dataset clinc150 --stages temperature batch coarse
 
 Every run is a row of benchmarks/results/retrieval_study. A run that has one is not repeated: the
 command carries on where it was stopped. Two processes can share the work by --losses.
@@ -16,6 +17,7 @@ from pathlib import Path
 import optuna
 import torch
 from candidates import CANDIDATES
+from probes import PROBES, run_probes
 from rows import RESULTS
 from study import SEEDS, TRIALS, Study
 from study_data import DATA_SETS
@@ -37,8 +39,10 @@ def main() -> None:
             study.untuned(args.seeds)
         elif stage == "tune":
             study.tune(args.trials)
-        else:
+        elif stage == "tuned":
             study.tuned(args.seeds, args.trials)
+        else:
+            run_probes(study, stage)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATA_SETS)
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *PROBES), default=STAGES)
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each loss")

@@ -63,7 +63,7 @@ class Study:
 
     def untuned(self, seeds: int = SEEDS) -> None:
         """Run the defaults of every candidate."""
-        settings = {name: self._defaults(name) for name in self.losses}
+        settings = {name: self.defaults(name) for name in self.losses}
         self._measure("untuned", settings, seeds)
 
     def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
@@ -75,7 +75,7 @@ class Study:
         best = {}
         of_trials = self.rows("tune")
         for name in self.losses:
-            own = [r for r in of_trials if r["loss"] == name and int(r["trial"]) < trials]
+            own = [r for r in of_trials if r["loss"] == name and int(r["setting"]) < trials]
             if CANDIDATES[name].tuned and len(own) == trials:
                 best[name] = json.loads(max(own, key=lambda r: float(r[OBJECTIVE]))["parameters"])
         return best
@@ -86,7 +86,8 @@ class Study:
             if CANDIDATES[name].tuned:
                 self._tune(name, trials)
 
-    def _defaults(self, name: str) -> Params:
+    def defaults(self, name: str) -> Params:
+        """The parameters of a candidate's untuned runs."""
         params = {**CANDIDATES[name].defaults, "learning_rate": self.data.learning_rate}
         if "proxy_learning_rate" in CANDIDATES[name].space:
             params["proxy_learning_rate"] = PROXY_LEARNING_RATE
@@ -98,11 +99,11 @@ class Study:
             (seed, name)
             for seed in range(1, seeds + 1)
             for name in settings
-            if (stage, name, str(seed), "") not in done
+            if (stage, name, "", str(seed)) not in done
         ]
         for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
             outcome = self.fit(name, settings[name], seed, train="training", measured_on="test")
-            self._add(stage, name, seed, "", "test", settings[name], outcome)
+            self.add(stage, name, "", seed, "test", settings[name], outcome)
 
     def fit(
         self, name: str, params: Params, seed: int, train: str, measured_on: str, **kwargs: Any
@@ -119,8 +120,9 @@ class Study:
             **kwargs,
         )
 
-    def _add(self, stage, name, seed, trial, measured_on, params, outcome) -> dict[str, Any]:
-        row = rows.row_of(self.data, stage, name, seed, trial, measured_on, params, outcome)
+    def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
+        """Write the row of a run."""
+        row = rows.row_of(self.data, stage, name, setting, seed, measured_on, params, outcome)
         rows.add(self.path, row)
         return row
 
@@ -132,15 +134,16 @@ class Study:
             number, trials, desc=f"{self.data.name} tune {name}", initial=number, total=trials
         ):
             if trial_number == 0:
-                study.enqueue_trial(self._defaults(name), skip_if_exists=True)
+                study.enqueue_trial(self.defaults(name), skip_if_exists=True)
             # So that a resumed study draws what an uninterrupted one would have drawn.
             study.sampler = _sampler(name, trial_number)
             trial = study.ask(space)
             outcome = self.fit(
                 name, trial.params, SEED_OF_TRIALS, train="fit", measured_on="validation"
             )
-            row = self._add(
-                "tune", name, SEED_OF_TRIALS, trial_number, "validation", trial.params, outcome
+            setting = str(trial_number)
+            row = self.add(
+                "tune", name, setting, SEED_OF_TRIALS, "validation", trial.params, outcome
             )
             study.tell(trial, float(row[OBJECTIVE]))
 
@@ -158,7 +161,7 @@ class Study:
         # Rows are written first: a kill between the two leaves a trial that the file lacks.
         known = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
         of_loss = [r for r in self.rows("tune") if r["loss"] == name]
-        for row in sorted(of_loss, key=lambda r: int(r["trial"]))[known:]:
+        for row in sorted(of_loss, key=lambda r: int(r["setting"]))[known:]:
             study.add_trial(
                 optuna.trial.create_trial(
                     params=json.loads(row["parameters"]),

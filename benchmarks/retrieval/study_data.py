@@ -54,10 +54,11 @@ class DataSet:
         read: (part, data root) -> Part; part is fit, validation, training or test.
         network: makes the network, from inputs to embeddings of length 128.
         augment: (inputs, generator) -> inputs, at every step.
-        classes_per_batch: at 4 examples each.
+        classes_per_batch: of a training step.
         steps: of the optimizer.
         learning_rate: of the untuned runs.
-        about: a sentence for the documentation.
+        about: what it is, for the documentation.
+        examples_per_class: of a training step.
     """
 
     name: str
@@ -68,6 +69,7 @@ class DataSet:
     steps: int
     learning_rate: float
     about: str
+    examples_per_class: int = 4
 
 
 def _root(data_root: str | None) -> Path:
