@@ -3,10 +3,10 @@
     python benchmarks/retrieval/study_tables.py            # write them
     python benchmarks/retrieval/study_tables.py --check    # only whether the page has them
 
-A cell of a metric is its mean over the seeds, in percent, and half of the 95 % interval by Student's
-t. The last columns compare with the best peer (the loss of another paper with the highest mean in
-the table), over the seeds that both have: the mean difference, its 95 % interval and p by a paired
-t test.
+A cell of a metric is its mean over the seeds, in percent, and half of the 95 % interval by
+Student's t. The last columns compare with the best peer (the loss of another paper with the highest
+mean in the table), over the seeds that both have: the mean difference, its 95 % interval and p by a
+paired t test.
 """
 
 import argparse
@@ -223,7 +223,7 @@ def grid(stage: str) -> Callable[[list[Row]], str]:
 
 
 def coarse(rows: list[Row]) -> str:
-    """The table of training with coarse labels: a line for each loss, as many metrics as there are."""
+    """The table of training with coarse labels, a line for each loss."""
     of_stage = [r for r in rows if r["stage"] == "coarse"]
     if not of_stage:
         return "No runs yet."

@@ -27,7 +27,7 @@ class Reads:
         chosen = both if part == "training" else list(CLASSES[part])
         generator = torch.Generator().manual_seed(0)
         centres = torch.randn(22, 16, generator=generator)[chosen]
-        labels = torch.arange(len(chosen)).repeat_interleave(6)
+        labels = torch.arange(len(chosen)).repeat_interleave(8)
         inputs = centres[labels] + torch.randn(len(labels), 16, generator=generator)
         return study_data.Part(inputs, labels, tuple(map(str, chosen)), labels // 2)
 
