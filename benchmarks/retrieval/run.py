@@ -18,11 +18,12 @@ import optuna
 import torch
 from candidates import CANDIDATES
 from probes import PROBES, run_probes
+from probes import SEEDS as PROBE_SEEDS
 from rows import RESULTS
 from study import SEEDS, TRIALS, Study
 from study_data import DATA_SETS
 
-STAGES = ("untuned", "tune", "tuned")
+STAGES = ("untrained", "untuned", "tune", "tuned")
 DATABASE = Path("runs") / "retrieval_study.db"
 
 
@@ -35,14 +36,16 @@ def main() -> None:
     data = DATA_SETS[args.dataset]
     study = Study(data, args.data_root, args.results, args.database, args.losses)
     for stage in args.stages:
-        if stage == "untuned":
+        if stage == "untrained":
+            study.untrained()
+        elif stage == "untuned":
             study.untuned(args.seeds)
         elif stage == "tune":
             study.tune(args.trials)
         elif stage == "tuned":
             study.tuned(args.seeds, args.trials)
         else:
-            run_probes(study, stage)
+            run_probes(study, stage, args.probe_seeds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=(*STAGES, *PROBES), default=STAGES)
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
+    parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each loss")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")

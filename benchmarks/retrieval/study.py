@@ -1,5 +1,6 @@
 """The runs of the study, stage by stage, each left out if it has a row.
 
+`untrained`: the network before training, or the features that it is given, measured on `test`.
 `untuned`: every candidate at its defaults, trained on all training classes, measured on `test`.
 `tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
 default.
@@ -9,6 +10,7 @@ The seeds of `untuned` and `tuned` are the same, so that the runs of two losses 
 """
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -17,9 +19,10 @@ from typing import Any
 
 import optuna
 import rows
+import torch
 import tqdm
 from candidates import CANDIDATES, LEARNING_RATE, PROXY_LEARNING_RATE, Params, objective
-from fitting import METRICS, Outcome, run
+from fitting import METRICS, Outcome, embed, retrieval_metrics, run
 from study_data import DataSet, Part
 
 TRIALS = 20
@@ -60,6 +63,16 @@ class Study:
     def rows(self, stage: str | None = None) -> list[rows.Row]:
         """The rows so far, of one stage or of all."""
         return [r for r in rows.read(self.path) if stage in (None, r["stage"])]
+
+    def untrained(self) -> None:
+        """Measure what retrieves without training."""
+        if not self.rows("untrained"):
+            torch.manual_seed(1)
+            begin = time.process_time()
+            test = self.part("test")
+            metrics = retrieval_metrics(embed(self.data.untrained(), test.inputs), test.labels)
+            outcome = Outcome(metrics, 0.0, time.process_time() - begin)
+            self.add("untrained", "", "", 1, "test", {}, outcome)
 
     def untuned(self, seeds: int = SEEDS) -> None:
         """Run the defaults of every candidate."""

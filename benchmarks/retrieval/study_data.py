@@ -53,6 +53,7 @@ class DataSet:
         name: as in the command line.
         read: (part, data root) -> Part; part is fit, validation, training or test.
         network: makes the network, from inputs to embeddings of length 128.
+        untrained: makes what retrieves without training: the network, or less.
         augment: (inputs, generator) -> inputs, at every step.
         classes_per_batch: of a training step.
         steps: of the optimizer.
@@ -64,6 +65,7 @@ class DataSet:
     name: str
     read: Callable[[str, str | None], Part]
     network: Callable[[], nn.Module]
+    untrained: Callable[[], nn.Module]
     augment: Callable[[Tensor, torch.Generator], Tensor]
     classes_per_batch: int
     steps: int
@@ -216,6 +218,7 @@ DATA_SETS = {
         "clinc150",
         _clinc150,
         lambda: nn.Linear(384, EMBEDDING_SIZE),
+        nn.Identity,
         _as_it_is,
         classes_per_batch=55,
         steps=200,
@@ -227,6 +230,7 @@ DATA_SETS = {
         "omniglot",
         _reader_of_images("omniglot", 28, "L", lambda s: s.label.split("/")[0]),
         lambda: _small_net(1),
+        lambda: _small_net(1),
         Warp(turn=0.25, scale=0.15, shift=0.15, mirror=False),
         classes_per_batch=28,
         steps=300,
@@ -237,6 +241,7 @@ DATA_SETS = {
     "grocery": DataSet(
         "grocery",
         _reader_of_images("grocery", 32, "RGB", _kind_of_grocery),
+        lambda: _small_net(3),
         lambda: _small_net(3),
         Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
         classes_per_batch=28,

@@ -97,7 +97,7 @@ def paired(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, flo
 def _cell(values: Iterable[float]) -> str:
     values = list(values)
     half = half_width(values)
-    return f"{100 * np.mean(values):.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return f"{100 * np.mean(values):.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
 
 
 # --- the tables ---------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def final(stage: str) -> Callable[[list[Row]], str]:
         order = sorted(main, key=lambda x: -np.mean([*main[x].values()]))
         best = next((x for x in order if not x.startswith(OURS)), None)
         lines = [
-            f"{conditions(of_stage)}:",
+            f"{conditions(of_stage)}{_untrained(rows)}:",
             "",
             "| loss | "
             + " | ".join(METRICS.values())
@@ -144,12 +144,20 @@ def final(stage: str) -> Callable[[list[Row]], str]:
     return make
 
 
+def _untrained(rows: list[Row]) -> str:
+    found = [r for r in rows if r["stage"] == "untrained"]
+    if not found:
+        return ""
+    values = ", ".join(f"{name} {_cell([float(found[0][m])])}" for m, name in METRICS.items())
+    return f"; without training {values}"
+
+
 def _against(ours: dict[str, float], best: dict[str, float], is_best: bool) -> tuple[str, str]:
     test = None if is_best else paired(ours, best)
     if test is None:
         return "", ""
     difference, half, p = test
-    return f"{100 * difference:+.1f} ± {100 * half:.1f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"{100 * difference:+.2f} ± {100 * half:.2f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _setting(parameters: str) -> str:
@@ -186,7 +194,7 @@ def trials(rows: list[Row]) -> str:
     for loss, values in sorted(found.items(), key=lambda x: -max(x[1])):
         name = f"**{loss}**" if loss.startswith(OURS) else loss
         lines.append(
-            f"| {name} | {len(values)} | {100 * values[0]:.1f} | {100 * max(values):.1f} |"
+            f"| {name} | {len(values)} | {100 * values[0]:.2f} | {100 * max(values):.2f} |"
         )
     return "\n".join(lines)
 

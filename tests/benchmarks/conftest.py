@@ -39,6 +39,7 @@ def tiny():
         "tiny",
         Reads(),
         lambda: torch.nn.Linear(16, study_data.EMBEDDING_SIZE),
+        torch.nn.Identity,
         lambda inputs, generator: inputs + 0.1 * torch.randn(inputs.shape, generator=generator),
         classes_per_batch=6,
         steps=3,

@@ -216,6 +216,17 @@ def test_final_runs_train_on_all_training_classes_and_measure_on_test(shorter, s
     assert {r["measured_on"] for r in study.rows()} == {"test"}
 
 
+def test_what_is_without_training_is_measured_once(shorter, study_of):
+    study = study_of(shorter)
+    study.untrained()
+    study.untrained()
+    (row,) = study.rows()
+    test = shorter.read("test", None)
+    assert float(row["map_at_r"]) == pytest.approx(
+        retrieval_metrics(test.inputs, test.labels)["map_at_r"], abs=1e-6
+    )
+
+
 def test_the_best_trial_is_run_with_every_seed(shorter, study_of):
     study = study_of(shorter, ["PNP-Ds"])
     study.tune(trials=3)

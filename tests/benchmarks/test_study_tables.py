@@ -63,11 +63,18 @@ def test_a_final_table_compares_with_the_best_peer():
     table = study_tables.final("untuned")(rows)
     assert "MAP@R minus that of SupCon" in table
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
-    assert cells(table, "PNP-Ds")[1] == f"52.0 ± {half:.1f}"
-    assert cells(table, "PNP-Ds")[4:6] == ["3", f"+8.0 ± {half:.1f}"]
+    assert cells(table, "PNP-Ds")[1] == f"52.00 ± {half:.2f}"
+    assert cells(table, "PNP-Ds")[4:6] == ["3", f"+8.00 ± {half:.2f}"]
     assert cells(table, "SupCon")[5:] == ["", ""]
     positions = [table.index(f"| {x} ") for x in ("**PNP-Ds**", "SupCon", "Triplet")]
     assert positions == sorted(positions)
+
+
+def test_what_is_without_training_stands_beside_the_table():
+    rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "", 1, 0.25)]
+    assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
+        rows
+    )
 
 
 def test_the_tuned_table_has_the_setting():
@@ -78,7 +85,7 @@ def test_the_tuned_table_has_the_setting():
 
 def test_trials_are_counted_and_the_first_is_the_default():
     rows = [row("tune", "PNP-Ds", 0, v, str(i)) for i, v in ((1, 0.3), (0, 0.2), (2, 0.1))]
-    assert cells(study_tables.trials(rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.0", "30.0"]
+    assert cells(study_tables.trials(rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
 
 
 def test_a_grid_has_a_column_for_each_setting():
@@ -87,8 +94,8 @@ def test_a_grid_has_a_column_for_each_setting():
     rows += [row("temperature", "PNP-Dq auto 1/2", 1, 0.3, "0.25")]
     table = study_tables.grid("temperature")(rows)
     assert "| loss | 0.01 | 0.05 | 0.25 σ |" in table
-    assert cells(table, "PNP-Dq alpha 4") == ["PNP-Dq alpha 4", "", "50.0 ± 0.0", ""]
-    assert cells(table, "PNP-Dq, of the batch") == ["PNP-Dq, of the batch", "", "", "30.0"]
+    assert cells(table, "PNP-Dq alpha 4") == ["PNP-Dq alpha 4", "", "50.00 ± 0.00", ""]
+    assert cells(table, "PNP-Dq, of the batch") == ["PNP-Dq, of the batch", "", "", "30.00"]
 
 
 def test_no_rows_say_so():
@@ -107,5 +114,5 @@ def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
     assert made.startswith("Before\n")
     assert made.endswith("<!-- end -->\nafter\n")
     assert "old" not in made
-    assert "| **PNP-Ds** | 50.0 | 90.0 | 80.0 | 1 |" in made
+    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in made
     assert study_tables.page(made, tmp_path) == made
