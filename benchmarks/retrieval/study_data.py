@@ -57,9 +57,9 @@ class DataSet:
         augment: (inputs, generator) -> inputs, at every step.
         classes_per_batch: of a training step.
         steps: of the optimizer.
-        learning_rate: of the untuned runs.
         about: what it is, for the documentation.
         examples_per_class: of a training step.
+        learning_rate: of the untuned runs, Adam's default.
     """
 
     name: str
@@ -69,9 +69,9 @@ class DataSet:
     augment: Callable[[Tensor, torch.Generator], Tensor]
     classes_per_batch: int
     steps: int
-    learning_rate: float
     about: str
     examples_per_class: int = 4
+    learning_rate: float = 1e-3
 
 
 def _root(data_root: str | None) -> Path:
@@ -222,7 +222,6 @@ DATA_SETS = {
         _as_it_is,
         classes_per_batch=55,
         steps=200,
-        learning_rate=3e-4,
         about="CLINC150: requests in 150 intents, as frozen features of all-MiniLM-L6-v2 under a "
         "linear layer 384 -> 128",
     ),
@@ -234,7 +233,6 @@ DATA_SETS = {
         Warp(turn=0.25, scale=0.15, shift=0.15, mirror=False),
         classes_per_batch=28,
         steps=300,
-        learning_rate=1e-3,
         about="Omniglot small: handwritten characters at 28 x 28, a net of four convolutions "
         "trained from scratch",
     ),
@@ -246,7 +244,6 @@ DATA_SETS = {
         Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
         classes_per_batch=28,
         steps=300,
-        learning_rate=1e-3,
         about="Grocery 64: photographs from shop shelves at 32 x 32, a net of four convolutions "
         "trained from scratch",
     ),

@@ -43,7 +43,6 @@ def tiny():
         lambda inputs, generator: inputs + 0.1 * torch.randn(inputs.shape, generator=generator),
         classes_per_batch=6,
         steps=3,
-        learning_rate=1e-3,
         about="Tiny",
     )
 
