@@ -51,7 +51,7 @@ def run(
     """
     begin = time.process_time()
     torch.manual_seed(seed)
-    network = data.network()
+    network = data.network(train.inputs)
     objective = make_objective(len(train.classes))
     groups = [{"params": list(network.parameters()), "lr": learning_rate}]
     if proxies := list(objective.parameters()):

@@ -4,7 +4,7 @@
 PNPLoss also how many sigmoids are saturated and how large the gradient is, in `signal.csv`.
 `batch`: more classes or more examples per class in a batch, by MAP@R on `validation`.
 `coarse`: train with coarse labels on three quarters of the examples of `fit`, and find the fine
-labels of the others.
+labels of the others. What fine labels to train with reach, and no training, stand beside it.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import rows
 import torch
 import tqdm
 from candidates import Params, TemperatureOfBatch, objective, std_of_negatives
-from fitting import run
-from study import Study
+from fitting import Outcome, run
+from study import UNTRAINED, Study, measure_untrained
 from study_data import DataSet, Part
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -75,25 +75,7 @@ def run_probes(study: Study, stage: str, seeds: int = SEEDS) -> None:
         if (stage, probe.loss, probe.setting, str(seed)) not in done and probe.loss in study.losses
     ]
     for seed, probe in tqdm.tqdm(todo, desc=f"{study.data.name} {stage}"):
-        params = {**study.defaults(probe.loss), **probe.params}
-        train, measured = probe.parts()
-        made: list[nn.Module] = []
-
-        def make(classes: int, made=made, probe=probe, params=params) -> nn.Module:
-            made.append(objective(probe.loss, params, classes))
-            return made[0]
-
-        signal = Signal(made, probe.data.steps)
-        outcome = run(
-            probe.data,
-            train,
-            measured,
-            make,
-            params["learning_rate"],
-            params.get("proxy_learning_rate", 0.0),
-            seed,
-            signal,
-        )
+        params, outcome, measurements = _run(study, probe, seed)
         row = rows.row_of(
             probe.data,
             stage,
@@ -106,18 +88,36 @@ def run_probes(study: Study, stage: str, seeds: int = SEEDS) -> None:
         )
         rows.add(study.path, row)
         if stage == "temperature":
-            for measurement in signal.measurements:
+            same = ("dataset", "loss", "setting", "seed", "machine", "torch", "date", "command")
+            for measurement in measurements:
                 rows.add(
                     study.path.with_name(f"{SIGNAL_FILE}.csv"),
-                    {
-                        "dataset": study.data.name,
-                        "loss": probe.loss,
-                        "setting": probe.setting,
-                        "seed": seed,
-                        **measurement,
-                        **{k: row[k] for k in ("machine", "torch", "date", "command")},
-                    },
+                    {**{k: row[k] for k in same}, **measurement},
                 )
+
+
+def _run(study: Study, probe: Probe, seed: int) -> tuple[Params, Outcome, list[dict[str, str]]]:
+    train, measured = probe.parts()
+    if probe.loss == UNTRAINED:
+        return {}, measure_untrained(probe.data, measured, seed), []
+    params = {**study.defaults(probe.loss), **probe.params}
+    signal = Signal(probe.data.steps)
+
+    def make(classes: int) -> nn.Module:
+        signal.objective = objective(probe.loss, params, classes)
+        return signal.objective
+
+    outcome = run(
+        probe.data,
+        train,
+        measured,
+        make,
+        params["learning_rate"],
+        params.get("proxy_learning_rate", 0.0),
+        seed,
+        signal,
+    )
+    return params, outcome, signal.measurements
 
 
 # --- what is probed ---------------------------------------------------------------------------
@@ -198,26 +198,27 @@ def _held_out(study, loss, setting, params, data=None) -> Probe:
     )
 
 
-def _coarse_and_fine_of(study: Study) -> tuple[Part, Part]:
-    return coarse_and_fine(study.part("fit"))
+def _coarse_and_fine_of(study: Study, fine: bool = False) -> tuple[Part, Part]:
+    return coarse_and_fine(study.part("fit"), fine)
 
 
-def coarse_and_fine(part: Part) -> tuple[Part, Part]:
-    """Three of four examples of every class, with coarse labels; the others, with fine ones."""
+def coarse_and_fine(part: Part, fine: bool = False) -> tuple[Part, Part]:
+    """Three of four examples of every class, with coarse labels; the others, with fine ones.
+
+    With `fine`, all have fine ones.
+    """
     order = torch.argsort(part.labels, stable=True)
     labels = part.labels[order]
     within = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
     first, second = order[within % 4 != 3], order[within % 4 == 3]
-    coarse_names, coarse_labels = part.coarse[first].unique(return_inverse=True)
-    return (
-        Part(
-            part.inputs[first],
-            coarse_labels,
-            tuple(str(x) for x in coarse_names.tolist()),
-            part.coarse[first],
-        ),
-        Part(part.inputs[second], part.labels[second], part.classes, part.coarse[second]),
-    )
+    held_out = Part(part.inputs[second], part.labels[second], part.classes, part.coarse[second])
+    if fine:
+        return Part(
+            part.inputs[first], part.labels[first], part.classes, part.coarse[first]
+        ), held_out
+    names, numbers = part.coarse[first].unique(return_inverse=True)
+    classes = tuple(str(x) for x in names.tolist())
+    return Part(part.inputs[first], numbers, classes, part.coarse[first]), held_out
 
 
 # --- the signal that a loss gives ---------------------------------------------------------------
@@ -227,18 +228,21 @@ class Signal:
     """Measures what PNPLoss and its gradient look like, at the first, middle and last step.
 
     Args:
-        objectives: a list whose first element is the objective, once it is made.
         steps: of the run.
+
+    Attributes:
+        objective: the loss; to be set before the first step.
+        measurements: what was found.
     """
 
-    def __init__(self, objectives: list[nn.Module], steps: int):
-        self.objectives = objectives
+    def __init__(self, steps: int):
+        self.objective: nn.Module | None = None
         self.at = {0: "first", steps // 2: "middle", steps - 1: "last"}
         self.measurements: list[dict[str, str]] = []
 
     def __call__(self, step: int, embeddings: Tensor, labels: Tensor) -> None:
         """Look at a batch; training is not touched."""
-        module = self.objectives[0]
+        module = self.objective
         loss = module.loss if isinstance(module, TemperatureOfBatch) else module
         if step not in self.at or not isinstance(loss, losses.PNPLoss):
             return

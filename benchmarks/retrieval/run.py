@@ -40,8 +40,6 @@ def main() -> None:
             study.untrained()
         elif stage == "untuned":
             study.untuned(args.seeds)
-        elif stage == "slow":
-            study.slow(args.seeds)
         elif stage == "tune":
             study.tune(args.trials)
         elif stage == "tuned":
@@ -56,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATA_SETS)
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, "slow", *PROBES), default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *PROBES), default=STAGES)
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
     parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")

@@ -2,7 +2,6 @@
 
 `untrained`: the network before training, or the features that it is given, measured on `test`.
 `untuned`: every candidate at its defaults, trained on all training classes, measured on `test`.
-`slow`: the same at a learning rate of 0.0003.
 `tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
 default.
 `tuned`: the best trial's setting, trained on all training classes, measured on `test`.
@@ -29,7 +28,7 @@ from study_data import DataSet, Part
 TRIALS = 20
 SEEDS = 10
 SEED_OF_TRIALS = 0  # the final runs have 1, 2, ...
-SLOW = 3e-4
+UNTRAINED = "untrained"  # a stage, and the name of its only row
 TRIALS_AT_RANDOM = 8  # before TPE models what they found
 OBJECTIVE = METRICS[0]
 
@@ -68,24 +67,14 @@ class Study:
 
     def untrained(self) -> None:
         """Measure what retrieves without training."""
-        if not self.rows("untrained"):
-            torch.manual_seed(1)
-            begin = time.process_time()
-            test = self.part("test")
-            metrics = retrieval_metrics(embed(self.data.untrained(), test.inputs), test.labels)
-            outcome = Outcome(metrics, 0.0, time.process_time() - begin)
-            self.add("untrained", "", "", 1, "test", {}, outcome)
+        if not self.rows(UNTRAINED):
+            outcome = measure_untrained(self.data, self.part("test"))
+            self.add(UNTRAINED, UNTRAINED, "", 1, "test", {}, outcome)
 
     def untuned(self, seeds: int = SEEDS) -> None:
         """Run the defaults of every candidate."""
         settings = {name: self.defaults(name) for name in self.losses}
         self._measure("untuned", settings, seeds)
-
-    def slow(self, seeds: int = SEEDS) -> None:
-        """Run the same at a smaller learning rate."""
-        rate = {"learning_rate": SLOW}
-        settings = {name: {**self.defaults(name), **rate} for name in self.losses}
-        self._measure("slow", settings, seeds)
 
     def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
         """Run the best setting of every loss whose trials are complete."""
@@ -191,6 +180,14 @@ class Study:
                 )
             )
         return study
+
+
+def measure_untrained(data: DataSet, measured: Part, seed: int = 1) -> Outcome:
+    """What a network retrieves before training, or the features that it is given."""
+    torch.manual_seed(seed)
+    begin = time.process_time()
+    metrics = retrieval_metrics(embed(data.untrained(), measured.inputs), measured.labels)
+    return Outcome(metrics, 0.0, time.process_time() - begin)
 
 
 def _sampler(name: str, trial: int) -> optuna.samplers.TPESampler:

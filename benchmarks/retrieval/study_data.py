@@ -52,7 +52,7 @@ class DataSet:
     Attributes:
         name: as in the command line.
         read: (part, data root) -> Part; part is fit, validation, training or test.
-        network: makes the network, from inputs to embeddings of length 128.
+        network: inputs to train on -> network, from inputs to embeddings of length 128.
         untrained: makes what retrieves without training: the network, or less.
         augment: (inputs, generator) -> inputs, at every step.
         classes_per_batch: of a training step.
@@ -64,7 +64,7 @@ class DataSet:
 
     name: str
     read: Callable[[str, str | None], Part]
-    network: Callable[[], nn.Module]
+    network: Callable[[Tensor], nn.Module]
     untrained: Callable[[], nn.Module]
     augment: Callable[[Tensor, torch.Generator], Tensor]
     classes_per_batch: int
@@ -125,6 +125,25 @@ def _clinc150(part: str, data_root: str | None) -> Part:
         tuple(classes),
         torch.from_numpy(coarse[of_label[kept]]),
     )
+
+
+@cache
+def _eigenvectors(inputs: Tensor) -> Tensor:
+    """Of their uncentred second moments, by falling eigenvalue: (d, d), one a row."""
+    return torch.linalg.eigh(inputs.T @ inputs).eigenvectors.T.flip(0)
+
+
+def _principal_components(inputs: Tensor) -> nn.Linear:
+    """A linear layer that keeps as much of the inputs as it can.
+
+    Features of a pretrained model serve already; from random weights, training would first have to
+    recover what they lose of them.
+    """
+    layer = nn.Linear(inputs.shape[1], EMBEDDING_SIZE)
+    with torch.no_grad():
+        layer.weight.copy_(_eigenvectors(inputs)[:EMBEDDING_SIZE])
+        layer.bias.zero_()
+    return layer
 
 
 def _as_it_is(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -217,18 +236,18 @@ DATA_SETS = {
     "clinc150": DataSet(
         "clinc150",
         _clinc150,
-        lambda: nn.Linear(384, EMBEDDING_SIZE),
+        _principal_components,
         nn.Identity,
         _as_it_is,
         classes_per_batch=55,
         steps=200,
         about="CLINC150: requests in 150 intents, as frozen features of all-MiniLM-L6-v2 under a "
-        "linear layer 384 -> 128",
+        "linear layer 384 -> 128 that starts as their principal components",
     ),
     "omniglot": DataSet(
         "omniglot",
         _reader_of_images("omniglot", 28, "L", lambda s: s.label.split("/")[0]),
-        lambda: _small_net(1),
+        lambda inputs: _small_net(1),
         lambda: _small_net(1),
         Warp(turn=0.25, scale=0.15, shift=0.15, mirror=False),
         classes_per_batch=28,
@@ -239,7 +258,7 @@ DATA_SETS = {
     "grocery": DataSet(
         "grocery",
         _reader_of_images("grocery", 32, "RGB", _kind_of_grocery),
-        lambda: _small_net(3),
+        lambda inputs: _small_net(3),
         lambda: _small_net(3),
         Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
         classes_per_batch=28,

@@ -293,7 +293,6 @@ def signal(rows: list[Row]) -> str:
 
 PARTS: dict[str, Callable[[list[Row]], str]] = {
     UNTUNED: final(UNTUNED),
-    "slow": final("slow"),
     TUNED: final(TUNED),
     "trials": trials,
     "temperature": grid("temperature"),

@@ -38,7 +38,7 @@ def tiny():
     return study_data.DataSet(
         "tiny",
         Reads(),
-        lambda: torch.nn.Linear(16, study_data.EMBEDDING_SIZE),
+        lambda inputs: torch.nn.Linear(16, study_data.EMBEDDING_SIZE),
         torch.nn.Identity,
         lambda inputs, generator: inputs + 0.1 * torch.randn(inputs.shape, generator=generator),
         classes_per_batch=6,

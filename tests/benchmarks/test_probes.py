@@ -26,7 +26,7 @@ def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
     run_probes(study, stage, seeds=1)
     assert set(study.data.read.parts) <= {"fit", "validation"}
     found = study.rows(stage)
-    assert len(found) == {"temperature": 7, "batch": 5, "coarse": 9}[stage]
+    assert len(found) == {"temperature": 7, "batch": 5, "coarse": 12}[stage]
     assert len(rows.done(found)) == len(found)
     run_probes(study, stage, seeds=1)
     assert study.rows(stage) == found
@@ -60,7 +60,8 @@ def test_saturated_sigmoids_are_those_without_slope():
 
 def test_the_signal_leaves_the_training_alone():
     x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) // 2
-    signal = Signal([losses.PNPLoss(variant="Ds")], steps=3)
+    signal = Signal(steps=3)
+    signal.objective = losses.PNPLoss(variant="Ds")
     for step in range(3):
         signal(step, x, labels)
     assert x.grad is None
@@ -75,5 +76,9 @@ def test_coarse_labels_train_and_fine_ones_are_found(tiny):
     assert train.labels.equal(train.coarse)
     assert len(train.classes) == len(part.coarse.unique()) < len(part.classes)
     assert measured.labels.bincount().tolist() == [2] * 12  # the fourth and the eighth of eight
+    fine, also_measured = coarse_and_fine(part, fine=True)
+    assert fine.inputs.equal(train.inputs)
+    assert also_measured.labels.equal(measured.labels)
+    assert fine.classes == part.classes
     both = {x.numpy().tobytes() for x in torch.cat([train.inputs, measured.inputs])}
     assert len(both) == len(part.labels)

@@ -71,7 +71,7 @@ def test_a_final_table_compares_with_the_best_peer():
 
 
 def test_what_is_without_training_stands_beside_the_table():
-    rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "", 1, 0.25)]
+    rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
     assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
         rows
     )
