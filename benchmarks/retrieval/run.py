@@ -24,7 +24,7 @@ from study import SEEDS, TRIALS, Study
 from study_data import DATA_SETS
 
 STAGES = ("untrained", "untuned", "tune", "tuned")
-DATABASE = Path("runs") / "retrieval_study.db"
+DATABASE = Path(__file__).parents[2] / "runs" / "retrieval_study.db"
 
 
 def main() -> None:
