@@ -168,16 +168,14 @@ def coarse(study: Study) -> Iterator[Probe]:
     data = dataclasses.replace(
         study.data, classes_per_batch=classes, examples_per_class=size // classes
     )
+    split = coarse_and_fine(study.part("fit"))
     for loss, params in COARSE_LOSSES:
         setting = ", ".join(f"{k} {v:g}" for k, v in params.items())
-        yield Probe(
-            loss,
-            setting,
-            params,
-            data,
-            lambda: coarse_and_fine(study.part("fit")),
-            "held-out examples",
-        )
+        yield Probe(loss, setting, params, data, lambda: split, "held-out examples")
+    fine_split = coarse_and_fine(study.part("fit"), fine=True)
+    for loss, params in (("PNP-Ds", {"anneal": 0.05}), ("SupCon", {}), (UNTRAINED, {})):
+        setting = "" if loss == UNTRAINED else "fine labels"
+        yield Probe(loss, setting, params, study.data, lambda: fine_split, "held-out examples")
 
 
 PROBES: dict[str, Callable[[Study], Iterable[Probe]]] = {
@@ -213,9 +211,8 @@ def coarse_and_fine(part: Part, fine: bool = False) -> tuple[Part, Part]:
     first, second = order[within % 4 != 3], order[within % 4 == 3]
     held_out = Part(part.inputs[second], part.labels[second], part.classes, part.coarse[second])
     if fine:
-        return Part(
-            part.inputs[first], part.labels[first], part.classes, part.coarse[first]
-        ), held_out
+        labels = part.labels[first]
+        return Part(part.inputs[first], labels, part.classes, part.coarse[first]), held_out
     names, numbers = part.coarse[first].unique(return_inverse=True)
     classes = tuple(str(x) for x in names.tolist())
     return Part(part.inputs[first], numbers, classes, part.coarse[first]), held_out
