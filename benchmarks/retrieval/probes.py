@@ -68,11 +68,12 @@ class Probe:
 def run_probes(study: Study, stage: str, seeds: int = SEEDS) -> None:
     """Run the probes of a stage that have no row yet."""
     done = rows.done(study.rows(stage))
+    wanted = {*study.losses, UNTRAINED}
     todo = [
         (seed, probe)
         for seed in range(FIRST_SEED, FIRST_SEED + seeds)
         for probe in PROBES[stage](study)
-        if (stage, probe.loss, probe.setting, str(seed)) not in done and probe.loss in study.losses
+        if (stage, probe.loss, probe.setting, str(seed)) not in done and probe.loss in wanted
     ]
     for seed, probe in tqdm.tqdm(todo, desc=f"{study.data.name} {stage}"):
         params, outcome, measurements = _run(study, probe, seed)
