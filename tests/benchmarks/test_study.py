@@ -187,6 +187,12 @@ def test_parts_of_a_data_set_share_no_class(name):
         )
 
 
+def test_the_linear_layer_starts_as_the_principal_components():
+    inputs = torch.randn(200, 100) @ torch.randn(100, 384) / 20  # of rank 100, below 128
+    kept = DATA_SETS["clinc150"].network(inputs)(inputs)
+    torch.testing.assert_close(kept @ kept.T, inputs @ inputs.T, rtol=1e-3, atol=1e-3)
+
+
 def test_an_image_is_warped_and_stays_in_range():
     images = torch.rand(8, 3, 16, 16)
     warp = Warp(turn=0.2, scale=0.2, shift=0.1, mirror=True)
