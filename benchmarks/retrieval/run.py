@@ -19,9 +19,9 @@ import torch
 from candidates import CANDIDATES
 from probes import PROBES, run_probes
 from probes import SEEDS as PROBE_SEEDS
-from study_rows import RESULTS
 from study import SEEDS, TRIALS, Study
 from study_data import DATA_SETS
+from study_rows import RESULTS
 
 STAGES = ("untrained", "untuned", "tune", "tuned")
 DATABASE = Path(__file__).parents[2] / "runs" / "retrieval_study.db"

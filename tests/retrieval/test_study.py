@@ -6,8 +6,8 @@ import sqlite3
 
 import optuna
 import pytest
-import study_rows as rows
 import study as study_module
+import study_rows as rows
 import torch
 from candidates import CANDIDATES, LEARNING_RATE, NTXentInRows, TemperatureOfBatch, objective
 from fitting import METRICS, batches, retrieval_metrics, run
