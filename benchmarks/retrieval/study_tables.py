@@ -19,7 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
 from scipy import stats
+
+from pml_pnp import losses
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval_study"
@@ -28,6 +32,15 @@ END = "<!-- end -->"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 OURS = "PNP"  # the names of this package's losses start so
 UNTUNED, TUNED = "untuned", "tuned"
+AUTO_SHARES = (0.125, 0.25, 0.5, 1.0)
+GRADIENTS_OF = (
+    {"variant": "O"},
+    {"variant": "Iu"},
+    {"variant": "Ib"},
+    {"variant": "Ds"},
+    {"variant": "Dq"},
+    {"variant": "Dq", "alpha": 4},
+)
 Row = dict[str, str]
 
 
@@ -47,14 +60,13 @@ def main() -> None:
 
 def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every part made anew that it has markers for."""
-    for path in sorted(folder.glob("*.csv")):
-        if path.stem == "signal":
-            text = _with(text, "signal", signal(read(path)))
-            continue
-        rows = read(path)
+    files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+    text = _with(text, "signal", signal(files.pop("signal", [])))
+    for name, rows in files.items():
         for part, make in PARTS.items():
-            text = _with(text, f"{path.stem} {part}", make(rows))
-    return text
+            text = _with(text, f"{name} {part}", make(rows))
+    text = _with(text, "anneal of the batch", anneal_of_the_batch(files))
+    return _with(text, "gradients", gradients())
 
 
 def _with(text: str, name: str, made: str) -> str:
@@ -251,6 +263,88 @@ def coarse(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def settings(rows: list[Row]) -> str:
+    """The table of single settings, a line for each, against PNP-Ds as the others have it."""
+    of_stage = [r for r in rows if r["stage"] == "settings"]
+    if not of_stage:
+        return "No runs yet."
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in of_stage:
+        found[row["loss"], row["setting"]][row["seed"]] = float(row["map_at_r"])
+    base = found.get(("PNP-Ds", "include_self True"), {})
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | setting | MAP@R | minus that of PNP-Ds, include_self True | p |",
+        "|---|---|---|---|---|",
+    ]
+    for (loss, setting), values in found.items():
+        against = " | ".join(_against(values, base, values is base))
+        lines.append(f"| {loss} | {setting} | {_cell(values.values())} | {against} |")
+    return "\n".join(lines)
+
+
+def anneal_of_the_batch(files: dict[str, list[Row]]) -> str:
+    """A temperature taken from the batch minus the best fixed one, over all data sets."""
+    lines = [
+        "| data set | loss | best fixed temperature | MAP@R | "
+        + " | ".join(f"{share} σ minus it | p" for share in AUTO_SHARES)
+        + " |",
+        "|---" * (4 + 2 * len(AUTO_SHARES)) + "|",
+    ]
+    for name, rows in files.items():
+        of_stage = [r for r in rows if r["stage"] == "temperature"]
+        for loss in ("PNP-Ds", "PNP-Dq"):
+            fixed: dict[str, dict[str, float]] = defaultdict(dict)
+            auto: dict[str, dict[str, float]] = defaultdict(dict)
+            for row in of_stage:
+                value = float(row["map_at_r"])
+                if row["loss"] == loss and "," not in row["setting"]:
+                    fixed[row["setting"]][row["seed"]] = value
+                elif row["loss"].startswith(f"{loss} auto"):
+                    auto[row["setting"]][row["seed"]] = value
+            if not fixed or not auto:
+                continue
+            best = max(fixed, key=lambda x: np.mean([*fixed[x].values()]))
+            cells = [name, loss, best, _cell(fixed[best].values())]
+            for share in AUTO_SHARES:
+                cells += _against(auto[str(share)], fixed[best], False)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gradients() -> str:
+    """The gradient that a positive gets with R negatives at its similarity, as PNPLoss gives it.
+
+    In units of the gradient of variant O.
+    """
+    numbers = (2, 4, 8, 20, 60, 200)  # of negatives, each of which counts 1/2
+    lines = [
+        "| variant | " + " | ".join(f"R = {number // 2}" for number in numbers) + " |",
+        "|---" * (len(numbers) + 1) + "|",
+    ]
+    of_o = [_gradient_of_positive({"variant": "O"}, number) for number in numbers]
+    for params in GRADIENTS_OF:
+        values = (
+            _gradient_of_positive(params, number) / o
+            for number, o in zip(numbers, of_o, strict=True)
+        )
+        name = ", ".join(str(v) if k == "variant" else f"{k} {v}" for k, v in params.items())
+        lines.append(f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def _gradient_of_positive(params: Row, negatives: int) -> float:
+    loss_func = losses.PNPLoss(
+        **params, include_self=False, distance=DotProductSimilarity(normalize_embeddings=False)
+    )
+    query = torch.ones(1, 1, dtype=torch.float64)
+    references = torch.full((1 + negatives, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0] + [1] * negatives)
+    loss = loss_func(query, labels[:1], ref_emb=references, ref_labels=labels)
+    return -torch.autograd.grad(loss, references)[0][0].item()
+
+
 def conditions_of_probe(rows: list[Row]) -> str:
     """The same of a probe, with the number of its seeds."""
     seeds = len({r["seed"] for r in rows})
@@ -297,6 +391,7 @@ PARTS: dict[str, Callable[[list[Row]], str]] = {
     "trials": trials,
     "temperature": grid("temperature"),
     "batch": grid("batch"),
+    "settings": settings,
     "coarse": coarse,
 }
 
