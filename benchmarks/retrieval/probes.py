@@ -28,7 +28,7 @@ from pml_pnp import losses
 SEEDS = 3
 FIRST_SEED = 101  # not those of the tuning or of the final runs
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-SHARES = (0.125, 0.25, 0.5, 1.0)
+SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
 BATCHES = ((7, 4), (14, 4), (28, 4), (56, 4), (14, 2), (14, 8), (14, 16))
 SETTINGS_AT = 0.05  # the temperature of what varies something else
 COARSE_LOSSES = (

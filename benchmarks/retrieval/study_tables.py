@@ -32,7 +32,7 @@ END = "<!-- end -->"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 OURS = "PNP"  # the names of this package's losses start so
 UNTUNED, TUNED = "untuned", "tuned"
-AUTO_SHARES = (0.125, 0.25, 0.5, 1.0)
+AUTO_SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
 GRADIENTS_OF = (
     {"variant": "O"},
     {"variant": "Iu"},
