@@ -33,6 +33,8 @@ METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": 
 OURS = "PNP"  # the names of this package's losses start so
 UNTUNED, TUNED = "untuned", "tuned"
 AUTO_SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
+BATCH_CONTRASTS = (("56 x 4", "7 x 4"), ("28 x 4", "7 x 4"), ("14 x 16", "14 x 4"))
+BLURRING = "PNP-Iu"  # what the losses that keep the fine classes apart are compared with
 GRADIENTS_OF = (
     {"variant": "O"},
     {"variant": "Iu"},
@@ -211,35 +213,55 @@ def trials(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def grid(stage: str) -> Callable[[list[Row]], str]:
-    """Makes the table of a probe: a line for each loss, a column for each setting."""
+def temperature(rows: list[Row]) -> str:
+    """The table of temperatures: a line for each loss, a column for each temperature."""
+    of_stage = [r for r in rows if r["stage"] == "temperature"]
+    if not of_stage:
+        return "No runs yet."
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in of_stage:
+        prefix, _, setting = row["setting"].rpartition(", ")
+        loss, auto, _ = row["loss"].partition(" auto")
+        name = f"{loss} {prefix}".strip() + (", of the batch" if auto else "")
+        column = f"{setting} σ" if auto else setting
+        cells[name][column].append(float(row["map_at_r"]))
+    columns = list(dict.fromkeys(c for x in cells.values() for c in x))
+    columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, values in cells.items():
+        texts = (_cell(values[c]) if c in values else "" for c in columns)
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
-    def make(rows: list[Row]) -> str:
-        of_stage = [r for r in rows if r["stage"] == stage]
-        if not of_stage:
-            return "No runs yet."
-        cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for row in of_stage:
-            prefix, _, setting = row["setting"].rpartition(", ")
-            loss, auto, _ = row["loss"].partition(" auto")
-            name = f"{loss} {prefix}".strip() + (", of the batch" if auto else "")
-            column = f"{setting} σ" if auto else setting
-            cells[name][column].append(float(row["map_at_r"]))
-        columns = list(dict.fromkeys(c for x in cells.values() for c in x))
-        if stage == "temperature":
-            columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
-        lines = [
-            f"{conditions_of_probe(of_stage)}:",
-            "",
-            "| loss | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for name, values in cells.items():
-            texts = (_cell(values[c]) if c in values else "" for c in columns)
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
-        return "\n".join(lines)
 
-    return make
+def batch(rows: list[Row]) -> str:
+    """The table of batches, and what more classes or more examples of each are worth, paired."""
+    of_stage = [r for r in rows if r["stage"] == "batch"]
+    if not of_stage:
+        return "No runs yet."
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in of_stage:
+        found[row["loss"]][row["setting"]][row["seed"]] = float(row["map_at_r"])
+    columns = list(dict.fromkeys(c for x in found.values() for c in x))
+    contrasts = [(x, y) for x, y in BATCH_CONTRASTS if {x, y} <= set(columns)]
+    heads = [*columns, *(f"{x} minus {y} | p" for x, y in contrasts)]
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | " + " | ".join(heads) + " |",
+        "|---" * (1 + len(columns) + 2 * len(contrasts)) + "|",
+    ]
+    for loss, values in found.items():
+        cells = [_cell(values[c].values()) if c in values else "" for c in columns]
+        for x, y in contrasts:
+            cells += _against(values[x], values[y], False)
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def coarse(rows: list[Row]) -> str:
@@ -247,19 +269,23 @@ def coarse(rows: list[Row]) -> str:
     of_stage = [r for r in rows if r["stage"] == "coarse"]
     if not of_stage:
         return "No runs yet."
-    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    values = {metric: defaultdict(dict) for metric in METRICS}
     for row in of_stage:
         name = row["loss"] + (f", {row['setting']}" if row["setting"] else "")
         for metric in METRICS:
-            cells[name][metric].append(float(row[metric]))
-    order = sorted(cells, key=lambda x: -np.mean(cells[x]["map_at_r"]))
+            values[metric][name][row["seed"]] = float(row[metric])
+    main = values["map_at_r"]
+    base = next((x for x in main if x.startswith(BLURRING)), "")
     lines = [
         f"{conditions_of_probe(of_stage)}:",
         "",
-        "| loss | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-        *(f"| {x} | " + " | ".join(_cell(cells[x][m]) for m in METRICS) + " |" for x in order),
+        "| loss | " + " | ".join(METRICS.values()) + f" | MAP@R minus that of {base} | p |",
+        "|---" * (len(METRICS) + 3) + "|",
     ]
+    for name in sorted(main, key=lambda x: -np.mean([*main[x].values()])):
+        cells = [_cell(values[m][name].values()) for m in METRICS]
+        cells += _against(main[name], main.get(base, {}), name == base)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -389,8 +415,8 @@ PARTS: dict[str, Callable[[list[Row]], str]] = {
     UNTUNED: final(UNTUNED),
     TUNED: final(TUNED),
     "trials": trials,
-    "temperature": grid("temperature"),
-    "batch": grid("batch"),
+    "temperature": temperature,
+    "batch": batch,
     "settings": settings,
     "coarse": coarse,
 }
