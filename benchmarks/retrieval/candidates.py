@@ -258,6 +258,7 @@ CANDIDATES = {
         _loss(_PNP, {"variant": "Dq"}), {"anneal": 0.01, "alpha": 4.0}, {}, "PNP"
     ),
     "PNP-Ds at .05": Candidate(_loss(_PNP, {"variant": "Ds"}), {"anneal": 0.05}, {}, "PNP"),
+    "PNP-Ds at .1": Candidate(_loss(_PNP, {"variant": "Ds"}), {"anneal": 0.1}, {}, "PNP"),
     "PNP-Dq at .05": Candidate(
         _loss(_PNP, {"variant": "Dq"}), {"anneal": 0.05, "alpha": 1.0}, {}, "PNP"
     ),
