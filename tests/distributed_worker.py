@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: python distributed_worker.py OUTPUT_FOLDER, under torchrun."""
+"""One rank of test_distributed.py, which sets the environment: distributed_worker.py FOLDER."""
 
 import sys
 import time

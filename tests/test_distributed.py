@@ -1,6 +1,7 @@
 """Two gloo ranks against one process that holds both halves of the batch."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,33 @@ EFFICIENT = [name for name, case in worker.CASES.items() if case.get("efficient"
 JOINED = [name for name in worker.CASES if name not in EFFICIENT]
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """[{case: (loss, gradient of the model)} of each rank]."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, str(WORKER), str(folder)], check=True, env=environment)
+    environment = {
+        **os.environ,
+        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder)], env={**environment, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
