@@ -22,7 +22,7 @@ def stepwise(loss_func, *args, **kwargs):
 SCALE = Scale()  # a variant with a parameter
 
 
-LEAN = {
+CALLS = {
     "labels": lambda x, y, ref, ref_y: (x, y),
     "references": lambda x, y, ref, ref_y: (x, y, None, ref, ref_y),
     "pairs": lambda x, y, ref, ref_y: (x, None, lmu.get_all_pairs_indices(y)),
@@ -36,34 +36,52 @@ LEAN = {
 }
 
 
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("variant", ["Dq", torch.log1p, SCALE], ids=str)
-@pytest.mark.parametrize("kind", LEAN)
-@pytest.mark.parametrize("name", DISTANCES)
+# Every distance with every kind of call; for one that is a product and one that is none, also every
+# kind of variant, with and without the query itself.
+CASES = [
+    (name, kind, variant, include_self)
+    for name in DISTANCES
+    for kind in CALLS
+    for variant in ("Dq", torch.log1p, SCALE)
+    for include_self in (True, False)
+    if name in ("cosine", "lp") or (variant == "Dq" and include_self)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "variant", "include_self"), CASES, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_chunks_give_the_values_and_gradients_of_the_whole_batch(
     name, kind, variant, include_self, device
 ):
     distance = DISTANCES[name]().to(device, torch.float64)
     x, y = batch(dtype=torch.float64, device=device)
     ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
-    args = LEAN[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
+    args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
     variant = copy.deepcopy(variant).double() if variant == SCALE else variant
     kwargs = {"distance": distance, "variant": variant, "include_self": include_self}
     whole = stepwise(PNPLoss(anneal=0.1, **kwargs), *args)
     for chunk_size in (1, 7, 23):
-        lean = stepwise(PNPLoss(anneal=0.1, chunk_size=chunk_size, **kwargs), *args)
-        for got, want in zip(lean, whole, strict=True):
+        chunks = stepwise(PNPLoss(anneal=0.1, chunk_size=chunk_size, **kwargs), *args)
+        for got, want in zip(chunks, whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
 
 
-def test_chunks_record_the_statistics_of_the_whole_batch():
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.LpDistance()])
+@pytest.mark.parametrize("kind", CALLS)
+def test_chunks_record_the_statistics_of_the_whole_batch(kind, distance):
+    """Once, although backward computes chunks again."""
     x, y = batch()
+    args = CALLS[kind](x.requires_grad_(), y, *batch(n=13))
     stats = []
     for chunk_size in (None, 5):
-        loss_func = PNPLoss(collect_stats=True, chunk_size=chunk_size)
-        loss_func(x.requires_grad_(), y).backward()
-        stats.append(recorded(loss_func, "_record_these_stats"))
-    assert stats[0] == stats[1] and stats[0]["negatives_before_positive"] > 0
+        loss_func = PNPLoss(collect_stats=True, chunk_size=chunk_size, distance=distance)
+        loss = loss_func(*args)
+        before = recorded(loss_func, "_record_these_stats")
+        loss.backward()
+        stats += [before, recorded(loss_func, "_record_these_stats")]
+    assert stats[0]["negatives_before_positive"] > 0
+    assert stats == 4 * stats[:1]
 
 
 def test_chunks_work_with_reducers_and_a_memory():
@@ -88,11 +106,39 @@ def test_chunks_without_a_gradient():
     assert not PNPLoss(chunk_size=5)(x, y).requires_grad
 
 
-def test_chunks_are_differentiable_twice():
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.SNRDistance()])
+def test_chunks_are_differentiable_twice(distance):
     x, y = batch(n=7, d=3, classes=2, dtype=torch.float64)
-    for distance in (distances.CosineSimilarity(), distances.SNRDistance()):
-        loss_func = PNPLoss(variant="Iu", anneal=0.3, chunk_size=3, distance=distance)
-        assert torch.autograd.gradgradcheck(lambda x, f=loss_func: f(x, y), x.requires_grad_())
+    loss_func = PNPLoss(variant="Iu", anneal=0.3, chunk_size=3, distance=distance)
+    assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
+@pytest.mark.parametrize("collect_stats", [False, True])
+@pytest.mark.parametrize("name", ["cosine", "dot", "snr", "user's own, learning"])
+@pytest.mark.parametrize("kind", CALLS)
+def test_create_graph_with_chunks(kind, name, collect_stats):
+    """First and second derivatives, of embeddings, references and parameters of the distance."""
+    x, y = batch(n=12, dtype=torch.float64)
+    ref, ref_y = batch(n=13, dtype=torch.float64)
+    args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
+    distance = DISTANCES[name]().double()
+    inputs = [t for t in args if getattr(t, "requires_grad", False)] + [*distance.parameters()]
+    results = []
+    for chunk_size in (None, 5):
+        loss_func = PNPLoss(
+            anneal=0.3,
+            variant="Ds",
+            distance=distance,
+            chunk_size=chunk_size,
+            collect_stats=collect_stats,
+        )
+        grads = torch.autograd.grad(loss_func(*args), inputs, create_graph=True)
+        total = sum(grad.square().sum() for grad in grads)
+        results.append([*grads, *torch.autograd.grad(total, inputs)])
+        stats = recorded(loss_func, "_record_these_stats")
+        assert (stats.get("negatives_before_positive", 0) > 0) is collect_stats
+    assert all(grad.abs().max() > 1e-6 for grad in results[0])
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.SNRDistance()])
