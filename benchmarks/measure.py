@@ -1,51 +1,65 @@
-"""Measure time and memory of PNPLoss, of the losses it stands beside, and of the least it could be.
+"""Measure time and memory of PNPLoss, of other losses, and of the products that all of them need.
 
     python benchmarks/measure.py                       # everything, for this machine's device
     python benchmarks/measure.py --only small queue    # some of it
     python benchmarks/measure.py --device cuda --dtypes float32 bfloat16
 
 A row is one provider at one size: forward and backward of the whole loss from embeddings. Rows are
-written as they are measured, to a new file in benchmarks/results; benchmarks/report.py makes the
-README's table and plot of them.
+written as they are measured, to a new file in benchmarks/results; benchmarks/report.py makes
+docs/performance.md, the table in the README and the plot of them.
 
-The floor is what no loss of this kind can do without: normalize, multiply to similarities, and the
-same back, with a gradient that is already there. Providers of a size are measured in turn, several
-times around, in one process, so that their ratios mean something on a machine that has other work.
-Memory is the peak beyond the inputs, each in a process of its own.
+The floor is the part of a step that every loss on a similarity matrix has: normalize, multiply to
+similarities, and backward from a gradient that is already there, as autograd does it. Providers of
+a size are measured in turn, several times around, in one process, so that other work on the machine
+changes their ratios little. Memory is the peak beyond the inputs, each number from a process of its
+own.
+
+Parts:
+    small, large, largest  all losses that a batch of this size suits
+    many positives         PNPLoss with large classes
+    growth                 PNPLoss over N, with and without a chunk_size
+    queue                  PNPLoss in a CrossBatchMemory
+    kernel                 losses and gradient of given similarities, against torch.compile
+    blocks                 the same in blocks of several sizes
+    sigmoids               the same, as ratios of exponentials and as sigmoids of differences
+    products               three ways to multiply the gradient of a batch with itself
+    trunk                  PNPLoss within a training step of a ResNet-50
+    memory, memory, lean   peak of PNPLoss, without and with a chunk_size
 """
 
 import argparse
-import csv
-import datetime
-import os
-import platform
-import shlex
-import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
+import peers
 import torch
-import tqdm
 from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning.distances import CosineSimilarity
+from rows import (
+    MACHINE,
+    RESULTS,
+    TIMES,
+    machine,
+    new_file,
+    number_of_process,
+    peak_bytes,
+    times_in_turn,
+    write,
+)
 from torch.nn.functional import normalize
-from torch.utils.benchmark import Timer
 
-from pml_pnp import losses, products
-from pml_pnp.kernels import Settings, autograd, eager
-from pml_pnp.relation import Relation
+from pml_pnp import losses
+from pml_pnp.ops import eager, product
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
 
-RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
-PRODUCT, AT_ONCE = "products.py", "products.py, not in squares"
-OVERWRITING, SPARING = "PNPLoss, overwriting s", "PNPLoss, not overwriting s"
-BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (0.5, 1, 2, 2.5, 4, 16)}
+EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+PRODUCT, AT_ONCE = "PNPLoss, in squares", "PNPLoss, not in squares"
+TWO_PRODUCTS = "PNPLoss, two products"
+RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
+BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (1, 2.5, 4, 5, 10, 20)}
 TRUNK = "ResNet-50 and PNPLoss"
 CHUNK = 2048
 PEERS = (
@@ -57,14 +71,14 @@ PEERS = (
     "TripletMarginLoss",
     "NTXentLoss",
 )
-# The largest batch a provider is asked for: beyond it takes minutes, or more memory than there is.
+RESEARCH = ("SmoothAP", "SupAP", "RecallAtK")  # of peers.py
+# The largest batch of the table, with 4 per class, for which a provider takes at most about 3 s and
+# 1.5 GiB on a CPU; NTXentLoss takes 2.7 GiB at 384.
 LARGEST = {
-    BUILT_IN: 384,
-    "SmoothAPLoss": 384,
-    "TripletMarginLoss": 384,
-    "NTXentLoss": 384,
-    "FastAPLoss": 1024,
+    **dict.fromkeys((BUILT_IN, "SmoothAPLoss", "NTXentLoss"), 384),
+    **dict.fromkeys(("FastAPLoss", "TripletMarginLoss", "SupAP"), 1024),
     **dict.fromkeys(("MultiSimilarityLoss", "SupConLoss", "ContrastiveLoss"), 4096),
+    **dict.fromkeys(("SmoothAP", "RecallAtK"), 4096),
 }
 # (N, per class, d) of each part.
 SIZES = {
@@ -77,18 +91,18 @@ SIZES = {
     "kernel": [(n, 4, 512) for n in (384, 4096)],
     "blocks": [(1024, 32, 512), (4096, 4, 512)],
     "products": [(n, 4, 512) for n in (384, 4096)],
-    "overwriting": [(n, 4, 512) for n in (32, 384, 4096)],
+    "sigmoids": [(384, 4, 512), (1024, 32, 512), (4096, 4, 512)],
     "trunk": [(384, 4, 512)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
 ON_GPU_ALONE = ("largest", "trunk")
-ON_CPU_ALONE = ("blocks", "products", "overwriting")
+ON_CPU_ALONE = ("blocks", "products", "sigmoids")
 QUEUE = 65536
 COLUMNS = (
-    "part,provider,device,dtype,N,M,per_class,d,chunk_size,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
-    "hardware,threads,python,torch,pytorch_metric_learning,pml_pnp,date,command"
-).split(",")
+    *("part", "provider", "device", "dtype", "N", "M", "per_class", "d", "chunk_size"),
+    *(*TIMES, "peak_bytes", *MACHINE),
+)
 
 
 def main() -> None:
@@ -102,13 +116,11 @@ def main() -> None:
         provider, n, per_class, d = args.memory_of
         print(_peak_bytes(provider, int(n), int(per_class), int(d), device, args.dtypes[0]))
         return
-    path = args.output or RESULTS / f"{device.type}-{datetime.date.today()}.csv"
-    if path.exists() and not args.append:
-        raise SystemExit(f"{path} exists; name another with --output, or --append to it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_file(RESULTS, args.output, device, args.append)
     not_here = ON_GPU_ALONE if device.type == "cpu" else ON_CPU_ALONE
     parts = args.only or [p for p in SIZES if p not in not_here]
-    _write(path, _rows(parts, device, args.dtypes, args.rounds, args.seconds))
+    rows = _rows(parts, device, args.dtypes, args.rounds, args.seconds)
+    write(path, COLUMNS, rows, "{part:15} {provider:20} N={N:<6}")
     print(path)
 
 
@@ -156,7 +168,7 @@ def build(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> 
     elif provider == BUILT_IN:
         loss_func = pml_losses.PNPLoss(variant="Dq")
     else:
-        loss_func = getattr(pml_losses, provider)()
+        loss_func = getattr(peers if provider in RESEARCH else pml_losses, provider)()
 
     def step() -> None:
         loss_func(x, labels).backward()
@@ -219,7 +231,7 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
     settings = Settings(100.0, "Dq", 1.0, 2.0, True)
     if provider != COMPILED:
         block = BLOCKS.get(provider, eager.CPU_BLOCK)
-        sums = partial(eager.query_losses, s, None, relation, settings, True)
+        sums = partial(eager.losses_and_gradient, s, None, relation, settings, True)
         return _with(eager, "CPU_BLOCK", block, sums)
     index = relation.positives(slice(0, n), per_class, per_class)
 
@@ -246,27 +258,25 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
 
 
 def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: str):
-    """Make the two products, and what lies between them and the embeddings, alone."""
-    if provider == FLOOR:
-        return build(provider, n, per_class, d, device, dtype)
-    x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-    ones, distance = torch.ones(n, n, device=device, dtype=x.dtype), CosineSimilarity()
+    """Make a step that multiplies the gradient of s = z z^T in one of three ways, or the floor.
 
-    def step() -> None:
-        products.self_product(x, distance).backward(ones)
-        x.grad = None
-
-    return _with(products, "CPU_TILE", n if provider == AT_ONCE else products.CPU_TILE, step)
+    The gradient of z is (G + G^T) z: one product of the sum, in squares or at once, or two products
+    G z and G^T z, as autograd makes them.
+    """
+    step = build(FLOOR if provider == FLOOR else OURS, n, per_class, d, device, dtype)
+    if provider == TWO_PRODUCTS:
+        return _with(product, "_times_both", lambda grad, z: grad @ z + grad.T @ z, step)
+    return _with(product, "CPU_TILE", n if provider == AT_ONCE else product.CPU_TILE, step)
 
 
-def build_overwriting(provider: str, n: int, per_class: int, d: int, device, dtype: str):
-    """Make a step whose gradient takes the place of the similarities, or does not."""
-    step = build(OURS, n, per_class, d, device, dtype)
-    smallest = 0 if provider == OVERWRITING else n * n + 1
-    return _with(autograd, "SMALLEST_OVERWRITTEN", smallest, step)
+def build_sigmoids(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make losses and gradient of a similarity, with sigmoids in one way or the other."""
+    step = build_kernel(EAGER, n, per_class, d, device, dtype)
+    ranges = dict.fromkeys(eager.LARGEST_RANGE, -1.0) if provider == SINGLE else eager.LARGEST_RANGE
+    return _with(eager, "LARGEST_RANGE", ranges, step)
 
 
-def _with(module, name: str, value: int, step: Callable[[], object]) -> Callable[[], None]:
+def _with(module, name: str, value, step: Callable[[], object]) -> Callable[[], None]:
     """Make a step that takes another value for a constant of a module."""
     usual = getattr(module, name)
 
@@ -286,7 +296,8 @@ def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: flo
                 sizes = {"N": n, "M": n, "per_class": per_class, "d": d}
                 if part == "queue":
                     sizes["M"] = QUEUE
-                row = {"part": part, "dtype": dtype, **sizes, **_machine(device)}
+                where = {"device": device.type, **machine(device, __file__)}
+                row = {"part": part, "dtype": dtype, **sizes, **where}
                 if part.startswith("memory"):
                     provider = LEAN if "lean" in part else OURS
                     size = provider, n, per_class, d
@@ -307,107 +318,31 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     """Time of each provider, measured in turn."""
     providers = [FLOOR, OURS]
     if part in ("small", "large"):
-        providers += [p for p in (BUILT_IN, *PEERS) if n <= LARGEST[p]]
+        providers += [p for p in (BUILT_IN, *PEERS, *RESEARCH) if n <= LARGEST[p]]
     if part in ("large", "growth") and n >= 4096:
         providers.append(LEAN)
     make = build_queue if part == "queue" else build
     others = {
         "kernel": ([EAGER, COMPILED], build_kernel),
         "blocks": (list(BLOCKS), build_kernel),
-        "products": ([FLOOR, PRODUCT, AT_ONCE], build_product),
-        "overwriting": ([OVERWRITING, SPARING], build_overwriting),
+        "products": ([FLOOR, PRODUCT, AT_ONCE, TWO_PRODUCTS], build_product),
+        "sigmoids": ([RATIOS, SINGLE], build_sigmoids),
         "trunk": ([OURS, TRUNK], build_trunk),
     }
     providers, make = others.get(part, (providers, make))
-    timers = {
-        p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
-                 num_threads=torch.get_num_threads())
-        for p in providers
-    }  # fmt: skip
-    times = {p: [] for p in providers}
-    for timer in timers.values():
-        timer.timeit(1)
-    for _ in range(rounds):
-        for provider, timer in timers.items():
-            times[provider] += timer.blocked_autorange(min_run_time=seconds).times
-    for provider, t in times.items():
-        low, *_, high = statistics.quantiles(t, n=5)
-        quantiles = {"median_ms": statistics.median(t), "q20_ms": low, "q80_ms": high}
-        yield provider, {**{k: f"{1e3 * v:.4g}" for k, v in quantiles.items()}, "repeats": len(t)}
+    steps = {p: make(p, n, per_class, d, device, dtype) for p in providers}
+    return times_in_turn(steps, rounds, seconds)
 
 
 def _in_process(size: tuple, device, dtype: str) -> int:
     """Peak memory of one step, from a process in which nothing else has been done."""
-    where = ["--device", str(device), "--threads", str(torch.get_num_threads())]
-    what = ["--dtypes", dtype, "--memory-of", *map(str, size)]
-    command = [sys.executable, __file__, *where, *what]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    where = "--device", device, "--threads", torch.get_num_threads()
+    return number_of_process(__file__, *where, "--dtypes", dtype, "--memory-of", *size)
 
 
 def _peak_bytes(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> int:
     build(provider, 64, 4, d, device, dtype)()  # what libraries take for themselves
-    step = build(provider, n, per_class, d, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    before = _resident_peak()
-    step()
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    """Most bytes of memory this process has had; its parent's do not count."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-# --- where, and how it is written down
-
-
-def _machine(device) -> dict[str, str | int]:
-    return {
-        "device": device.type,
-        "hardware": _hardware(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pytorch_metric_learning": metadata.version("pytorch-metric-learning"),
-        "pml_pnp": metadata.version("pml_pnp"),
-        "date": str(datetime.date.today()),
-        "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
-    }
-
-
-def _hardware(device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _write(path: Path, rows) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            file.flush()
-            shown = row.get("median_ms") or f"{row['peak_bytes'] / 2**20:.0f} MiB"
-            tqdm.tqdm.write(f"{row['part']:15} {row['provider']:20} N={row['N']:<6} {shown}")
+    return peak_bytes(build(provider, n, per_class, d, device, dtype), device)
 
 
 if __name__ == "__main__":

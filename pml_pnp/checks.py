@@ -27,6 +27,36 @@ def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> 
         )
 
 
+# What the formulas hold in each dtype without overflow, and without underflow to zero.
+RANGES = {torch.float32: 1e30, torch.float64: 1e300}
+
+
+def check_range(dtype: torch.dtype, **hyperparameters: float) -> None:
+    """Raise ValueError unless all are within what the dtype of the computation can hold."""
+    largest = RANGES[dtype]
+    for name, value in hyperparameters.items():
+        if not 1 / largest <= value <= largest:
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} must be from {1 / largest:g} to {largest:g} to be computed in {kind}, "
+                f"got {value!r}"
+            )
+
+
+def check_include_self(include_self) -> None:
+    """Raise TypeError unless it is a bool."""
+    if not isinstance(include_self, bool):
+        raise TypeError(f"include_self must be True or False, got {include_self!r}")
+
+
+def check_part(name: str, part) -> None:
+    """Raise TypeError unless a reducer or regularizer is None or an instance, no class or name."""
+    if part is None or (callable(part) and not isinstance(part, type)):
+        return
+    got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+    raise TypeError(f"{name} must be an instance of a {name} of pytorch_metric_learning, got {got}")
+
+
 def check_chunk_size(chunk_size) -> None:
     """Raise TypeError or ValueError unless it is None or a positive integer."""
     if chunk_size is None:
@@ -87,11 +117,18 @@ def _check_labels(name: str, labels, embeddings_name: str, embeddings: Tensor) -
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    check_real(name, labels)
     if labels.shape != (len(embeddings),):
         raise ValueError(
             f"{name} must have shape ({len(embeddings)},), one per row of {embeddings_name}, "
             f"got {tuple(labels.shape)}"
         )
+
+
+def check_real(name: str, labels: Tensor) -> None:
+    """Raise TypeError if labels are complex."""
+    if labels.is_complex():
+        raise TypeError(f"{name} must be real, got {labels.dtype}")
 
 
 def _check_tuple(indices_tuple, n: int, m: int) -> None:
@@ -126,11 +163,12 @@ def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
         [torch.stack(indices_tuple[i].long().aminmax()) for i in filled]
     ).tolist()
     for position, (low, high) in zip(filled, extremes, strict=True):
-        size = sizes[position]
+        size, wrong = sizes[position], low if low < 0 else high
         if low < 0 or high >= size:
+            if indices_tuple[position].dtype == torch.uint64:
+                wrong %= 2**64
             raise ValueError(
-                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, "
-                f"got {low if low < 0 else high}"
+                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, got {wrong}"
             )
 
 
@@ -154,7 +192,7 @@ def check_relation(similarity: Tensor, labels, ref_labels, positive_mask, negati
     }
     names = [name for name, is_given in given.items() if is_given]
     if names == ["positive_mask", "negative_mask"]:
-        _check_masks(similarity, positive_mask, negative_mask)
+        check_masks(similarity, positive_mask, negative_mask)
     elif names not in (["labels"], ["labels", "ref_labels"]):
         raise ValueError(
             "expected either labels (and ref_labels) or both positive_mask and negative_mask, "
@@ -162,7 +200,8 @@ def check_relation(similarity: Tensor, labels, ref_labels, positive_mask, negati
         )
 
 
-def _check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor) -> None:
+def check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor) -> None:
+    """Raise TypeError or ValueError unless both are bool, of the shape of `similarity`."""
     for name, mask in (("positive_mask", positive_mask), ("negative_mask", negative_mask)):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

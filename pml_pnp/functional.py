@@ -5,9 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pml_pnp.checks import check_relation, check_similarity, check_vector
-from pml_pnp.kernels import Settings, query_losses, ranking_counts
-from pml_pnp.relation import Relation
+from pml_pnp.checks import check_masks, check_real, check_relation, check_similarity, check_vector
+from pml_pnp.ops.settings import Settings
+from pml_pnp.ops.similarity import query_losses, ranking_counts
+from pml_pnp.pairs import Relation, plain
+from pml_pnp.precision import at_least_float32
 
 
 def pnp_loss(
@@ -94,6 +96,8 @@ def pnp_loss(
     Source: Li et al., *Rethinking the Optimization of Average Precision: Only Penalizing Negative
     Instances before Positive Ones is Enough*, AAAI 2022, arXiv 2102.04640.
     """
+    check_similarity(similarity)
+    dtype = at_least_float32(similarity.dtype)
     settings = Settings.checked(
         b=b,
         alpha=alpha,
@@ -101,15 +105,15 @@ def pnp_loss(
         variant=variant,
         include_self=include_self,
         is_inverted=is_inverted,
+        dtype=dtype,
     )
-    check_similarity(similarity)
     check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
-    s = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    s = plain(similarity).to(dtype)
     if labels is not None:
         relation = _relation_from_labels(s, labels, ref_labels)
     else:
         relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
-    if include_self and not (relation.own is not None and self_similarity is None):
+    if include_self and not (relation.query_column is not None and self_similarity is None):
         self_similarity = _checked_self_similarity(s, self_similarity)
     losses = query_losses(s, self_similarity, relation, settings)
     return losses.to(similarity.dtype), relation.counted
@@ -136,18 +140,23 @@ def ranking_statistics(
         >>> ranking_statistics(similarity, positive, ~positive)
         (tensor(2.), tensor(1.))
     """
-    relation = Relation.from_masks(positive_mask, negative_mask)
-    before, behind, positives = ranking_counts(similarity, relation, is_inverted)
+    check_similarity(similarity)
+    check_masks(similarity, positive_mask, negative_mask)
+    s = plain(similarity).to(at_least_float32(similarity.dtype))
+    relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
+    before, behind, positives = ranking_counts(s, relation, is_inverted)
     return before / positives.clamp(min=1), behind / positives.clamp(min=1)
 
 
 def _relation_from_labels(s: Tensor, labels: Tensor, ref_labels: Tensor | None) -> Relation:
     n, m = s.shape
     check_vector("labels", labels, n)
-    labels = labels.to(s.device)
+    check_real("labels", labels)
+    labels = plain(labels).to(s.device)
     if ref_labels is not None:
         check_vector("ref_labels", ref_labels, m)
-        return Relation.from_labels(labels, ref_labels.to(s.device), None)
+        check_real("ref_labels", ref_labels)
+        return Relation.from_labels(labels, plain(ref_labels).to(s.device), None)
     if n != m:
         raise ValueError(
             "without ref_labels, similarity must be square (the references are the queries), "
@@ -163,4 +172,4 @@ def _checked_self_similarity(s: Tensor, given: Tensor | None) -> Tensor:
             "unless labels say that the references are the queries, got None"
         )
     check_vector("self_similarity", given, len(s))
-    return given.to(s)
+    return plain(given).to(s)

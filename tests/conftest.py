@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DEVICE, DTYPES
 
-from pml_pnp.kernels import autograd
+from pml_pnp.ops import eager
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -22,9 +22,12 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def _small_similarities_are_overwritten_too(monkeypatch):
-    monkeypatch.setattr(autograd, "SMALLEST_OVERWRITTEN", 0)
+@pytest.fixture(params=["ratios", "one by one"])
+def sigmoids(request, monkeypatch):
+    """Sigmoids in either way, whatever the size of the batch."""
+    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
+    if request.param == "one by one":
+        monkeypatch.setattr(eager, "LARGEST_RANGE", dict.fromkeys(eager.LARGEST_RANGE, -1.0))
 
 
 @pytest.fixture(autouse=True)

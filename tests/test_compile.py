@@ -68,32 +68,26 @@ def test_a_callable_variant_compiles():
     assert_equal(torch.compile(loss_func, backend="aot_eager"), loss_func, *batch())
 
 
-def number_of_graphs(loss_func, sizes, indices_of):
-    """After each of some batches of these sizes, which must give what eager mode gives."""
+@pytest.mark.parametrize(
+    "make",
+    [None, lmu.get_all_pairs_indices, lmu.get_all_triplets_indices],
+    ids=["labels", "pairs", "triplets"],
+)
+def test_from_the_second_batch_size_on_nothing_is_compiled_anew(make):
+    """The graphs of the second batch size are those of every later one."""
+    loss_func = PNPLoss(variant="Dq", anneal=0.1)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss_func, backend=graphs)
-    numbers = []
-    for n in sizes:
+    counts = []
+    for n in (24, 24, 32, 40, 27):
         x, y = batch(n=n)
-        assert_equal(compiled, loss_func, x, y, indices_of(y))
-        numbers.append(graphs.frame_count)
-    return numbers
-
-
-def test_one_graph_for_the_first_batch_size_and_one_for_all_others():
-    loss_func = PNPLoss(variant="Dq", anneal=0.1)
-    numbers = number_of_graphs(loss_func, [24, 24, 32, 40, 27], lambda y: None)
-    if TRACES_PML:
-        assert numbers == [1, 1, 2, 2, 2]
-    else:
-        assert numbers[0] == numbers[1] and numbers[2] == numbers[4]
-
-
-def test_a_tuple_of_another_length_compiles_once_more():
-    """What is compiled for the second batch, of another size, is used for every later one."""
-    loss_func = PNPLoss(variant="Dq", anneal=0.1)
-    _, second, third = number_of_graphs(loss_func, [24, 32, 40], lmu.get_all_triplets_indices)
-    assert second == third
+        assert_equal(compiled, loss_func, x, y, None if make is None else make(y))
+        counts.append(graphs.frame_count)
+    first, again, second, *later = counts
+    if make is None and TRACES_PML:
+        assert (first, second) == (1, 2)
+    assert first == again
+    assert later == [second] * 2
 
 
 @pytest.mark.parametrize("chunk_size", [7, 24])

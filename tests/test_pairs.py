@@ -5,7 +5,7 @@ import torch
 from helpers import sets_from_labels, sets_from_tuple
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from pml_pnp.relation import Relation
+from pml_pnp.pairs import Pairs, QueryColumns, Relation
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([3, 1, 3, 0, 1, 1, 7])
@@ -18,10 +18,10 @@ def sets(relation, m):
     As in helpers.py, a query that is among the references is in neither set of its own.
     """
     n = len(relation.start)
-    own = [None] * n if relation.own is None else relation.own.tolist()
+    own = [None] * n if relation.query_column is None else relation.query_column.tolist()
     positives = []
-    for a, (start, stop) in enumerate(zip(relation.start, relation.stop, strict=True)):
-        columns = relation.columns[start:stop].tolist()
+    for a, (start, number) in enumerate(zip(relation.start, relation.number, strict=True)):
+        columns = relation.columns[start : start + number].tolist()
         assert len(set(columns)) == len(columns)
         assert own[a] is None or columns.count(own[a]) == 1  # listed, once
         positives.append(set(columns) - {own[a]})
@@ -33,6 +33,10 @@ def sets(relation, m):
 
 def expected(positives, negatives):
     return positives, negatives, [len(p) > 0 for p in positives]
+
+
+def from_tuple(indices, rows, n, m, is_own_reference=False):
+    return Pairs(None, indices, None, n, m, is_own_reference, CPU).of(rows)
 
 
 def batch_with_itself(labels):
@@ -151,7 +155,8 @@ def test_a_tuple_says_who_is_what_for_the_queries_of_a_block(kind, rows):
     else:
         indices = tuple(i[keep1] for i in indices)
     positives, negatives = (x[rows] for x in sets_from_tuple(indices, len(LABELS)))
-    got = sets(Relation.from_tuple(indices, rows, len(REF_LABELS), CPU, None), len(REF_LABELS))
+    m = len(REF_LABELS)
+    got = sets(from_tuple(indices, rows, len(LABELS), m), m)
     assert got == expected(positives, negatives)
 
 
@@ -160,11 +165,42 @@ def test_repeated_pairs_and_pairs_of_a_query_with_itself_are_no_pairs_more():
         torch.tensor(i, dtype=torch.int32)
         for i in ([0, 0, 1, 2], [1, 1, 1, 0], [0, 0, 2, 2, 2], [2, 2, 1, 1, 2])
     )
-    relation = Relation.from_tuple(indices, slice(0, 3), 3, CPU, torch.arange(3))
+    relation = from_tuple(indices, slice(0, 3), 3, 3, is_own_reference=True)
     assert sets(relation, 3) == ([{1}, set(), {0}], [{2}, set(), {1}], [True, False, True])
 
 
 def test_an_empty_tuple_leaves_nothing_to_rank():
     empty = (torch.tensor([]),) * 3  # float32, as some miners return it
-    got = sets(Relation.from_tuple(empty, slice(0, 2), 3, CPU, None), 3)
+    got = sets(from_tuple(empty, slice(0, 2), 2, 3), 3)
     assert got == expected([set()] * 2, [set()] * 2)
+
+
+# --- some queries of a batch
+
+
+@pytest.mark.parametrize("rows", [slice(0, 7), slice(2, 5), slice(6, 7)], ids=str)
+@pytest.mark.parametrize("kind", ["batch", "references", "memory"])
+def test_a_block_has_the_pairs_of_its_queries(kind, rows):
+    n, m = len(LABELS), len(LABELS) if kind == "batch" else len(REF_LABELS)
+    ref_labels = {"batch": None, "references": REF_LABELS}.get(kind)
+    indices = None
+    if kind == "memory":
+        own = torch.tensor([1, 0, 4, 5, 2, 6, 8])
+        indices, ref_labels = QueryColumns(own), REF_LABELS.clone()
+        ref_labels[8] = LABELS[6]
+    pairs = Pairs(LABELS, indices, ref_labels, n, m, kind == "batch", CPU)
+    whole = sets(pairs.of(slice(0, n)), m)
+    assert sets(pairs.of(rows), m) == tuple(x[rows] for x in whole)
+
+
+@pytest.mark.parametrize("kind", ["labels", "tuple"])
+def test_pairs_are_those_of_what_was_given_whatever_becomes_of_it(kind):
+    labels = LABELS.clone()
+    indices = (
+        None if kind == "labels" else tuple(i.clone() for i in lmu.get_all_pairs_indices(labels))
+    )
+    pairs = Pairs(labels, indices, None, 7, 7, True, CPU)
+    want = sets(pairs.of(slice(0, 7)), 7)
+    for given in (labels, *(indices or ())):
+        given.zero_()
+    assert sets(pairs.of(slice(0, 7)), 7) == want

@@ -94,6 +94,6 @@ def test_self_similarity_is_cut_into_blocks(monkeypatch, device):
     distance = distances.DotProductSimilarity(normalize_embeddings=False)
     loss_func = PNPLoss(distance=distance, anneal=0.3)
     whole = value_and_grad(loss_func, x, y, None, ref, ref_y)
-    monkeypatch.setattr("pml_pnp.loss.SELF_SIMILARITY_BLOCK", 5)
+    monkeypatch.setattr("pml_pnp.distances.SELF_SIMILARITY_BLOCK", 5)
     for got, want in zip(value_and_grad(loss_func, x, y, None, ref, ref_y), whole, strict=True):
         torch.testing.assert_close(got, want)

@@ -67,6 +67,15 @@ def test_processes_draw_different_batches_and_share_weights_and_proxies(finished
     assert torch.equal(first["loss"]["loss.proxies"], second["loss"]["loss.proxies"])
 
 
+def test_processes_train_in_chunks(script, quick, tmp_path, strict_json):
+    settings = ["--output-dir", tmp_path, "--epochs", 1, "--freeze-batchnorm", *quick]
+    for name, arguments in {"chunks": ["--grad-cache", 7], "whole": []}.items():
+        process = script(*settings, "--name", name, *arguments, launcher=LAUNCHER)
+        assert process.returncode == 0, process.stderr
+    chunks, whole = (numbers(tmp_path / x, strict_json)["trained"] for x in ("chunks", "whole"))
+    assert chunks == pytest.approx(whole, rel=1e-3)
+
+
 def test_mistake_is_said_once(script):
     process = script("--batch-size", 33, "--samples-per-class", 3, launcher=LAUNCHER)
     assert process.returncode != 0

@@ -47,6 +47,7 @@ ARGPARSE_MISTAKES = {
     "--patience -1": "expected an integer of 0 or more, got '-1'",
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",
     "--ema-decay 1": "expected a number from 0 to below 1, got '1'",
+    "--grad-cache -1": "expected an integer of 0 or more, got '-1'",
     "--epoch 3": "unrecognized arguments: --epoch 3",
 }
 

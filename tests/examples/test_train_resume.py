@@ -20,6 +20,7 @@ SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm"],
+    "chunks": ["--grad-cache", 16],
 }
 
 
@@ -186,6 +187,17 @@ def test_resume_refuses_fewer_epochs(whole, main, capsys):
 
 def test_resume_accepts_what_the_run_has_anyway(short, main):
     assert main("--resume", short, "--dataset", "folder", "--epochs", 1) == 0
+
+
+def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_json):
+    """BatchNorm frozen, chunks change nothing but the memory."""
+    arguments = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick]
+    assert main(*arguments, *SETTINGS["proxies"], "--grad-cache", 16) == 0
+    assert main("--resume", tmp_path / "run", "--epochs", 2, "--grad-cache", 0) == 0
+    assert main("--resume", tmp_path / "run", "--epochs", EPOCHS, "--grad-cache", 7) == 0
+    ends = [strict_json(run / "metrics.json") for run in (tmp_path / "run", whole("proxies")[0])]
+    assert ends[0]["trained"] == pytest.approx(ends[1]["trained"], rel=1e-3)
+    assert ends[0]["validation"] == pytest.approx(ends[1]["validation"], rel=1e-3)
 
 
 def test_resume_names_a_damaged_checkpoint(short, main, capsys):

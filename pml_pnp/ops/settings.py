@@ -1,11 +1,12 @@
-"""What a kernel is told besides tensors."""
+"""Hyperparameters of the loss, as the operations take them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from pml_pnp.checks import check_hyperparameters
+from pml_pnp.checks import check_hyperparameters, check_include_self, check_range
 
 
 class Settings(NamedTuple):
@@ -19,8 +20,15 @@ class Settings(NamedTuple):
     include_self: bool
 
     @staticmethod
-    def checked(*, b, alpha, anneal, variant, include_self: bool, is_inverted: bool) -> "Settings":
-        """Settings from the arguments of `pnp_loss`; raises as `check_hyperparameters` does."""
+    def checked(
+        *, b, alpha, anneal, variant, include_self, is_inverted: bool, dtype: torch.dtype
+    ) -> "Settings":
+        """Settings from the arguments of `pnp_loss`, for similarities of a dtype.
+
+        Raises as `check_hyperparameters`, `check_include_self` and `check_range` do.
+        """
         check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
+        check_include_self(include_self)
+        check_range(dtype, b=b, alpha=alpha, anneal=anneal)
         scale = (1 if is_inverted else -1) / float(anneal)
         return Settings(scale, variant, float(alpha), float(b), include_self)

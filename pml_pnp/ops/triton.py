@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pml_pnp.kernels.settings import Settings
-from pml_pnp.relation import Relation
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
 
 # References and positives at a time. Classes of four are the usual ones.
 BLOCK_M = 1024
@@ -39,17 +39,20 @@ def _one_minus_exp(y):
 
 
 @triton.jit
-def _x_minus_log1p(x):
-    # With z = x / (2 + x): x z - 2 z^3 (1/3 + z^2/5 + ...), as in `variants`, near zero.
+def _bounded(r, b):
+    # As in `variants`: r w - 2 w^2 z (1/3 + z^2/5 + ...) near zero.
+    x = b * r
     near_zero = tl.minimum(x, 0.5)
     z = near_zero / (2 + near_zero)
+    w = z / b
     z2 = z * z
     series = z2 * (1 / 13) + 1 / 11
     series = series * z2 + 1 / 9
     series = series * z2 + 1 / 7
     series = series * z2 + 1 / 5
     series = series * z2 + 1 / 3
-    return tl.where(x < 0.5, near_zero * z - 2 * z * z2 * series, x - _log1p(x))
+    near = r * w - 2 * w * z * w * series
+    return tl.where(x < 0.5, near, (r - _log1p(x) / b) / b)
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def _f(r, alpha, b, VARIANT: tl.constexpr):
     elif VARIANT == "Iu":
         return (1 + r) * _log1p(r)
     elif VARIANT == "Ib":
-        return _x_minus_log1p(b * r) / (b * b)
+        return _bounded(r, b)
     elif VARIANT == "Ds":
         return _log1p(r)
     else:
@@ -83,22 +86,11 @@ def _derivative(r, alpha, b, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def _sigmoids(
-    row,
-    j,
-    t,
-    first,
-    last,
-    scale,
-    place,
-    absent_row,
-    m,
-    HAS_ABSENT: tl.constexpr,
-):
+def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.constexpr):
     """sigmoid(scale * (s[a, j] - t)), 0 where j is no negative, and which j are negatives."""
     inside = j < m
-    if HAS_ABSENT:
-        negative = tl.load(absent_row + j, mask=inside, other=1) == 0
+    if HAS_MASK:
+        negative = tl.load(mask_row + j, mask=inside, other=1) == 0
     else:
         at = tl.load(place + j, mask=inside, other=0)
         negative = inside & ((at < first) | (at >= last))
@@ -107,52 +99,37 @@ def _sigmoids(
     return tl.where(negative[None, :], y, 0.0), negative
 
 
+# fmt: off
 @triton.jit
-def _query(
-    s,
-    s_stride,
-    self_similarity,
-    columns,
-    start,
-    stop,
-    place,
-    absent,
-    losses,
-    grad_s,
-    grad_own,
-    factor,
-    own,
-    m,
-    scale,
-    alpha,
-    b,
+def _query(  # `place` is that of each reference in `columns`
+    s, s_stride, self_similarity, columns, start, number, place, not_negative, query_column,
+    losses, grad_s, grad_self, m, scale, alpha, b,
     VARIANT: tl.constexpr,
-    HAS_ABSENT: tl.constexpr,
-    HAS_SELF: tl.constexpr,  # similarities of queries to themselves are given
-    OWN: tl.constexpr,  # the queries are among the references
-    INCLUDE_SELF: tl.constexpr,
+    HAS_MASK: tl.constexpr,  # not_negative is given
+    HAS_SELF: tl.constexpr,  # self_similarity is given
+    LISTED: tl.constexpr,  # the queries are among the references
+    WITH_QUERY: tl.constexpr,  # and count as positives there
     WITH_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    # fmt: on
     a = tl.program_id(0).to(tl.int64)
     row = s + a * s_stride
-    absent_row = absent + a * m
+    mask_row = not_negative + a * m
     grad_row = grad_s + a * m
     first = tl.load(start + a)
-    last = tl.load(stop + a)
-    listed = last - first
-    number = listed
-    if HAS_SELF and not OWN:
-        number += 1
-    if OWN and not INCLUDE_SELF:
-        number -= 1
-    share = 1.0 / tl.maximum(number, 1)
-    total = 0.0
+    listed = tl.load(number + a)
+    last = first + listed
     targets = listed
-    if HAS_SELF and not OWN:
+    if HAS_SELF:
         targets += 1
-    if not HAS_ABSENT:
+    share = targets
+    if LISTED and not WITH_QUERY:
+        share -= 1
+    share = 1.0 / tl.maximum(share, 1)
+    total = 0.0
+    if not HAS_MASK:
         # Also a query without positives has a row of the gradient to write.
         targets = tl.maximum(targets, 1)
     for group in range(0, targets, BLOCK_P):
@@ -160,31 +137,27 @@ def _query(
         is_reference = i < listed
         column = tl.load(columns + first + i, mask=is_reference, other=0)
         # A query counts if it has a positive besides itself.
-        counts = listed > i * 0 + (1 if OWN else 0)
+        counts = listed > i * 0 + (1 if LISTED else 0)
         used = is_reference & counts
-        is_self = (i == listed) & counts  # one target more, or else in the place of the listed one
-        if OWN:
-            is_self = used & (column == tl.load(own + a))
-            if not INCLUDE_SELF:
-                used = used & (column != tl.load(own + a))
+        if LISTED and not WITH_QUERY:
+            used = used & (column != tl.load(query_column + a))
         t = tl.load(row + column, mask=used, other=0.0)
         if HAS_SELF:
+            is_self = (i == listed) & counts
             t = tl.where(is_self, tl.load(self_similarity + a), t)
             used = used | is_self
         r = tl.zeros([BLOCK_P], dtype=tl.float32)
         for begin in range(0, m, BLOCK_M):
             j = begin + tl.arange(0, BLOCK_M)
-            y, negative = _sigmoids(row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT)
+            y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
             r += tl.sum(y, axis=1)
         total += tl.sum(tl.where(used, _f(r, alpha, b, VARIANT), 0.0), axis=0)
         if WITH_GRADIENT:
-            w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0)
+            w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0) * (share * scale)
             grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
             for begin in range(0, m, BLOCK_M):
                 j = begin + tl.arange(0, BLOCK_M)
-                y, negative = _sigmoids(
-                    row, j, t, first, last, scale, place, absent_row, m, HAS_ABSENT
-                )
+                y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
                 dy = w[:, None] * y * (1 - y)
                 grad_t += tl.sum(dy, axis=1)
                 grad = tl.sum(dy, axis=0)
@@ -192,9 +165,8 @@ def _query(
                     grad += tl.load(grad_row + j, mask=negative, other=0.0)
                 tl.store(grad_row + j, grad, mask=negative)
             if HAS_SELF:
-                tl.store(grad_own + a + i * 0, -grad_t, mask=is_self)
-                grad_t = tl.where(is_self, 0.0, grad_t)
-            if HAS_ABSENT:
+                tl.store(grad_self + a + i * 0, -grad_t, mask=is_self)
+            if HAS_MASK:
                 # A user's mask may call a reference both positive and negative: add to what
                 # other threads of this program have written.
                 tl.debug_barrier()
@@ -204,61 +176,45 @@ def _query(
             else:
                 tl.store(grad_row + column, -grad_t, mask=is_reference)
     tl.store(losses + a, total * share)
-    tl.store(factor + a, share * scale)
 
 
-def query_losses(
+def losses_and_gradient(
     s: Tensor,
     self_similarity: Tensor | None,
     relation: Relation,
     settings: Settings,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.query_losses`, for float32."""
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.losses_and_gradient`, for float32.
+
+    The gradient never takes the place of `s`, of which a program reads its row more than once.
+    """
     n, m = s.shape
-    if s.stride(1) != 1:
-        s = s.contiguous()
-    has_absent = relation.absent is not None
+    s = s if s.stride(1) == 1 else s.contiguous()
+    mask, query_column = relation.not_negative, relation.query_column
+    has_self = self_similarity is not None
     place = relation.columns
-    if not has_absent:
+    if mask is None:
         place = torch.empty_like(relation.columns, dtype=torch.int32)
         place[relation.columns] = torch.arange(m, dtype=torch.int32, device=s.device)
     losses = s.new_empty(n)
-    factor = s.new_empty(n, 1)
-    has_self = self_similarity is not None
-    grad_own = s.new_zeros((n, 1) if with_gradient and has_self else 0)
-    if has_absent:
-        grad_s = s.new_zeros((n, m) if with_gradient else 0)
-    else:
-        grad_s = s.new_empty((n, m) if with_gradient else 0)
+    new = s.new_empty if mask is None else s.new_zeros  # without a mask every entry is written
+    grad_s = new((n, m) if with_gradient else 0)
+    grad_self = s.new_zeros(n if with_gradient and has_self else 0)
     if n == 0:
-        return losses, grad_s, grad_own, factor
+        return losses, grad_s, grad_self
     with torch.cuda.device_of(s):
+        # fmt: off
         _query[(n,)](
-            s,
-            s.stride(0),
-            self_similarity.contiguous() if has_self else s,
-            relation.columns,
-            relation.start,
-            relation.stop,
-            place,
-            relation.absent.contiguous().view(torch.int8) if has_absent else place,
-            losses,
-            grad_s,
-            grad_own,
-            factor,
-            relation.start if relation.own is None else relation.own,
-            m,
-            settings.scale,
-            settings.alpha,
-            settings.b,
-            VARIANT=settings.variant,
-            HAS_ABSENT=has_absent,
-            HAS_SELF=has_self,
-            OWN=relation.own is not None,
-            INCLUDE_SELF=settings.include_self,
-            WITH_GRADIENT=with_gradient,
-            BLOCK_M=BLOCK_M,
-            BLOCK_P=BLOCK_P,
+            s, s.stride(0), self_similarity.contiguous() if has_self else s,
+            relation.columns, relation.start, relation.number, place,
+            place if mask is None else mask.contiguous().view(torch.int8),
+            relation.start if query_column is None else query_column,
+            losses, grad_s, grad_self, m, settings.scale, settings.alpha, settings.b,
+            VARIANT=settings.variant, HAS_MASK=mask is not None, HAS_SELF=has_self,
+            LISTED=query_column is not None, WITH_QUERY=settings.include_self and not has_self,
+            WITH_GRADIENT=with_gradient, BLOCK_M=BLOCK_M, BLOCK_P=BLOCK_P,
         )
-    return losses, grad_s, grad_own, factor
+        # fmt: on
+    return losses, grad_s, grad_self

@@ -1,4 +1,4 @@
-"""Autocast, switched off where every digit counts."""
+"""The precision of the computation: at least float32, with autocast off."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,3 +15,8 @@ def autocast_off(device_type: str) -> AbstractContextManager:
     if is_autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

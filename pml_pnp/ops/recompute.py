@@ -1,0 +1,134 @@
+"""Losses of queries computed for a chunk of queries at a time, and again in backward.
+
+Nothing of a chunk is kept but its losses, so that memory does not grow with N x M. It serves every
+distance, reducer and variant; where `product` applies, nothing needs to be computed again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from pml_pnp.ops.product import blocks_of
+from pml_pnp.precision import autocast_off
+
+
+class Call(NamedTuple):
+    """What `Recomputed` is applied to, before the parameters whose gradient is wanted as well."""
+
+    function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
+    """Maps rows, all queries and all references to the losses of these rows, and to tensors
+    without gradient; called now."""
+    again: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
+    """The same, called in backward: with the settings and modules as they are now."""
+    chunk_size: int
+    random_state: "RandomState"
+    queries: Tensor
+    references: Tensor | None
+
+    @staticmethod
+    def of(function, again, chunk_size: int, queries: Tensor, references: Tensor | None) -> "Call":
+        """Call on (N, d) queries, and (M, d) references or None where they are the queries."""
+        random_state = RandomState(queries)
+        if torch.is_grad_enabled():
+            # A memory moves on before backward; a tensor of inference mode cannot be saved for it.
+            queries, references = (
+                x if x is None or x.requires_grad else x.clone() for x in (queries, references)
+            )
+        return Call(function, again, chunk_size, random_state, queries, references)
+
+
+class RandomState:
+    """State of the random number generators now; no tuple, which torch.func would take apart."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+
+    def restore(self) -> None:
+        """Let the generators draw the same numbers again."""
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+
+class Recomputed(torch.autograd.Function):
+    """The concatenated results of `function` for all chunks of queries.
+
+    The first is differentiable with respect to queries, references and parameters.
+    """
+
+    @staticmethod
+    def forward(function, again, chunk_size, random_state, queries, references, *parameters):  # noqa: D102
+        chunks = []
+        for rows in blocks_of(queries, chunk_size):
+            chunks.append(function(rows, queries, references))
+        return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: D102
+        _, ctx.again, ctx.chunk_size, ctx.random_state, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        # Saved, so that PyTorch raises if one of them is changed in place before backward.
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # noqa: D102
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
+        queries, references, *parameters = ctx.saved_tensors
+        with (
+            torch.enable_grad(),
+            autocast_off(grad.device.type),
+            torch.random.fork_rng(ctx.random_state.devices),
+        ):
+            ctx.random_state.restore()
+            queries, references = map(_view, (queries, references), needed)
+            tensors = zip((queries, references, *parameters), needed, strict=True)
+            inputs = [x for x, is_needed in tensors if is_needed]
+            total: list[Tensor | None] = [None] * len(inputs)  # None for what is not used
+            for rows in blocks_of(queries, ctx.chunk_size):
+                losses = ctx.again(rows, queries, references)[0]
+                if losses.requires_grad:
+                    _check_leaves(losses, inputs)
+                    found = torch.autograd.grad(
+                        losses, inputs, grad[rows], create_graph=create_graph, allow_unused=True
+                    )
+                    total = [_sum(*pair) for pair in zip(total, found, strict=True)]
+        found = iter(total)
+        return None, None, None, None, *(next(found) if x else None for x in needed)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total + part
+
+
+def _view(x: Tensor | None, is_needed: bool) -> Tensor | None:
+    """A view, so that the gradient is that of what is passed, not of what it was computed from."""
+    if x is None:
+        return None
+    view = x.view_as(x)
+    # The graph of a tensor that torch.func has differentiated is gone by now.
+    return view.detach().requires_grad_() if is_needed and not view.requires_grad else view
+
+
+def _check_leaves(losses: Tensor, inputs: list[Tensor]) -> None:
+    """Raise RuntimeError if the losses depend on a tensor whose gradient would be lost."""
+    seen = {None, *(x.grad_fn for x in inputs)}
+    waiting = [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [n for n, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is x for x in inputs):
+            raise RuntimeError(
+                "with a chunk_size, gradients reach embeddings, references and the parameters of "
+                "distance and variant, got a distance or variant that uses another tensor of shape "
+                f"{tuple(leaf.shape)} that requires a gradient: make it a parameter of an nn.Module"
+            )

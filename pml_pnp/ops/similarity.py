@@ -1,0 +1,187 @@
+"""Losses of queries from a similarity matrix, as autograd sees them.
+
+The gradient of a named variant is made along with the losses and scaled in backward. A callable
+variant, and second derivatives, take `differentiable_losses`, which autograd differentiates as
+often as it is asked to.
+"""
+
+from functools import partial
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from pml_pnp.ops import dispatch, eager
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
+from pml_pnp.precision import autocast_off
+from pml_pnp.variants import apply_variant
+
+
+def query_losses(
+    s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
+) -> Tensor:
+    """Losses of N queries, zero for those that do not count.
+
+    Args:
+        s: similarities, (N, M), float32 or float64
+        self_similarity: of each query to itself, (N,), where `settings.include_self` is on and `s`
+            does not hold it; may be given in place of what `s` holds
+        relation: positives and negatives
+        settings: hyperparameters
+
+    Returns:
+        (N,), differentiable twice with respect to `s` and `self_similarity`
+    """
+    if not settings.include_self:
+        self_similarity = None
+    if not isinstance(settings.variant, str):
+        return differentiable_losses(s, self_similarity, relation, settings)
+    needs_graph = torch.is_grad_enabled() and _requires_grad(s, self_similarity)
+    if needs_graph or torch.compiler.is_compiling():
+        return _QueryLosses.apply(s, self_similarity, _Call(relation, settings))[0]
+    return dispatch.kernel_for(s)(s, self_similarity, relation, settings, False)[0]
+
+
+class _Call(NamedTuple):
+    """The arguments that autograd does not look at, in one, which saves time at every call."""
+
+    relation: Relation
+    settings: Settings
+
+
+class _QueryLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(s, self_similarity, call):
+        relation, settings = call
+        if torch.compiler.is_compiling():
+            return _losses_and_gradient(s, self_similarity, *relation, *settings)
+        return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        s, self_similarity, (relation, ctx.settings) = inputs
+        _, *gradients = output
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(s, self_similarity, *relation, *gradients)
+        else:
+            # Not saved for backward, so that backward may scale it in place: N x M numbers less.
+            ctx.gradients = gradients
+            ctx.save_for_backward(s, self_similarity, *relation)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None
+        with autocast_off(grad.device.type):
+            return *_QueryLosses._gradients(ctx, grad), None
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """With respect to s and to self_similarity."""
+        s, self_similarity, *saved = ctx.saved_tensors
+        fields = len(Relation._fields)
+        relation, gradients = Relation(*saved[:fields]), saved[fields:]
+        create_graph = torch.is_grad_enabled()
+        if create_graph:
+            losses = partial(differentiable_losses, relation=relation, settings=ctx.settings)
+            found = differentiable_gradients(
+                losses, (s, self_similarity), ctx.needs_input_grad, grad
+            )
+            if found is not None:
+                return found
+        may_scale = not gradients and not create_graph
+        if not gradients:
+            gradients = ctx.gradients
+            if may_scale:
+                ctx.gradients = None
+        if gradients is None:  # used up by an earlier backward
+            gradients = dispatch.kernel_for(s)(s, self_similarity, relation, ctx.settings, True)[1:]
+        grad_s, grad_self = gradients
+        column = grad.unsqueeze(1)
+        grad_s = grad_s.mul_(column) if may_scale else grad_s * column
+        return grad_s, None if self_similarity is None else grad_self * grad
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def differentiable_gradients(function, tensors, needed, grad: Tensor):
+    """Gradients of `function` of the tensors, as far as needed, with a graph of their own.
+
+    None if none of the tensors has a graph: in torch.func, grad mode is on without one.
+    """
+    # Views: the gradient is that of what is passed, not of what it was computed from.
+    views = [x if x is None else x.view_as(x) for x in tensors]
+    wanted = [x is not None and n and x.requires_grad for x, n in zip(views, needed, strict=False)]
+    inputs = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+    if not inputs:
+        return None
+    found = iter(torch.autograd.grad(function(*views), inputs, grad, create_graph=True))
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+
+
+# torch.compile sees one operation instead of loops whose length depends on the data.
+@torch.library.custom_op("pml_pnp::losses_and_gradient", mutates_args=())
+def _losses_and_gradient(
+    s: Tensor,
+    self_similarity: Optional[Tensor],  # noqa: UP045 (PyTorch 2.4 reads no other spelling)
+    columns: Tensor,
+    start: Tensor,
+    number: Tensor,
+    counted: Tensor,
+    not_negative: Optional[Tensor],  # noqa: UP045
+    query_column: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    variant: str,
+    alpha: float,
+    b: float,
+    include_self: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    relation = Relation(columns, start, number, counted, not_negative, query_column)
+    settings = Settings(scale, variant, alpha, b, include_self)
+    return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
+
+
+@_losses_and_gradient.register_fake
+def _(s, self_similarity, *args):
+    n = s.shape[0]  # not len(s), which would make a graph for every batch size
+    return s.new_empty(n), s.new_empty(s.shape), s.new_empty(0 if self_similarity is None else n)
+
+
+def differentiable_losses(
+    s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
+) -> Tensor:
+    """The same losses by operations that autograd differentiates, as often as it is asked to."""
+    rows, with_query = slice(0, len(s)), settings.include_self and self_similarity is None
+    index = relation.positives(rows, *reversed(relation.sizes()))
+    t, used = s.gather(1, index), relation.used(rows, index, with_query)
+    if self_similarity is not None:
+        t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
+        used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
+    t = t.masked_fill(~used, 0)
+    r = eager.NegativesBefore.apply(s, t, relation.negative_mask(s.shape[1]), settings.scale)
+    # R = 1 where there is no positive, so that no f, and no derivative of it, is asked for at an
+    # odd place.
+    r = r.masked_fill(~used, 1)
+    per_positive = apply_variant(settings.variant, r, alpha=settings.alpha, b=settings.b)
+    return per_positive.masked_fill(~used, 0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
+
+
+@torch.no_grad()
+def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
+    """Three numbers: negatives strictly before positives, positives with any, positives.
+
+    Summed over all queries, by hard counts, without the queries themselves; (3,), dtype of `s`.
+    """
+    m = s.shape[1]
+    index = relation.positives(slice(0, len(s)), *reversed(relation.sizes()))
+    used = relation.used(slice(0, len(s)), index, False)
+    s = s if is_inverted else -s
+    t = s.gather(1, index)
+    ordered = s.masked_fill(~relation.negative_mask(m), -eager.INF).sort(dim=1)[0]
+    count = (m - torch.searchsorted(ordered, t, right=True)).masked_fill_(~used, 0)
+    return torch.stack([count.sum(), (count > 0).sum(), used.sum()]).to(s.dtype)

@@ -1,0 +1,188 @@
+"""Which references are positives and negatives of which query."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# So few numbers are faster looked at in Python.
+FEW = 64
+
+
+class Relation(NamedTuple):
+    """Positives and negatives of N queries among M references.
+
+    The positives of query a are the `number[a]` columns from `columns[start[a]]` on, so that no
+    shape depends on how many there are. Where the references hold the queries, a itself is listed
+    among its positives, once.
+    """
+
+    columns: Tensor  # (K,) int64, references
+    start: Tensor  # (N,) int64
+    number: Tensor  # (N,) int64, of listed positives
+    counted: Tensor  # (N,) bool, the queries with a positive besides themselves
+    not_negative: Tensor | None  # (N, M) bool, or None if all but the positives are negatives
+    query_column: Tensor | None  # (N,) int64, which reference is query a, or None if none is
+
+    @staticmethod
+    def from_labels(labels: Tensor, ref_labels: Tensor, query_column: Tensor | None) -> "Relation":
+        """Equal labels (N,) and (M,) make a positive, unequal ones a negative; NaN equals nothing.
+
+        The label of a query that is a reference is that of the reference.
+        """
+        labels, ref_labels = _as_integers(labels, ref_labels, query_column)
+        ordered, columns = ref_labels.sort(stable=True)
+        start = torch.searchsorted(ordered, labels)
+        number = torch.searchsorted(ordered, labels, right=True).sub_(start)
+        counted = number > (0 if query_column is None else 1)
+        return Relation(columns, start, number, counted, None, query_column)
+
+    @staticmethod
+    def from_masks(
+        positive_mask: Tensor, negative_mask: Tensor, query_column: Tensor | None = None
+    ) -> "Relation":
+        """Both masks (N, M) bool; their entries for a query and its own column are not used."""
+        not_negative = ~negative_mask
+        if query_column is not None:
+            positive_mask = positive_mask.scatter(1, query_column.unsqueeze(1), True)
+            not_negative.scatter_(1, query_column.unsqueeze(1), True)
+        number = positive_mask.sum(dim=1)
+        counted = number > (0 if query_column is None else 1)
+        columns = positive_mask.nonzero()[:, 1].contiguous()
+        start = number.cumsum(0) - number
+        return Relation(columns, start, number, counted, not_negative, query_column)
+
+    def of(self, rows: slice) -> "Relation":
+        """Positives and negatives of some of the queries."""
+        columns, *of_queries = self
+        return Relation(columns, *(None if x is None else x[rows] for x in of_queries))
+
+    def sizes(self) -> tuple[int, int]:
+        """Smallest and largest number of listed positives of a query; waits for a GPU."""
+        if len(self.number) == 0:
+            return 0, 0
+        if len(self.number) <= FEW:  # one call of PyTorch instead of three
+            number = self.number.tolist()
+            return min(number), max(number)
+        low, high = self.number.aminmax()
+        return int(low), int(high)
+
+    def positives(self, rows: slice, width: int, smallest: int) -> Tensor:
+        """Columns of the positives of some queries, (rows, width), with sizes as of `sizes`.
+
+        A query that has fewer than `width` repeats its last one; a query without any gets columns
+        of no meaning.
+        """
+        place = torch.arange(width, device=self.start.device)
+        if smallest < width:
+            place = torch.minimum(place, (self.number[rows] - 1).clamp_(min=0).unsqueeze(1))
+        place = place + self.start[rows].unsqueeze(1)
+        if smallest == 0:
+            place.clamp_(max=max(0, len(self.columns) - 1))
+        return self.columns.take(place) if width else place
+
+    def used(self, rows: slice, index: Tensor, with_query: bool) -> Tensor:
+        """Which entries of `positives` enter a loss, (rows, width) bool.
+
+        Not the repeated ones, not those of a query that does not count, and the query itself only
+        `with_query`.
+        """
+        number = (self.number[rows] * self.counted[rows]).unsqueeze(1)
+        used = torch.arange(index.shape[1], device=index.device) < number
+        if self.query_column is not None and not with_query:
+            used.logical_and_(index != self.query_column[rows].unsqueeze(1))
+        return used
+
+    def fill_non_negatives_(self, x: Tensor, rows: slice, index: Tensor, value: float) -> None:
+        """Set x (rows, M) to `value` where it is no negative; `index` as from `positives`."""
+        if self.not_negative is not None:
+            x.masked_fill_(self.not_negative[rows], value)
+        elif self.query_column is not None:
+            x.scatter_(1, index, value)
+        else:  # `index` has no meaning where a query has no positives
+            has_positives = (self.number[rows] > 0).unsqueeze(1)
+            x.scatter_(1, index, x.gather(1, index).masked_fill_(has_positives, value))
+
+    def negative_mask(self, m: int) -> Tensor:
+        """(N, M) bool."""
+        if self.not_negative is not None:
+            return ~self.not_negative
+        place = torch.empty_like(self.columns)
+        place[self.columns] = torch.arange(m, device=place.device)
+        place = place - self.start.unsqueeze(1)
+        return (place < 0) | (place >= self.number.unsqueeze(1))
+
+
+class QueryColumns(NamedTuple):
+    """What `CrossBatchMemory` passes to PNPLoss as `indices_tuple` in place of N x M pairs.
+
+    It means all pairs that the labels make, without those of a query and its own copy in memory.
+    """
+
+    columns: Tensor  # (N,) int64, where in the references the queries are
+
+
+class Pairs:
+    """Positives and negatives of a batch, handed out for some queries at a time.
+
+    Labels are sorted once, when this is made; the masks of a tuple are made for the rows that are
+    asked for, so that chunks never hold N x M of them. Nothing here changes with what was given.
+    """
+
+    def __init__(
+        self, labels, indices_tuple, ref_labels, n: int, m: int, is_own_reference: bool, device
+    ) -> None:
+        """Read what a loss of PML is called with, for n queries and m references."""
+        self._rows, self._m = slice(0, n), m
+        self._query_column = self._by_labels = self._tuple = None
+        if is_own_reference:
+            self._query_column, ref_labels = torch.arange(n, device=device), labels
+        if isinstance(indices_tuple, QueryColumns):
+            self._query_column, indices_tuple = indices_tuple.columns, None
+        if indices_tuple is None:
+            labels, ref_labels = plain(labels).to(device), plain(ref_labels).to(device)
+            self._by_labels = Relation.from_labels(labels, ref_labels, self._query_column)
+        else:
+            self._tuple = [plain(i).to(device, torch.int64, copy=True) for i in indices_tuple]
+
+    def of(self, rows: slice) -> Relation:
+        """Positives and negatives of some queries."""
+        if self._by_labels is not None:
+            return self._by_labels if rows == self._rows else self._by_labels.of(rows)
+        anchors, positives, *rest = self._tuple
+        negative_anchors, negatives = rest if len(rest) == 2 else (anchors, *rest)
+        column = None if self._query_column is None else self._query_column[rows]
+        negative_mask = self._mask(rows, negative_anchors, negatives)
+        return Relation.from_masks(self._mask(rows, anchors, positives), negative_mask, column)
+
+    def _mask(self, rows: slice, queries: Tensor, references: Tensor) -> Tensor:
+        """(rows, M) bool, true at the pairs whose query lies in `rows`."""
+        inside = (queries >= rows.start) & (queries < rows.stop)
+        entries = (rows.stop - rows.start) * self._m
+        flat = torch.zeros(entries, dtype=torch.bool, device=queries.device)
+        flat[((queries - rows.start) * self._m + references)[inside]] = True
+        return flat.view(rows.stop - rows.start, self._m)
+
+
+def plain(x):
+    """The same tensor without the type of a subclass that only adds methods (fastai, torchvision).
+
+    A subclass with a dispatch of its own, such as DTensor, is left as it is.
+    """
+    if type(x) is Tensor or not isinstance(x, Tensor):
+        return x
+    has_own_dispatch = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return x if has_own_dispatch else x.as_subclass(Tensor)
+
+
+def _as_integers(
+    labels: Tensor, ref_labels: Tensor, query_column: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Integers that are equal where the labels are."""
+    if not (labels.is_floating_point() or ref_labels.is_floating_point()):
+        return labels.long().contiguous(), ref_labels.long()
+    if query_column is not None:
+        ref_ids = torch.unique(ref_labels.double(), return_inverse=True)[1]
+        return ref_ids[query_column], ref_ids
+    both = torch.cat([labels.double(), ref_labels.double()])
+    return torch.unique(both, return_inverse=True)[1].split([len(labels), len(ref_labels)])
