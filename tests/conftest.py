@@ -1,6 +1,11 @@
 import os
 import random
 
+# Each of several processes of pytest-xdist, and what it starts, gets its share of the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import numpy as np
 import pytest
 import torch

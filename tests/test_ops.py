@@ -63,7 +63,11 @@ def work(n, per_class=4, **kwargs):
     return counted
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"variant": torch.log1p}, {"chunk_size": 64}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"variant": torch.log1p}, {"chunk_size": 64}],
+    ids=["default", "callable variant", "chunks"],
+)
 def test_work_grows_with_the_square(kwargs, monkeypatch):
     monkeypatch.setattr(product, "CPU_TILE", 128)  # both sizes in parts
     small, large = work(256, **kwargs), work(1024, **kwargs)
