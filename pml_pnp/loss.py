@@ -9,13 +9,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
-from pml_pnp.checks import (
-    check_chunk_size,
-    check_hyperparameters,
-    check_include_self,
-    check_inputs,
-    check_part,
-)
+from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs, check_part
 from pml_pnp.distances import (
     all_modules_are_watched,
     frozen,
@@ -140,8 +134,9 @@ class PNPLoss(BaseMetricLossFunction):
         chunk_size: int | None = None,
         **kwargs,
     ) -> None:
-        check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
-        check_include_self(include_self)
+        check_hyperparameters(
+            b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
+        )
         check_chunk_size(chunk_size)
         for name in ("reducer", "embedding_regularizer"):
             check_part(name, kwargs.get(name))
