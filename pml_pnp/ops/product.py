@@ -45,7 +45,6 @@ class _Call(NamedTuple):
     with_gradient: bool
     with_grad_references: bool
     with_counts: bool
-    kept: "_Kept"
 
 
 def mean_of_losses(
@@ -73,18 +72,16 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding, or its length, is NaN or infinite; and (3,) counts, or None.
     """
-    height, kept = len(queries), _Kept()
+    height = len(queries) if chunk_size is None else chunk_size
     if references is not None:
-        height = min(height, max(1, REFERENCES_BLOCK // max(1, len(references))))
-    height = max(1, height if chunk_size is None else min(height, chunk_size))
+        height = min(height, REFERENCES_BLOCK // max(1, len(references)))
     with_grad_references = references is not None and references.requires_grad
     with_gradient = torch.is_grad_enabled() and (queries.requires_grad or with_grad_references)
     if with_gradient and references is not None:
         # A tensor of inference mode cannot be saved for backward.
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
-        queries = _Keep.apply(queries, references, kept)
     flags = normalized, with_gradient, with_grad_references, with_counts
-    return _Mean.apply(queries, references, _Call(pairs, settings, height, *flags, kept))[:2]
+    return _Mean.apply(queries, references, _Call(pairs, settings, max(1, height), *flags))[:2]
 
 
 class _Mean(torch.autograd.Function):
@@ -96,27 +93,23 @@ class _Mean(torch.autograd.Function):
         if not is_self:
             z, z_norm, broken_references = _factor(references, call.normalized)
             broken = broken + broken_references
-        whole = is_self and 0 < len(q) <= call.height
-        grad_q = grad_z = None
-        if call.with_gradient and not whole:
-            grad_q = torch.zeros_like(q)
-            grad_z = (
-                grad_q if is_self else torch.zeros_like(z) if call.with_grad_references else None
-            )
-        block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
+        grad_q = torch.zeros_like(q) if call.with_gradient else None
+        grad_z = torch.zeros_like(z) if call.with_grad_references else grad_q if is_self else None
+        counts = q.new_zeros(3) if call.with_counts else None
+        block = q.new_empty(min(call.height, len(q)), len(z))
         kernel = dispatch.kernel_for(q)
-        losses, numbers, counts = [], [], []
+        total = number = broken
         for rows in blocks_of(q, call.height):
-            part, relation = q if whole else q[rows], call.pairs.of(rows)
-            s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
+            part, relation = q[rows], call.pairs.of(rows)
+            s = torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
-                counts.append(ranking_counts(s, relation, settings.scale > 0))
-            own = _self_similarity(part, relation, call) if not is_self else None
+                counts += ranking_counts(s, relation, settings.scale > 0)
+            own = None if is_self else _self_similarity(part, relation, call)
             loss, grad_s, grad_own = kernel(s, own, relation, settings, call.with_gradient, True)
-            losses.append(loss)
-            numbers.append(relation.counted)
-            if whole and call.with_gradient:
-                grad_q = _times_both(grad_s, z)
+            total = total + loss.sum()
+            number = number + relation.counted.sum()
+            if is_self and len(part) == len(q) and call.with_gradient:
+                _add_both_(grad_q, grad_s, z)
             elif call.with_gradient:
                 grad_q[rows].addmm_(grad_s, z)
                 if grad_z is not None:
@@ -125,73 +118,40 @@ class _Mean(torch.autograd.Function):
                     grad_q[rows].addcmul_(part, grad_own.unsqueeze(1), value=2)
         if call.normalized and call.with_gradient:
             _differentiate_direction_(grad_q, q, q_norm)
-            if grad_z is not None and not is_self:
+            if call.with_grad_references:
                 _differentiate_direction_(grad_z, z, z_norm)
-        divisor = _sum(numbers, q).clamp(min=1) + broken
-        mean = _sum(losses, q) / divisor
-        counts = sum(counts, q.new_zeros(3)) if call.with_counts else None
-        return mean, counts, divisor, grad_q, None if is_self else grad_z
+        divisor = number.clamp(min=1)
+        return total / divisor, counts, divisor, grad_q, None if is_self else grad_z
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        queries, _, ctx.call = inputs
+        queries, references, ctx.call = inputs
+        ctx.is_self = references is None
+        _, _, ctx.divisor, *ctx.gradients = output
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(queries, *output[2:])
+        ctx.save_for_backward(queries, references)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None
-        queries, divisor, *gradients = ctx.saved_tensors
-        call, needed = ctx.call, ctx.needs_input_grad[:2]
-        grad = grad / divisor
+        needed, grad = ctx.needs_input_grad[:2], grad / ctx.divisor
+        # PyTorch raises if what is read here has been changed in place. A first gradient needs no
+        # references, which are the rows of a memory that may have moved on.
+        tensors = ctx.saved_tensors if ctx.is_self or torch.is_grad_enabled() else ()
         if torch.is_grad_enabled():
-            (references,) = call.kept.node.saved_tensors if call.kept.node else (None,)
-            total = partial(_differentiable_sum, call=call)
+            total = partial(_differentiable_sum, call=ctx.call)
             with autocast_off(grad.device.type):
-                found = differentiable_gradients(total, (queries, references), needed, grad)
+                found = differentiable_gradients(total, tensors, needed, grad)
             if found is not None:
                 return *found, None
-        return *(g * grad if x else None for g, x in zip(gradients, needed, strict=True)), None
-
-
-class _Kept:
-    """Finds the node that keeps references; no list, which torch.func would take apart."""
-
-    node = None
-
-
-class _Keep(torch.autograd.Function):
-    """Hands queries on, and keeps references for second derivatives, as long as the graph lives.
-
-    In a node of its own: every backward looks whether a tensor that is saved in its node has been
-    changed in place, as a memory changes before a backward that does not need it.
-    """
-
-    @staticmethod
-    def forward(queries: Tensor, references: Tensor, kept: _Kept) -> Tensor:
-        return queries.view_as(queries)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, references, kept = inputs
-        ctx.save_for_backward(references)
-        kept.node = ctx
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None
+        return *(g * grad if x else None for g, x in zip(ctx.gradients, needed, strict=True)), None
 
 
 def blocks_of(x: Tensor, height: int) -> list[slice]:
     """Cut the rows of x into blocks."""
     return [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
-
-
-def _sum(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Sum of all entries of vectors; of one in most cases, of none for an empty batch."""
-    return (parts[0] if len(parts) == 1 else torch.cat([like.new_zeros(0), *parts])).sum()
 
 
 def _factor(x: Tensor, normalized: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -218,32 +178,28 @@ def _differentiate_direction_(grad: Tensor, z: Tensor, norm: Tensor) -> None:
     grad.addcmul_(z, along, value=-1).div_(norm)
 
 
-def _times_both(grad: Tensor, z: Tensor) -> Tensor:
-    """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same numbers."""
+def _add_both_(result: Tensor, grad: Tensor, z: Tensor) -> None:
+    """Add (G + G^T) z; on a CPU in squares, of which one and its mirror image are the same."""
     if z.device.type != "cpu" or len(z) <= CPU_TILE:
-        return (grad + grad.T) @ z
+        result.addmm_(grad + grad.T, z)
+        return
     parts = blocks_of(z, CPU_TILE)
-    result, square = torch.zeros_like(z), grad.new_empty(CPU_TILE, CPU_TILE)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
-            block = grad[rows, columns]
-            both = square[: block.shape[0], : block.shape[1]]
-            torch.add(block, grad[columns, rows].T, out=both)
+            both = grad[rows, columns] + grad[columns, rows].T
             result[rows].addmm_(both, z[columns])
             if rows != columns:
                 result[columns].addmm_(both.T, z[rows])
-    return result
 
 
 def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call) -> Tensor:
     """The sum of losses by operations that autograd differentiates."""
-    q = torch.nn.functional.normalize(queries) if call.normalized else queries
-    z = q if references is None else references
-    if call.normalized and references is not None:
-        z = torch.nn.functional.normalize(references)
-    total = q[:0].sum()
-    for rows in blocks_of(q, call.height):
-        part, relation = q[rows], call.pairs.of(rows)
+    z = queries if references is None else references
+    if call.normalized:
+        queries, z = torch.nn.functional.normalize(queries), torch.nn.functional.normalize(z)
+    total = queries[:0].sum()
+    for rows in blocks_of(queries, call.height):
+        part, relation = queries[rows], call.pairs.of(rows)
         own = None if references is None else _self_similarity(part, relation, call)
         total = total + differentiable_losses(part @ z.T, own, relation, call.settings).sum()
     return total
