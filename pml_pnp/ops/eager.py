@@ -94,17 +94,12 @@ def losses_and_gradient(
         factor = (scale * share).unsqueeze(1)
     entries = block_entries(s.device)
     few = n * (width + given) * m < FEW_SIGMOIDS
-    # All columns at once where they are few: a block saves a call or two.
-    at_once = n * width <= entries
-    positives = relation.positives(slice(0, n), width, smallest) if at_once else None
     buffers = None
     for rows, columns in blocks(n, m, width + given, entries):
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x, part, losses_of_rows = buffers[0], s, losses
-        if height < n:
-            x, part, losses_of_rows = x[:height], s[rows], losses[rows]
+        x, part, losses_of_rows = buffers[0][:height], s[rows], losses[rows]
         grad_of_rows = part if overwrite else grad_s[rows] if with_gradient else None
         own = self_similarity[rows].unsqueeze(1) if given else None
         middle = None if few else _middle(part, own, scale)
@@ -116,7 +111,7 @@ def losses_and_gradient(
             torch.sub(part, middle, out=x).mul_(-scale).exp_()
             own = (own - middle).mul_(-scale).exp_() if given else None
             never, unused = INF, 0.0
-        index = positives[rows] if at_once else relation.positives(rows, width, smallest)
+        index = relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.fill_non_negatives_(x, rows, index, never)
         if not uniform:
