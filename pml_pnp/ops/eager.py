@@ -99,7 +99,9 @@ def losses_and_gradient(
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x, part, losses_of_rows = buffers[0][:height], s[rows], losses[rows]
+        x, part, losses_of_rows = buffers[0], s, losses
+        if height < n:
+            x, part, losses_of_rows = x[:height], s[rows], losses[rows]
         grad_of_rows = part if overwrite else grad_s[rows] if with_gradient else None
         own = self_similarity[rows].unsqueeze(1) if given else None
         middle = None if few else _middle(part, own, scale)

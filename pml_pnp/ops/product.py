@@ -93,23 +93,24 @@ class _Mean(torch.autograd.Function):
         if not is_self:
             z, z_norm, broken_references = _factor(references, call.normalized)
             broken = broken + broken_references
-        grad_q = torch.zeros_like(q) if call.with_gradient else None
+        whole = is_self and 0 < len(q) <= call.height
+        grad_q = torch.zeros_like(q) if call.with_gradient and not whole else None
         grad_z = torch.zeros_like(z) if call.with_grad_references else grad_q if is_self else None
         counts = q.new_zeros(3) if call.with_counts else None
-        block = q.new_empty(min(call.height, len(q)), len(z))
+        block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
         kernel = dispatch.kernel_for(q)
         total = number = broken
         for rows in blocks_of(q, call.height):
-            part, relation = q[rows], call.pairs.of(rows)
-            s = torch.mm(part, z.T, out=block[: len(part)])
+            part, relation = q if whole else q[rows], call.pairs.of(rows)
+            s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
                 counts += ranking_counts(s, relation, settings.scale > 0)
             own = None if is_self else _self_similarity(part, relation, call)
             loss, grad_s, grad_own = kernel(s, own, relation, settings, call.with_gradient, True)
             total = total + loss.sum()
             number = number + relation.counted.sum()
-            if is_self and len(part) == len(q) and call.with_gradient:
-                _add_both_(grad_q, grad_s, z)
+            if whole and call.with_gradient:
+                grad_q = _times_both(grad_s, z)
             elif call.with_gradient:
                 grad_q[rows].addmm_(grad_s, z)
                 if grad_z is not None:
@@ -178,18 +179,18 @@ def _differentiate_direction_(grad: Tensor, z: Tensor, norm: Tensor) -> None:
     grad.addcmul_(z, along, value=-1).div_(norm)
 
 
-def _add_both_(result: Tensor, grad: Tensor, z: Tensor) -> None:
-    """Add (G + G^T) z; on a CPU in squares, of which one and its mirror image are the same."""
+def _times_both(grad: Tensor, z: Tensor) -> Tensor:
+    """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same."""
     if z.device.type != "cpu" or len(z) <= CPU_TILE:
-        result.addmm_(grad + grad.T, z)
-        return
-    parts = blocks_of(z, CPU_TILE)
+        return (grad + grad.T) @ z
+    parts, result = blocks_of(z, CPU_TILE), torch.zeros_like(z)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
             both = grad[rows, columns] + grad[columns, rows].T
             result[rows].addmm_(both, z[columns])
             if rows != columns:
                 result[columns].addmm_(both.T, z[rows])
+    return result
 
 
 def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call) -> Tensor:
