@@ -183,10 +183,13 @@ def _times_both(grad: Tensor, z: Tensor) -> Tensor:
     """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same."""
     if z.device.type != "cpu" or len(z) <= CPU_TILE:
         return (grad + grad.T) @ z
-    parts, result = blocks_of(z, CPU_TILE), torch.zeros_like(z)
+    parts = blocks_of(z, CPU_TILE)
+    result, square = torch.zeros_like(z), grad.new_empty(CPU_TILE, CPU_TILE)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
-            both = grad[rows, columns] + grad[columns, rows].T
+            block = grad[rows, columns]
+            both = square[: block.shape[0], : block.shape[1]]
+            torch.add(block, grad[columns, rows].T, out=both)
             result[rows].addmm_(both, z[columns])
             if rows != columns:
                 result[columns].addmm_(both.T, z[rows])
