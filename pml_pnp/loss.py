@@ -306,6 +306,10 @@ class PNPLoss(BaseMetricLossFunction):
             and not all_modules_are_watched()
         )
 
+    def keeps_references(self, embeddings: Tensor) -> bool:
+        """Whether backward reads `ref_emb`, which must then stay as it is until it is done."""
+        return not (self._takes_mean() and self._multiplies(plain(embeddings)))
+
     def _trained(self) -> list[Tensor]:
         """Parameters of distance and variant."""
         modules = [x for x in (self.distance, self.variant) if isinstance(x, torch.nn.Module)]

@@ -190,7 +190,7 @@ class Pairs:
             (rows.stop - rows.start) * self._m, dtype=torch.bool, device=queries.device
         )
         flat[((queries - rows.start) * self._m + references)[inside]] = True
-        return flat.view(-1, self._m)
+        return flat.view(rows.stop - rows.start, self._m)
 
 
 def plain(x):

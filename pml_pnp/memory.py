@@ -1,0 +1,255 @@
+"""CrossBatchMemory, which ranks the embeddings of earlier batches along with those of a batch."""
+
+import warnings
+
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from pml_pnp.checks import check_inputs, check_vector
+from pml_pnp.distances import all_modules_are_watched, is_unmodified
+from pml_pnp.loss import PNPLoss
+from pml_pnp.pairs import QueryColumns, plain
+
+
+# PML's wrappers admit a loss by its class name, from a list that lacks PNPLoss.
+def with_pnp_loss(wrapper) -> staticmethod:
+    """`supported_losses` of a wrapper of PML, and PNPLoss with all that is derived from it."""
+    supported = wrapper.supported_losses  # bound now: registration replaces it on the original
+    return staticmethod(lambda: [*supported(), *_names_of_family(PNPLoss)])
+
+
+def _names_of_family(cls: type) -> list[str]:
+    """Names of a class and of all that are derived from it so far."""
+    return [cls.__name__, *(n for sub in cls.__subclasses__() for n in _names_of_family(sub))]
+
+
+class CrossBatchMemory(pml_losses.CrossBatchMemory):
+    """PML's CrossBatchMemory, which takes PNPLoss too: a queue of embeddings as references.
+
+    A call enqueues the batch and then calls the loss with the batch as queries and the queue as
+    references. A query is not compared with its own copy in the queue. Without a miner PML lists
+    all N x M pairs of batch and queue, which takes longer than to rank them; PNPLoss is told
+    instead where in the queue the batch is.
+
+    Args:
+        loss: PNPLoss or a loss that PML's CrossBatchMemory takes.
+        embedding_size: d.
+        memory_size: length of the queue; a full one loses its oldest embeddings.
+        miner: called with the batch and the queue; its pairs or triplets go to the loss.
+        **kwargs: PML's own: `collect_stats`.
+
+    Call with:
+        embeddings: (N, d), any floating dtype; the queue takes on their dtype and device.
+        labels: (N,). The queue keeps integers as int64 and floating point labels as float64.
+        indices_tuple: pairs or triplets besides those of the miner (without one, of all pairs):
+            anchors are rows of the batch, positives and negatives rows of `embedding_memory`.
+        enqueue_mask: (N,), bool. The rows where it is true are enqueued and are no queries, the
+            others are queries and are not enqueued. Not together with `indices_tuple`.
+        ref_labels: None. PML's `DistributedLossWrapper` without a process group passes ref_emb in
+            the place of `enqueue_mask`, and this.
+
+    Returns:
+        What the loss returns.
+
+    Raises:
+        TypeError: an argument is not the tensor described above.
+        ValueError: more embeddings to enqueue than `memory_size`; embeddings of another size than
+            `embedding_size`; lengths that do not fit; `indices_tuple` and `enqueue_mask` together;
+            `ref_labels`.
+
+    Saving: `state_dict` holds the queue, its position and whether it is full. One of PML's
+    CrossBatchMemory has neither of the latter: the queue then starts anew, with a warning (torch
+    2.4 needs `strict=False` for it).
+
+    Memory: memory_size x (d + 1) numbers. Several calls may precede a backward, so a loss whose
+    backward reads the references gets a copy of the queue. PNPLoss with a cosine similarity or dot
+    product, a named variant and a `MeanReducer` does not read them, and gets the queue itself.
+
+    Example:
+        >>> from pml_pnp import losses
+        >>> memory = losses.CrossBatchMemory(losses.PNPLoss(), embedding_size=8, memory_size=100)
+        >>> loss = memory(torch.randn(32, 8), torch.arange(32) // 4)
+        >>> memory.queue_idx
+        32
+    """
+
+    supported_losses = with_pnp_loss(pml_losses.CrossBatchMemory)
+
+    def __init__(self, loss, embedding_size, memory_size=1024, miner=None, **kwargs):
+        super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
+        if hasattr(self, "register_load_state_dict_pre_hook"):  # not in torch 2.4
+            self.register_load_state_dict_pre_hook(_before_loading)
+
+    def forward(self, embeddings, labels, indices_tuple=None, enqueue_mask=None, ref_labels=None):
+        """Enqueue the batch and compute its loss; the class docstring describes the arguments."""
+        if ref_labels is not None:
+            raise ValueError(
+                "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
+                "ref_labels, got ref_labels"
+            )
+        return self.loss(*self.loss_arguments(embeddings, labels, indices_tuple, enqueue_mask))
+
+    def loss_arguments(
+        self, embeddings, labels, indices_tuple=None, enqueue_mask=None, rows: slice | None = None
+    ) -> tuple:
+        """Enqueue the batch, and return what the loss is to be called with.
+
+        Args:
+            embeddings: as those below, of `forward`
+            labels: (N,)
+            indices_tuple: pairs or triplets
+            enqueue_mask: (N,), bool
+            rows: which rows of the batch may be queries; all without it
+
+        Returns:
+            queries, their labels, pairs or triplets or what PNPLoss takes in their place,
+            references, their labels
+        """
+        self._check(embeddings, labels, indices_tuple, enqueue_mask)
+        self.reset_stats()
+        labels = self._on_one_device(embeddings, labels)
+        is_query = None
+        if enqueue_mask is None:
+            self.add_to_memory(embeddings, labels, len(embeddings))
+            if rows is not None:
+                is_query, self.curr_batch_idx = rows, self.curr_batch_idx[rows]
+        else:
+            enqueue_mask = enqueue_mask.to(embeddings.device)
+            enqueued = embeddings[enqueue_mask]
+            self.add_to_memory(enqueued, labels[enqueue_mask], len(enqueued))
+            is_query = ~enqueue_mask
+            if rows is not None:
+                embeddings, labels, is_query = embeddings[rows], labels[rows], is_query[rows]
+        if is_query is not None:
+            embeddings, labels = embeddings[is_query], labels[is_query]
+        size = self.memory_size if self.has_been_filled else self.queue_idx
+        references, ref_labels = self.embedding_memory[:size], self.label_memory[:size]
+        if torch.is_grad_enabled() and _keeps_references(self.loss, embeddings):
+            references, ref_labels = references.clone(), ref_labels.clone()
+        indices_tuple = self.create_indices_tuple(
+            embeddings, labels, references, ref_labels, indices_tuple, enqueue_mask is None
+        )
+        return embeddings, labels, indices_tuple, references, ref_labels
+
+    def add_to_memory(self, embeddings, labels, batch_size) -> None:
+        """Put embeddings and labels in the place of the oldest ones."""
+        self._check_fits(batch_size)
+        end = self.queue_idx + batch_size
+        places = torch.arange(self.queue_idx, end, device=labels.device)
+        self.curr_batch_idx = places % self.memory_size
+        self.embedding_memory[self.curr_batch_idx] = embeddings.detach()
+        self.label_memory[self.curr_batch_idx] = labels.detach()
+        self.queue_idx = end % self.memory_size
+        self.has_been_filled = self.has_been_filled or end >= self.memory_size
+
+    def create_indices_tuple(
+        self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+    ):
+        """Pairs or triplets for the loss, or what PNPLoss takes in their place."""
+        columns = self.curr_batch_idx if do_remove_self_comparisons else None
+        if self.miner is None and input_indices_tuple is None and takes_query_columns(self.loss):
+            return None if columns is None else QueryColumns(columns)
+        if len(labels) == 0 or len(L_mem) == 0:  # not every miner takes that
+            indices_tuple = tuple(self.curr_batch_idx.new_empty(0) for _ in range(4))
+        elif self.miner is not None:
+            indices_tuple = self.miner(embeddings, labels, E_mem, L_mem)
+        else:
+            indices_tuple = lmu.get_all_pairs_indices(labels, L_mem)
+        if input_indices_tuple is not None:
+            if len(indices_tuple) == 4:
+                given = lmu.convert_to_pairs(input_indices_tuple, labels)
+            else:
+                given = lmu.convert_to_triplets(input_indices_tuple, labels)
+            indices_tuple = c_f.concatenate_indices_tuples(indices_tuple, given)
+        return indices_tuple if columns is None else without_self_pairs(indices_tuple, columns)
+
+    def get_extra_state(self) -> Tensor:
+        """Position of the queue and whether it has been filled, for `state_dict`."""
+        return torch.tensor([self.queue_idx, self.has_been_filled])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take both from a `state_dict`."""
+        queue_idx, has_been_filled = state.tolist()
+        self.queue_idx, self.has_been_filled = queue_idx, bool(has_been_filled)
+
+    def _check(self, embeddings, labels, indices_tuple, enqueue_mask) -> None:
+        """Raise TypeError or ValueError unless these can be enqueued and ranked."""
+        if labels is None:
+            raise TypeError("labels must be a tensor, got NoneType")
+        check_inputs(embeddings, labels, None, None, None)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must have the embedding_size of the memory, {self.embedding_size}, "
+                f"got {embeddings.shape[1]}"
+            )
+        if indices_tuple is not None:
+            if enqueue_mask is not None:
+                raise ValueError("expected indices_tuple or enqueue_mask, got both")
+            check_inputs(
+                embeddings, labels, indices_tuple, self.embedding_memory, self.label_memory
+            )
+        if enqueue_mask is not None:
+            check_vector("enqueue_mask", enqueue_mask, len(embeddings))
+            if enqueue_mask.dtype != torch.bool:
+                raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
+        self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))
+
+    def _check_fits(self, batch_size: int) -> None:
+        if batch_size > self.memory_size:
+            raise ValueError(
+                f"at most memory_size, {self.memory_size}, embeddings can be enqueued at a time, "
+                f"got {batch_size}"
+            )
+
+    def _on_one_device(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Take the queue to dtype and device of embeddings, and labels to those of the queue."""
+        labels = plain(labels)
+        is_floating = labels.is_floating_point() or self.label_memory.is_floating_point()
+        dtype = torch.float64 if is_floating else torch.int64
+        self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
+        self.label_memory = self.label_memory.to(embeddings.device, dtype)
+        return labels.to(embeddings.device, dtype)
+
+
+def takes_query_columns(loss) -> bool:
+    """Whether a loss is a PNPLoss whose arguments nobody else sees, so that they may be our own."""
+    return (
+        isinstance(loss, PNPLoss)
+        and is_unmodified(loss, "forward", "compute_loss")
+        and not all_modules_are_watched()
+    )
+
+
+def _keeps_references(loss, embeddings: Tensor) -> bool:
+    """Whether a loss may read its references after the call."""
+    return not takes_query_columns(loss) or loss.keeps_references(embeddings)
+
+
+def without_self_pairs(indices_tuple, columns: Tensor):
+    """The pairs or triplets that do not compare a query a with reference `columns[a]`."""
+    if len(indices_tuple) == 3:
+        a, p, n = indices_tuple
+        keep = (columns[a] != p) & (columns[a] != n)
+        return a[keep], p[keep], n[keep]
+    a1, p, a2, n = indices_tuple
+    keep1, keep2 = columns[a1] != p, columns[a2] != n
+    return a1[keep1], p[keep1], a2[keep2], n[keep2]
+
+
+def _before_loading(memory: CrossBatchMemory, state_dict: dict, prefix: str, *_) -> None:
+    """Make room for what is loaded, and start the queue anew if its position is not known."""
+    labels = state_dict.get(prefix + "label_memory")
+    if labels is None:
+        return
+    dtype = torch.float64 if labels.is_floating_point() else torch.int64
+    memory.label_memory = memory.label_memory.to(dtype)
+    if prefix + "_extra_state" not in state_dict:
+        warnings.warn(
+            "the state_dict of this CrossBatchMemory does not hold the position of its queue, as "
+            "pytorch_metric_learning's does not; the queue starts anew",
+            stacklevel=2,
+        )
+        state_dict[prefix + "_extra_state"] = torch.tensor([0, False])

@@ -1,0 +1,511 @@
+"""CrossBatchMemory, next to PML's where that one is right."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from helpers import batch, expected_mean, value_and_grad
+from pytorch_metric_learning import distances, miners, reducers
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import distributed
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+
+from pml_pnp import losses
+from pml_pnp.pairs import QueryColumns
+
+
+def memory(size=40, loss=None, **kwargs):
+    loss = losses.PNPLoss(variant="Ds", anneal=0.1) if loss is None else loss
+    return losses.CrossBatchMemory(loss, embedding_size=8, memory_size=size, **kwargs)
+
+
+def pmls(size=40, loss=None, **kwargs):
+    """PML's own, around a loss that it takes."""
+    return pml_losses.CrossBatchMemory(loss, embedding_size=8, memory_size=size, **kwargs)
+
+
+def other_losses():
+    return [losses.ContrastiveLoss(), losses.TripletMarginLoss(), losses.MultiSimilarityLoss()]
+
+
+# --- what stays as in PML -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
+@pytest.mark.parametrize("loss", other_losses(), ids=lambda loss: type(loss).__name__)
+def test_other_losses_and_the_queue_are_as_in_pml(loss, miner, device):
+    ours, theirs = memory(30, loss, miner=miner), pmls(30, loss, miner=miner)
+    for step in range(5):
+        x, y = batch(n=10, device=device)
+        mask = {"enqueue_mask": torch.arange(10, device=device) < 5} if step == 3 else {}
+        torch.testing.assert_close(
+            value_and_grad(ours, x, y, **mask), value_and_grad(theirs, x, y, **mask)
+        )
+        assert ours.queue_idx == theirs.queue_idx
+        assert ours.has_been_filled == theirs.has_been_filled
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_a_given_tuple_is_added_to_the_pairs_as_in_pml(device):
+    for loss in other_losses():
+        ours, theirs = memory(40, loss), pmls(40, loss)
+        for _ in range(3):
+            x, y = batch(n=10, device=device)
+            pairs = c_f.shift_indices_tuple(lmu.get_all_pairs_indices(y), ours.queue_idx)
+            triplets = c_f.shift_indices_tuple(lmu.get_all_triplets_indices(y), ours.queue_idx)
+            for given in (pairs, triplets):
+                a, b = copy.deepcopy(ours), copy.deepcopy(theirs)
+                torch.testing.assert_close(
+                    value_and_grad(a, x, y, given), value_and_grad(b, x, y, given)
+                )
+            ours, theirs = a, b
+
+
+# --- what is enqueued -----------------------------------------------------------------------
+
+
+def test_an_empty_batch_does_not_fill_the_memory(device):
+    x, y = batch(device=device)
+    ours, plain = memory(), memory()
+    empty = value_and_grad(ours, x[:0], y[:0])
+    assert empty[0] == 0 and not ours.has_been_filled and ours.queue_idx == 0
+    torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
+    value_and_grad(ours, x[:0], y[:0])
+    assert not ours.has_been_filled and ours.queue_idx == 24
+
+
+@pytest.mark.parametrize("loss", [None, *other_losses()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner()])
+def test_a_mask_that_enqueues_nothing_does_not_fill_the_memory(loss, miner, device):
+    x, y = batch(device=device)
+    ours = memory(loss=loss, miner=miner)
+    nothing = torch.zeros(24, dtype=torch.bool, device=device)
+    value, grad = value_and_grad(ours, x, y, enqueue_mask=nothing)  # there is no reference at all
+    assert value == 0 and grad.eq(0).all() and not ours.has_been_filled
+    ours(x, y)
+    first = copy.deepcopy(ours)
+    value = ours(x, y, enqueue_mask=nothing)
+    assert not ours.has_been_filled and ours.queue_idx == 24
+    if loss is None and miner is None:
+        expected = expected_mean(x, y, ref_emb=x, ref_labels=y, variant="Ds", anneal=0.1)
+        assert value.item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(first.state_dict(), ours.state_dict())
+
+
+def test_a_batch_of_the_size_of_the_memory_fills_it(device):
+    x, y = batch(device=device)
+    ours = memory(24)
+    torch.testing.assert_close(ours(x, y), losses.PNPLoss(variant="Ds", anneal=0.1)(x, y))
+    assert ours.has_been_filled and ours.queue_idx == 0
+    assert torch.equal(ours.embedding_memory, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(41, 8), "y": torch.zeros(41)}, ValueError, "memory_size, 40,.* got 41"),
+        (
+            {"x": torch.zeros(50, 8), "y": torch.zeros(50), "mask": torch.arange(50) < 45},
+            ValueError,
+            "memory_size, 40,.* got 45",
+        ),
+        ({"x": torch.zeros(24, 9)}, ValueError, "embedding_size of the memory, 8, got 9"),
+        ({"x": torch.zeros(24)}, ValueError, r"shape \(batch size, embedding size\), got \(24,\)"),
+        ({"x": [0.0] * 24}, TypeError, "embeddings must be a tensor, got list"),
+        ({"y": None}, TypeError, "labels must be a tensor, got NoneType"),
+        ({"y": torch.zeros(23)}, ValueError, r"shape \(24,\).* got \(23,\)"),
+        ({"y": torch.zeros(24) * 1j}, TypeError, "labels must be real, got torch.complex64"),
+        ({"mask": torch.zeros(24)}, TypeError, "enqueue_mask must be bool, got torch.float32"),
+        ({"mask": torch.zeros(24, dtype=torch.int64)}, TypeError, "bool, got torch.int64"),
+        ({"mask": [True] * 24}, TypeError, "enqueue_mask must be a tensor, got list"),
+        ({"mask": torch.arange(23) < 5}, ValueError, r"shape \(24,\), got \(23,\)"),
+        ({"mask": torch.ones(24, 1).bool()}, ValueError, r"shape \(24,\), got \(24, 1\)"),
+        (
+            {"mask": torch.arange(24) < 5, "tuple_": (torch.zeros(1).long(),) * 3},
+            ValueError,
+            "expected indices_tuple or enqueue_mask, got both",
+        ),
+        ({"tuple_": (torch.tensor([24]),) * 3}, ValueError, r"indices_tuple\[0\].* got 24"),
+        (
+            {"tuple_": (torch.tensor([0]), torch.tensor([40]), torch.tensor([0]))},
+            ValueError,
+            r"indices_tuple\[1\] must hold indices from 0 to 39, got 40",
+        ),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(change, error, message):
+    x, y = batch()
+    ours = memory()
+    ours(x, y)
+    before = copy.deepcopy(ours.state_dict())
+    arguments = {"x": x, "y": y, "tuple_": None, "mask": None} | change
+    with pytest.raises(error, match=message):
+        ours(*arguments.values())
+    torch.testing.assert_close(ours.state_dict(), before)
+
+
+# --- labels ---------------------------------------------------------------------------------
+
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool]
+UNSIGNED = [getattr(torch, name) for name in ("uint16", "uint32", "uint64")]
+
+
+@pytest.mark.parametrize("loss", [None, *other_losses()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("narrow", [*NARROW, *UNSIGNED], ids=str)
+def test_labels_of_a_narrower_type_cut_nothing(narrow, loss, device):
+    x, y = batch(device=device)
+    wide, narrowed = memory(loss=loss), memory(loss=loss)
+    few = y % 2
+    for ours in (wide, narrowed):
+        ours(x, y + 2**40)
+        assert ours.label_memory.dtype == torch.int64
+    torch.testing.assert_close(
+        value_and_grad(narrowed, x, few.to(narrow)), value_and_grad(wide, x, few)
+    )
+    assert torch.equal(narrowed.label_memory, wide.label_memory)
+    assert (narrowed.label_memory[16:24] > 2**40).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64])
+def test_floating_labels_are_kept_in_float64(kind, device):
+    x, y = batch(device=device)
+    halves, integers = memory(), memory()
+    for ours in (halves, integers):
+        ours(x, y + 2**25 + 1)  # not in float32
+    value = halves(x, (y / 2).to(kind))  # not in int64
+    torch.testing.assert_close(value, integers(x, y))
+    assert halves.label_memory.dtype == torch.float64
+    assert halves.label_memory[20] == y[20] + 2**25 + 1
+    torch.testing.assert_close(halves(x, y + 2**30), integers(x, y + 2**30))
+
+
+def test_labels_may_be_on_another_device_and_of_a_subclass(device):
+    class Category(torch.Tensor):
+        pass
+
+    x, y = batch(device=device)
+    torch.testing.assert_close(memory()(x, y.cpu().as_subclass(Category)), memory()(x, y))
+
+
+# --- saving ---------------------------------------------------------------------------------
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+@pytest.mark.parametrize("floating", [False, True])
+def test_a_resumed_run_goes_on_with_its_memory(calls, floating):
+    ours = memory()
+    batches = [batch(n=12) for _ in range(calls + 3)]
+    batches = [(x, y + 0.5 if floating else y) for x, y in batches]
+    for x, y in batches[:calls]:
+        ours(x, y)
+    resumed = torch.nn.ModuleList([torch.nn.Linear(2, 2), memory()])
+    resumed.load_state_dict(saved(torch.nn.ModuleList([torch.nn.Linear(2, 2), ours])))
+    assert resumed[1].has_been_filled == (calls == 4)
+    for x, y in batches[calls:]:
+        torch.testing.assert_close(value_and_grad(resumed[1], x, y), value_and_grad(ours, x, y))
+    assert resumed[1].queue_idx == ours.queue_idx
+    torch.testing.assert_close(resumed[1].state_dict(), ours.state_dict())
+
+
+def test_a_state_of_pmls_memory_loads_and_starts_the_queue_anew():
+    x, y = batch()
+    theirs = pmls(loss=losses.ContrastiveLoss())
+    theirs(x, y)
+    state = torch.nn.ModuleList([theirs]).state_dict()
+    keys = set(state)
+    ours = torch.nn.ModuleList([memory(loss=losses.ContrastiveLoss())])
+    ours[0](*batch(n=39))
+    with pytest.warns(UserWarning, match="position of its queue.*starts anew"):
+        ours.load_state_dict(state)
+    assert set(state) == keys
+    assert ours[0].queue_idx == 0 and not ours[0].has_been_filled
+    torch.testing.assert_close(ours[0].embedding_memory, theirs.embedding_memory)
+    torch.testing.assert_close(
+        ours[0](x, y), memory(loss=losses.ContrastiveLoss())(x, y), rtol=0, atol=0
+    )
+
+
+def test_our_state_loads_into_pmls_memory_without_the_position():
+    ours, theirs = memory(loss=losses.ContrastiveLoss()), pmls(loss=losses.ContrastiveLoss())
+    ours(*batch())
+    keys = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not keys.missing_keys and keys.unexpected_keys == ["_extra_state"]
+    torch.testing.assert_close(theirs.embedding_memory, ours.embedding_memory)
+
+
+def test_a_state_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for embedding_memory"):
+        memory(39).load_state_dict(memory(40).state_dict())
+    with pytest.raises(RuntimeError, match="embedding_memory"):
+        memory().load_state_dict({})
+
+
+def test_without_a_hook_before_loading_states_of_ours_still_load(monkeypatch):
+    """As with torch 2.4."""
+    monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
+    ours, resumed = memory(), memory()
+    ours(*batch())
+    resumed.load_state_dict(ours.state_dict())
+    assert resumed.queue_idx == 24
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: torch.load(io.BytesIO(x), weights_only=False)]
+)
+def test_copies_are_independent(copied):
+    ours = memory()
+    x, y = batch()
+    ours(x, y)
+    if copied is not copy.deepcopy:
+        file = io.BytesIO()
+        torch.save(ours, file)
+        other = copied(file.getvalue())
+    else:
+        other = copied(ours)
+    torch.testing.assert_close(other(x, y), copy.deepcopy(ours)(x, y))
+    state = memory().state_dict()
+    other.load_state_dict(state)
+    assert other.queue_idx == 0 and ours.queue_idx == 24
+
+
+# --- several calls before a backward --------------------------------------------------------
+
+
+class Product(torch.nn.Module):
+    """A distance of a user, whose graph keeps the references."""
+
+    is_inverted = True
+
+    def forward(self, x, y=None):
+        return x @ (x if y is None else y).T
+
+
+LP = distances.LpDistance(normalize_embeddings=False)
+LOSSES = {
+    "cosine": {},
+    "dot": {"distance": distances.DotProductSimilarity()},
+    "Lp": {"distance": LP},
+    "SNR": {"distance": distances.SNRDistance(normalize_embeddings=False)},
+    "batched": {"distance": distances.BatchedDistance(LP, batch_size=5)},
+    "own": {"distance": Product()},
+    "sum": {"reducer": reducers.SumReducer()},
+    "callable": {"variant": torch.log1p},
+    "lean": {"chunk_size": 5, "distance": LP},
+    "mined": {},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_calls_may_precede_one_backward(name, device):
+    kwargs = {"variant": "Ds", "anneal": 0.3} | LOSSES[name]
+    miner = miners.MultiSimilarityMiner() if name == "mined" else None
+    results = []
+    for at_once in (True, False):
+        torch.manual_seed(0)
+        ours = memory(30, losses.PNPLoss(**kwargs), miner=miner).double()
+        x = [batch(n=12, dtype=torch.float64, device=device) for _ in range(4)]
+        given = [v.requires_grad_() for v, _ in x]
+        values = []
+        for v, y in x:
+            values.append(ours(v, y))
+            if not at_once:
+                values[-1].backward()
+        if at_once:
+            sum(values).backward()
+        results.append([v.grad for v in given])
+    torch.testing.assert_close(*results)
+    assert results[0][0].abs().max() > 1e-4
+
+
+def test_other_losses_may_be_called_several_times_before_a_backward(device):
+    for loss in other_losses():
+        ours = memory(30, loss)
+        x, y = batch(n=12, device=device)
+        x.requires_grad_()
+        sum(ours(x, y) for _ in range(4)).backward()
+        assert x.grad.isfinite().all()
+
+
+def test_the_usual_loss_gets_the_memory_itself():
+    seen = []
+    ours, kept = memory(), memory(loss=losses.PNPLoss(distance=distances.LpDistance()))
+    for one in (ours, kept):
+        one(*batch())
+        seen.append(one.loss_arguments(*batch(n=8))[3])
+    assert seen[0].data_ptr() == ours.embedding_memory.data_ptr()
+    assert seen[1].data_ptr() != kept.embedding_memory.data_ptr()
+    with torch.no_grad():
+        assert kept.loss_arguments(*batch(n=8))[3].data_ptr() == kept.embedding_memory.data_ptr()
+
+
+# --- a query and its own copy ---------------------------------------------------------------
+
+
+def rows_without_themselves(step, n, size):
+    """Where in the memory the rows of a step are."""
+    return (step * n + torch.arange(n)) % size
+
+
+class Watched(losses.PNPLoss):
+    """Keeps the tuple that it was called with."""
+
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+        self.seen = indices_tuple
+        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["all", "pairs", "triplets", "given pairs", "given triplets"])
+def test_a_query_is_not_compared_with_itself(kind, n, device):
+    """Also in a batch of one, and where a batch goes over the end of the memory."""
+    size = 10
+    miner = {"pairs": AllPairs(), "triplets": AllTriplets()}.get(kind)
+    ours = memory(size, Watched(), miner=miner)
+    for step in range(8):
+        x, y = torch.randn(n, 8, device=device), torch.arange(n, device=device) % 2
+        columns = rows_without_themselves(step, n, size)
+        given = None
+        if kind.startswith("given"):
+            rows = torch.arange(n)
+            given = (rows, columns, rows, columns)  # nothing but comparisons with themselves
+            given = tuple(i.to(device) for i in (given if "pairs" in kind else given[:3]))
+        ours(x, y, given)
+        seen = ours.loss.seen
+        a1, p, a2, q = (i.cpu() for i in lmu.convert_to_pairs(seen, y))
+        assert not (columns[a1] == p).any() and not (columns[a2] == q).any()
+        if kind == "triplets":
+            continue
+        filled = min(size, (step + 1) * n)
+        labels = ours.label_memory[:filled].cpu()
+        same = y.cpu().unsqueeze(1) == labels
+        same[torch.arange(n), columns] = False
+        assert set(zip(a1.tolist(), p.tolist(), strict=True)) == {
+            tuple(pair) for pair in same.nonzero().tolist()
+        }
+
+
+class AllPairs(miners.BaseMiner):
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        return lmu.get_all_pairs_indices(labels, ref_labels)
+
+
+class AllTriplets(miners.BaseMiner):
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        return lmu.get_all_triplets_indices(labels, ref_labels)
+
+
+@pytest.mark.parametrize("miner", [None, AllPairs(), AllTriplets()])
+def test_one_row_alone_has_no_positive(miner, device):
+    x, y = torch.randn(1, 8, device=device), torch.zeros(1, device=device, dtype=torch.int64)
+    ours = memory(miner=miner)
+    ours(torch.randn(5, 8, device=device), torch.arange(1, 6, device=device))
+    value, grad = value_and_grad(ours, x, y)
+    assert value == 0 and grad.eq(0).all()
+
+
+# --- who looks at the loss ------------------------------------------------------------------
+
+
+def assert_is_pmls_tuple(indices_tuple):
+    assert type(indices_tuple) is tuple and len(indices_tuple) == 4
+    assert all(i.dtype == torch.int64 for i in indices_tuple)
+
+
+def test_hooks_and_replaced_methods_get_the_tuple_of_pml():
+    x, y = batch()
+    expected = memory()(x, y)
+    seen = []
+
+    def through_pre_hook(ours):
+        return ours.loss.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+
+    def through_hook(ours):
+        return ours.loss.register_forward_hook(lambda module, args, out: seen.append(args[2]))
+
+    def through_all(ours):
+        def hook(module, args):
+            if module is ours.loss:
+                seen.append(args[2])
+
+        return torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+    def through_compute_loss(ours):
+        original = ours.loss.compute_loss
+
+        def compute_loss(embeddings, labels, indices_tuple, *references):
+            seen.append(indices_tuple)
+            return original(embeddings, labels, indices_tuple, *references)
+
+        ours.loss.compute_loss = compute_loss
+
+    def through_forward(ours):
+        original = ours.loss.forward
+
+        def forward(embeddings, labels, indices_tuple, *references):
+            seen.append(indices_tuple)
+            return original(embeddings, labels, indices_tuple, *references)
+
+        ours.loss.forward = forward
+
+    for look in (
+        through_pre_hook,
+        through_hook,
+        through_all,
+        through_compute_loss,
+        through_forward,
+    ):
+        ours = memory()
+        handle = look(ours)
+        try:
+            torch.testing.assert_close(ours(x, y), expected)
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert_is_pmls_tuple(seen.pop())
+        assert not seen
+
+
+def test_a_method_replaced_on_the_class_gets_the_tuple_of_pml(monkeypatch):
+    x, y = batch()
+    expected = memory()(x, y)
+    seen, original = [], losses.PNPLoss.compute_loss
+
+    def compute_loss(self, embeddings, labels, indices_tuple, *references):
+        seen.append(indices_tuple)
+        return original(self, embeddings, labels, indices_tuple, *references)
+
+    monkeypatch.setattr(losses.PNPLoss, "compute_loss", compute_loss)
+    torch.testing.assert_close(memory()(x, y), expected)
+    assert_is_pmls_tuple(seen[0])
+
+
+def test_nobody_looks_and_no_pairs_are_listed():
+    ours = memory()
+    assert isinstance(ours.loss_arguments(*batch())[2], QueryColumns)
+
+
+# --- in PML's wrapper -----------------------------------------------------------------------
+
+
+def test_in_pmls_distributed_wrapper_without_a_process_group():
+    x, y = batch()
+    wrapped = distributed.DistributedLossWrapper(memory())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if distributed.DistributedLossWrapper.forward.__code__.co_varnames[1] == "emb":
+            pytest.skip("this PML needs a process group there")
+        torch.testing.assert_close(wrapped(x, y), memory()(x, y))
+        with pytest.raises(TypeError, match="enqueue_mask must be bool, got torch.float32"):
+            wrapped(x, y, ref_emb=x[:, 0])
+        with pytest.raises(ValueError, match="neither ref_emb nor ref_labels"):
+            wrapped(x, y, ref_emb=x, ref_labels=y)
