@@ -15,32 +15,31 @@ Memory is the peak beyond the inputs, each in a process of its own.
 """
 
 import argparse
-import csv
-import datetime
-import os
-import platform
-import shlex
-import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
-import tqdm
-from pml_pnp.kernels import Settings, autograd, eager
-from pml_pnp.relation import Relation
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import CosineSimilarity
+from rows import (
+    MACHINE,
+    RESULTS,
+    TIMES,
+    machine,
+    new_file,
+    number_of_process,
+    peak_bytes,
+    times_in_turn,
+    write,
+)
 from torch.nn.functional import normalize
-from torch.utils.benchmark import Timer
 
 from pml_pnp import losses, products
+from pml_pnp.kernels import Settings, autograd, eager
+from pml_pnp.relation import Relation
 
-RESULTS = Path(__file__).parent / "results"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
 PRODUCT, AT_ONCE = "products.py", "products.py, not in squares"
@@ -86,9 +85,9 @@ ON_GPU_ALONE = ("largest", "trunk")
 ON_CPU_ALONE = ("blocks", "products", "overwriting")
 QUEUE = 65536
 COLUMNS = (
-    "part,provider,device,dtype,N,M,per_class,d,chunk_size,median_ms,q20_ms,q80_ms,repeats,peak_bytes,"
-    "hardware,threads,python,torch,pytorch_metric_learning,pml_pnp,date,command"
-).split(",")
+    *("part", "provider", "device", "dtype", "N", "M", "per_class", "d", "chunk_size"),
+    *(*TIMES, "peak_bytes", *MACHINE),
+)
 
 
 def main() -> None:
@@ -102,13 +101,11 @@ def main() -> None:
         provider, n, per_class, d = args.memory_of
         print(_peak_bytes(provider, int(n), int(per_class), int(d), device, args.dtypes[0]))
         return
-    path = args.output or RESULTS / f"{device.type}-{datetime.date.today()}.csv"
-    if path.exists() and not args.append:
-        raise SystemExit(f"{path} exists; name another with --output, or --append to it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_file(RESULTS, args.output, device, args.append)
     not_here = ON_GPU_ALONE if device.type == "cpu" else ON_CPU_ALONE
     parts = args.only or [p for p in SIZES if p not in not_here]
-    _write(path, _rows(parts, device, args.dtypes, args.rounds, args.seconds))
+    rows = _rows(parts, device, args.dtypes, args.rounds, args.seconds)
+    write(path, COLUMNS, rows, "{part:15} {provider:20} N={N:<6}")
     print(path)
 
 
@@ -286,7 +283,8 @@ def _rows(parts: list[str], device, dtypes: list[str], rounds: int, seconds: flo
                 sizes = {"N": n, "M": n, "per_class": per_class, "d": d}
                 if part == "queue":
                     sizes["M"] = QUEUE
-                row = {"part": part, "dtype": dtype, **sizes, **_machine(device)}
+                where = {"device": device.type, **machine(device, __file__)}
+                row = {"part": part, "dtype": dtype, **sizes, **where}
                 if part.startswith("memory"):
                     provider = LEAN if "lean" in part else OURS
                     size = provider, n, per_class, d
@@ -319,95 +317,19 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
         "trunk": ([OURS, TRUNK], build_trunk),
     }
     providers, make = others.get(part, (providers, make))
-    timers = {
-        p: Timer("step()", globals={"step": make(p, n, per_class, d, device, dtype)},
-                 num_threads=torch.get_num_threads())
-        for p in providers
-    }  # fmt: skip
-    times = {p: [] for p in providers}
-    for timer in timers.values():
-        timer.timeit(1)
-    for _ in range(rounds):
-        for provider, timer in timers.items():
-            times[provider] += timer.blocked_autorange(min_run_time=seconds).times
-    for provider, t in times.items():
-        low, *_, high = statistics.quantiles(t, n=5)
-        quantiles = {"median_ms": statistics.median(t), "q20_ms": low, "q80_ms": high}
-        yield provider, {**{k: f"{1e3 * v:.4g}" for k, v in quantiles.items()}, "repeats": len(t)}
+    steps = {p: make(p, n, per_class, d, device, dtype) for p in providers}
+    return times_in_turn(steps, rounds, seconds)
 
 
 def _in_process(size: tuple, device, dtype: str) -> int:
     """Peak memory of one step, from a process in which nothing else has been done."""
-    where = ["--device", str(device), "--threads", str(torch.get_num_threads())]
-    what = ["--dtypes", dtype, "--memory-of", *map(str, size)]
-    command = [sys.executable, __file__, *where, *what]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    where = "--device", device, "--threads", torch.get_num_threads()
+    return number_of_process(__file__, *where, "--dtypes", dtype, "--memory-of", *size)
 
 
 def _peak_bytes(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> int:
     build(provider, 64, 4, d, device, dtype)()  # what libraries take for themselves
-    step = build(provider, n, per_class, d, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    before = _resident_peak()
-    step()
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    """Most bytes of memory this process has had; its parent's do not count."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-# --- where, and how it is written down
-
-
-def _machine(device) -> dict[str, str | int]:
-    return {
-        "device": device.type,
-        "hardware": _hardware(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pytorch_metric_learning": metadata.version("pytorch-metric-learning"),
-        "pml_pnp": metadata.version("pml_pnp"),
-        "date": str(datetime.date.today()),
-        "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
-    }
-
-
-def _hardware(device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _write(path: Path, rows) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            file.flush()
-            shown = row.get("median_ms") or f"{row['peak_bytes'] / 2**20:.0f} MiB"
-            tqdm.tqdm.write(f"{row['part']:15} {row['provider']:20} N={row['N']:<6} {shown}")
+    return peak_bytes(build(provider, n, per_class, d, device, dtype), device)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Make the README's figures and plots of the committed rows.
+"""Make the figures of the README and of docs/, and the plots, of the committed rows.
 
-python benchmarks/report.py                  # all of benchmarks/results, into README.md
-python benchmarks/report.py --check          # only whether the README says what the rows say
+python benchmarks/report.py                  # all of benchmarks/results, into the pages
+python benchmarks/report.py --check          # only whether the pages say what the rows say
 
 Speed and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
-is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval.
+is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval; large
+batches are of those of benchmarks/grad_cache.py, in benchmarks/results/grad_cache.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RETRIEVAL = RESULTS / "retrieval"
+GRAD_CACHE = RESULTS / "grad_cache"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
@@ -40,14 +42,26 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
-    text = README.read_text(encoding="utf-8")
-    made = _with(text, "<!-- speed, of benchmarks/report.py -->", section(rows))
-    made = _with(made, "<!-- retrieval, of benchmarks/report.py -->", retrieval())
-    if args.check:
-        sys.exit(0 if made == text else "README.md is not what benchmarks/report.py makes")
-    README.write_text(made, encoding="utf-8")
-    for device in devices(rows):
-        plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+    blocks = {
+        "<!-- speed, of benchmarks/report.py -->": section(rows),
+        "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
+        "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
+    }
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for begin, block in blocks.items():
+        holders = [page for page, text in texts.items() if begin in text]
+        if not holders:
+            sys.exit(f"no page holds {begin}")
+        for page in holders:
+            texts[page] = _with(texts[page], begin, block)
+    for page, text in texts.items():
+        if args.check and text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
+        if not args.check:
+            page.write_text(text, encoding="utf-8")
+    if not args.check:
+        for device in devices(rows):
+            plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
 
 
 def _with(text: str, begin: str, made: str) -> str:
@@ -71,6 +85,36 @@ def retrieval() -> str:
             f"{first['dataset']} ({versions}, {first['date']}, `{first['command']}`):\n\n"
             f"{results_table.table(rows)}"
         )
+    return "\n\n".join(parts)
+
+
+def grad_cache() -> str:
+    """Memory and time of GradCache against the whole batch, a table for each file of rows."""
+    parts = []
+    for path in sorted(GRAD_CACHE.glob("*.csv")):
+        rows = read([path])
+        first = rows[0]
+        by_size: dict[str, list[Row]] = {}
+        for row in rows:
+            by_size.setdefault(row["N"], []).append(row)
+        heads = [f"{r['provider']}, MiB | {r['provider']}, s" for r in by_size[first["N"]]]
+        lines = [
+            f"Forward and backward of the example's small trunk on {first['image_size']} x "
+            f"{first['image_size']} images and PNPLoss, float32 ({first['hardware']}, "
+            f"{first['threads']} threads, torch {first['torch']}, {first['date']}, "
+            f"`{first['command']}`); memory is the peak beyond model and images:",
+            "",
+            f"| images | {' | '.join(heads)} | time, ratio |",
+            "|---" * (2 * len(heads) + 2) + "|",
+        ]
+        for n, row in by_size.items():
+            cells = [
+                f"{int(r['peak_bytes']) / 2**20:,.0f} | {float(r['median_ms']) / 1e3:.3g}"
+                for r in row
+            ]
+            ratio = float(row[-1]["median_ms"]) / float(row[0]["median_ms"])
+            lines.append(f"| {int(n):,} | {' | '.join(cells)} | {ratio:.2f} |")
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 

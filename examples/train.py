@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "miner_args": {},
     "memory_size": 0,
     "batch_size": 64,
+    "grad_cache": 0,
     "samples_per_class": 4,
     "epochs": 20,
     "patience": 10,
@@ -93,7 +94,7 @@ CHARACTERS = {"mode": "L", "warp": True}
 PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 SMALL_IMAGE_SIZE = 64
 # What may differ when a run continues; everything else would make it another run.
-RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify")
+RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("training")
     add(training, "--batch-size", "batch of all processes together *", type=_positive)
+    add(
+        training,
+        "--grad-cache",
+        "largest number of images whose activations the trunk keeps; larger batches go through it "
+        "in chunks, see docs/large_batches.md; 0 for no limit",
+        type=_natural,
+    )
     add(training, "--samples-per-class", "images of each class in a batch", type=_positive)
     add(training, "--epochs", "epochs at most *", type=_positive)
     add(training, "--patience", "epochs without improvement before stopping", type=_natural)
@@ -251,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         run,
         "--resume",
         "run folder to continue, with its own configuration; --epochs may be "
-        "raised, --device and --workers changed, after which the end may differ",
+        "raised, --device, --workers and --grad-cache changed, after which the end may differ",
         metavar="FOLDER",
     )
     return parser

@@ -32,6 +32,8 @@ from run_folder import RunFolder, own_state, restore, shared_state
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trunks import Trunk
 
+from pml_pnp import GradCache
+
 RECORDS_PER_EPOCH = 5
 
 
@@ -101,7 +103,7 @@ def build_trainer(
     embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
     loss, miner = build_loss_and_miner(config, splits.train.num_classes)
     models = {
-        "trunk": parallel(trunk.module.to(device), device),
+        "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
         "embedder": parallel(embedder.to(device), device),
     }
     loss = _join_processes(loss.to(device), device)
@@ -144,6 +146,10 @@ def build_trainer(
         amp=config["amp"],
         ema_decay=config["ema_decay"],
     )
+
+
+def _in_chunks(trunk: torch.nn.Module, chunk_size: int) -> torch.nn.Module:
+    return GradCache(trunk, chunk_size) if chunk_size else trunk
 
 
 def build_loss_and_miner(

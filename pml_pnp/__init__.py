@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pml_pnp import functional, losses
+    from pml_pnp.grad_cache import GradCache
     from pml_pnp.loss import PNPLoss
     from pml_pnp.registration import register, unregister
 
 __version__ = "0.1.0"
-__all__ = ["PNPLoss", "functional", "losses", "register", "unregister"]
+__all__ = ["GradCache", "PNPLoss", "functional", "losses", "register", "unregister"]
 
 _MODULE_OF = {
+    "GradCache": "pml_pnp.grad_cache",
     "PNPLoss": "pml_pnp.loss",
     "register": "pml_pnp.registration",
     "unregister": "pml_pnp.registration",

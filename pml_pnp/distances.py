@@ -79,33 +79,13 @@ def is_unmodified(module: torch.nn.Module, *methods: str) -> bool:
     Not if one of the methods has been replaced, in the class or the instance, or if a hook sees its
     calls.
     """
-    own = vars(module)
+    own, cls = vars(module), type(module)
+    origins = [getattr(getattr(cls, name), "__module__", None) or "" for name in methods]
     return (
-        not any([own[name] for name in _HOOKS_OF_ONE])
+        not any([value for name, value in own.items() if name.endswith("_hooks")])
         and not any([name in own for name in methods])
-        and all([_is_original(getattr(type(module), name)) for name in methods])
+        and all([x.startswith(("pytorch_metric_learning.", "pml_pnp.")) for x in origins])
     )
-
-
-def _is_original(method) -> bool:
-    origin = getattr(method, "__module__", None) or ""
-    return origin.startswith(("pytorch_metric_learning.", "pml_pnp."))
-
-
-def _names_of_hooks() -> list[str]:
-    """The attributes in which a module keeps hooks on its calls: those that registering fills."""
-    module = torch.nn.Identity()
-    for register in (
-        module.register_forward_hook,
-        module.register_forward_pre_hook,
-        module.register_full_backward_hook,
-        module.register_full_backward_pre_hook,
-    ):
-        register(lambda *_: None)
-    return [name for name, x in vars(module).items() if isinstance(x, dict) and x]
-
-
-_HOOKS_OF_ONE = _names_of_hooks()
 
 
 def _table(register):
@@ -120,13 +100,12 @@ _HOOKS_OF_ALL = [
     _table(torch_module.register_module_forward_pre_hook),
     _table(torch_module.register_module_full_backward_pre_hook),
 ]
-_IDENTITY = torch.nn.Identity()
-_PROBE = torch.empty(0, requires_grad=True)
+_IDENTITY, _PROBE = torch.nn.Identity(), torch.empty(0, requires_grad=True)
 
 
 def all_modules_are_watched() -> bool:
     """Whether hooks see the calls of all modules."""
-    if any(table() for table in _HOOKS_OF_ALL):
+    if any([table() for table in _HOOKS_OF_ALL]):
         return True
     # Backward hooks make a module return another tensor than it was given.
     return torch.is_grad_enabled() and _IDENTITY(_PROBE) is not _PROBE

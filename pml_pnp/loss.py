@@ -1,5 +1,6 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -56,52 +57,48 @@ class PNPLoss(BaseMetricLossFunction):
     ======= ======================= ======== ==========================================
 
     Args:
-        b: slope of "Ib", whose gradient grows to 1/b; positive. Default 2, the paper's value.
-        alpha: exponent of "Dq", positive. Default 1, as in PML; 4 in the authors' README, 8 in the
-            paper according to PML.
-        anneal: temperature :math:`\tau`, positive, in units of `distance`. Default 0.01, the
-            paper's.
+        b: slope of "Ib", whose gradient grows to 1/b. Default 2, the paper's value.
+        alpha: exponent of "Dq". Default 1, as in PML; 4 in the authors' README, 8 in the paper
+            according to PML.
+        anneal: temperature :math:`\tau`, in units of `distance`. Default 0.01, the paper's. It, `b`
+            and `alpha` may be from 1e-30 to 1e30, or to 1e300 either way for float64 embeddings.
         variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one
             of the same shape, elementwise. An `nn.Module` with parameters is trained along.
-        include_self: count the query as its own positive, as the paper's code and PML's PNPLoss do.
-        chunk_size: lean mode: how many queries to compare with the references at a time. The N x M
-            similarities are then never held, but computed again in backward, unless the batch is
-            its own reference, `distance` a cosine similarity or dot product and `reducer` a
-            `MeanReducer`. Same values, up to rounding. Default None, all at once.
+        include_self: whether the query is its own positive, as in the paper's code and in PML.
+        chunk_size: number of queries to compare with the references at a time. The N x M
+            similarities are then never held at once. Values are the same up to rounding. Default
+            None, all queries at once.
         **kwargs: PML's own: `distance` (any; default `CosineSimilarity`), `reducer` (any; default
             `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`.
 
     Call with:
         embeddings: (N, d), any floating dtype, any device.
-        labels: (N,); may be left out if `indices_tuple` is given.
+        labels: (N,), real; may be left out if `indices_tuple` is given.
         indices_tuple: triplets or pairs, as every PML miner returns them. They define P(a) and
             N(a); a repeated pair counts once, a pair of a query with itself not at all.
         ref_emb: (M, d), references to rank instead of the batch. With them the query's similarity
             to itself is `distance` of its embedding to itself.
-        ref_labels: (M,); needed with `ref_emb` unless `indices_tuple` is given.
+        ref_labels: (M,), real; needed with `ref_emb` unless `indices_tuple` is given.
 
     Returns:
         What the reducer makes of L(a) over the queries with at least one positive besides
         themselves (reduction type "element"); zero, connected to the graph, if there is none. Every
-        L(a) is NaN if an embedding or reference is NaN or infinite. Everything is computed in at
-        least float32, with autocast off; the result has the dtype of `embeddings` and is on their
-        device, but under autocast it is float32 for float16 and bfloat16 embeddings. With
-        `DoNothingReducer`, the dictionary that PML's reducers take.
+        L(a) is NaN if an embedding or reference, or a length that `distance` divides by, is NaN or
+        infinite. Everything is computed in at least float32, with autocast off. The result has the
+        dtype of `embeddings` and is on their device; under autocast it is float32 for float16 and
+        bfloat16 embeddings. `DoNothingReducer` returns the dictionary that PML's reducers take.
 
     Raises:
-        TypeError: `b`, `alpha` or `anneal` is not a number, or `chunk_size` no integer; `variant`
-            is neither a name nor callable, or does not return a tensor; `distance` does not say
-            whether it is a similarity (`is_inverted`) or does not return a floating point tensor;
-            an argument of the call is not the tensor described above.
-        ValueError: `b`, `alpha` or `anneal` is not positive and finite; `chunk_size` is not
-            positive; an unknown `variant`, or a callable one that changes the shape; neither labels
-            nor tuple; `ref_emb` without labels and `ref_labels` or tuple, or `ref_labels` without
-            `ref_emb`; lengths or embedding sizes that do not fit; a tuple that is not of 3 or 4
-            index tensors, or an index outside the batch or the references; a distance that returns
-            a matrix of another shape.
+        TypeError: an argument is not of the type described above; a `reducer`, `distance` or
+            `embedding_regularizer` is a class or a name, or a `distance` has no `is_inverted` or
+            does not return a floating point tensor.
+        ValueError: a number is outside its range; an unknown `variant`, or a callable one that
+            changes the shape; neither labels nor tuple; `ref_emb` without labels and `ref_labels`
+            or tuple, or `ref_labels` without `ref_emb`; lengths or embedding sizes that do not fit;
+            a tuple that is not of 3 or 4 index tensors, or an index outside the batch or the
+            references; a distance that returns a matrix of another shape.
         RuntimeError: memory does not suffice for the N x M similarities, where PyTorch notices; in
-            a second backward, or one with create_graph=True, embeddings or references have been
-            changed in place, as a CrossBatchMemory changes its own at every call.
+            backward, a tensor that it needs has been changed in place.
 
     Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
     negatives ranked before a positive and `positives_behind_negatives` the share (0 to 1) of
@@ -109,9 +106,10 @@ class PNPLoss(BaseMetricLossFunction):
     without the queries themselves.
 
     Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
-    (PML's SNRDistance N x M x d); one on a CPU for a cosine similarity or dot product, which the
-    gradient overwrites; with `chunk_size` these of one chunk. The N x |P(a)| x M sigmoids are never
-    held together. A tuple, and a callable `variant`, take some N x M matrices more.
+    (PML's SNRDistance N x M x d). With a `chunk_size` only those of a chunk, computed again in
+    backward. A cosine similarity or dot product under a `MeanReducer` computes nothing again and
+    takes one N x M matrix on a CPU, 32 MiB of it at a time for `ref_emb`. The N x |P(a)| x M
+    sigmoids are never held together. A tuple and a callable `variant` take a few matrices more.
 
     Example:
         >>> import torch
@@ -186,6 +184,10 @@ class PNPLoss(BaseMetricLossFunction):
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
+        if indices_tuple is not None and torch.compiler.is_compiling():
+            # A tuple of another length would be compiled anew at every call.
+            eagerly = torch.compiler.disable(self.forward)
+            return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         check_inputs(
             embeddings,
             labels,
@@ -201,7 +203,7 @@ class PNPLoss(BaseMetricLossFunction):
         dtype = at_least_float32(embeddings.dtype)
         device = embeddings.device.type
         autocast = is_autocast_on(device)
-        with autocast_off(device):
+        with autocast_off(device) if autocast else nullcontext():
             references = () if ref_emb is None else (plain(ref_emb).to(dtype), ref_labels)
             loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)
         if isinstance(loss, Tensor) and not autocast:
@@ -222,7 +224,7 @@ class PNPLoss(BaseMetricLossFunction):
         # PML's losses, too, tell the batch from a set of references by identity.
         is_own_reference = ref_emb is embeddings and ref_labels is labels
         references = None if is_own_reference else ref_emb  # in PML 0.9 always None
-        n, m = len(embeddings), len(embeddings if references is None else references)
+        n, m = embeddings.shape[0], (embeddings if references is None else references).shape[0]
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
@@ -332,7 +334,7 @@ def _losses_of(
     references: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L(a) of some queries, which of them count, and `ranking_counts`, (1, 3)."""
-    whole = rows == slice(0, len(queries))
+    whole = rows == slice(0, queries.shape[0])
     part = queries if whole else queries[rows]
     own = None
     if references is None:

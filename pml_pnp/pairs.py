@@ -9,38 +9,30 @@ from torch import Tensor
 class Relation(NamedTuple):
     """Positives and negatives of N queries among M references.
 
-    The positives of query a are `columns[start[a]:stop[a]]`, so that no shape depends on how many
-    there are. Where the references hold the queries, a itself is listed among them, once.
+    The positives of query a are the `number[a]` columns from `columns[start[a]]` on, so that no
+    shape depends on how many there are. Where the references hold the queries, a itself is listed
+    among its positives, once.
     """
 
-    columns: Tensor
-    """(K,) int64, references."""
-    start: Tensor
-    """(N,) int64."""
-    stop: Tensor
-    """(N,) int64."""
-    counted: Tensor
-    """(N,) bool, the queries with a positive besides themselves."""
-    not_negative: Tensor | None
-    """(N, M) bool; None if every reference that is no positive is a negative."""
-    query_column: Tensor | None
-    """(N,) int64, which reference is query a; None if the references do not hold the queries."""
+    columns: Tensor  # (K,) int64, references
+    start: Tensor  # (N,) int64
+    number: Tensor  # (N,) int64, of listed positives
+    counted: Tensor  # (N,) bool, the queries with a positive besides themselves
+    not_negative: Tensor | None  # (N, M) bool, or None if all but the positives are negatives
+    query_column: Tensor | None  # (N,) int64, which reference is query a, or None if none is
 
     @staticmethod
     def from_labels(labels: Tensor, ref_labels: Tensor, query_column: Tensor | None) -> "Relation":
-        """Equal labels make a positive, unequal labels a negative.
+        """Equal labels (N,) and (M,) make a positive, unequal ones a negative; NaN equals nothing.
 
-        Args:
-            labels: (N,), any real dtype; NaN equals nothing
-            ref_labels: (M,)
-            query_column: as above; the label of a query is that of this reference
+        The label of a query that is a reference is that of the reference.
         """
         labels, ref_labels = _as_integers(labels, ref_labels, query_column)
         ordered, columns = ref_labels.sort(stable=True)
         start = torch.searchsorted(ordered, labels)
-        stop = torch.searchsorted(ordered, labels, right=True)
-        counted = stop - start > (0 if query_column is None else 1)
-        return Relation(columns, start, stop, counted, None, query_column)
+        number = torch.searchsorted(ordered, labels, right=True).sub_(start)
+        counted = number > (0 if query_column is None else 1)
+        return Relation(columns, start, number, counted, None, query_column)
 
     @staticmethod
     def from_masks(
@@ -51,62 +43,47 @@ class Relation(NamedTuple):
         if query_column is not None:
             positive_mask = positive_mask.scatter(1, query_column.unsqueeze(1), True)
             not_negative.scatter_(1, query_column.unsqueeze(1), True)
-        counts = positive_mask.sum(dim=1)
-        stop = counts.cumsum(0)
-        counted = counts > (0 if query_column is None else 1)
+        number = positive_mask.sum(dim=1)
+        counted = number > (0 if query_column is None else 1)
         columns = positive_mask.nonzero()[:, 1].contiguous()
-        return Relation(columns, stop - counts, stop, counted, not_negative, query_column)
+        start = number.cumsum(0) - number
+        return Relation(columns, start, number, counted, not_negative, query_column)
 
     def of(self, rows: slice) -> "Relation":
         """Positives and negatives of some of the queries."""
         columns, *of_queries = self
         return Relation(columns, *(None if x is None else x[rows] for x in of_queries))
 
-    @property
-    def listed_self(self) -> int:
-        """How many of its own listed positives a query is: 1 or 0."""
-        return 0 if self.query_column is None else 1
-
     def sizes(self) -> tuple[int, int]:
         """Smallest and largest number of listed positives of a query; waits for a GPU."""
-        if len(self.start) == 0:
+        if len(self.number) == 0:
             return 0, 0
-        low, high = (self.stop - self.start).aminmax()
+        low, high = self.number.aminmax()
         return int(low), int(high)
 
-    def share(self, include_self: bool, self_besides: bool, dtype: torch.dtype) -> Tensor:
-        """(N,), the weight of a positive in the mean of its query: 1 / their number, or 1 if none.
-
-        Args:
-            include_self: whether a query that is among the references counts as its own positive
-            self_besides: whether the query is a positive besides the listed ones
-            dtype: of the result
-        """
-        number = self.stop - self.start + int(self_besides)
-        if not include_self:
-            number -= self.listed_self
-        return number.clamp_(min=1).to(dtype).reciprocal_()
-
     def positives(self, rows: slice, width: int, smallest: int) -> Tensor:
-        """Columns of the positives of some queries, (rows, width).
+        """Columns of the positives of some queries, (rows, width), with sizes as of `sizes`.
 
         A query that has fewer than `width` repeats its last one; a query without any gets columns
-        of no meaning. `smallest` is the least number of positives that a query has.
+        of no meaning.
         """
-        place = self.start[rows].unsqueeze(1) + torch.arange(width, device=self.start.device)
+        place = torch.arange(width, device=self.start.device)
         if smallest < width:
-            place.clamp_(max=(self.stop[rows] - 1).unsqueeze(1)).clamp_(min=0)
+            place = torch.minimum(place, (self.number[rows] - 1).clamp_(min=0).unsqueeze(1))
+        place = place + self.start[rows].unsqueeze(1)
+        if smallest == 0:
+            place.clamp_(max=max(0, len(self.columns) - 1))
         return self.columns.take(place) if width else place
 
-    def used(self, rows: slice, index: Tensor, include_self: bool) -> Tensor:
+    def used(self, rows: slice, index: Tensor, with_query: bool) -> Tensor:
         """Which entries of `positives` enter a loss, (rows, width) bool.
 
         Not the repeated ones, not those of a query that does not count, and the query itself only
-        with `include_self`.
+        `with_query`.
         """
-        number = (self.stop - self.start)[rows] * self.counted[rows]
-        used = torch.arange(index.shape[1], device=index.device) < number.unsqueeze(1)
-        if self.query_column is not None and not include_self:
+        number = (self.number[rows] * self.counted[rows]).unsqueeze(1)
+        used = torch.arange(index.shape[1], device=index.device) < number
+        if self.query_column is not None and not with_query:
             used.logical_and_(index != self.query_column[rows].unsqueeze(1))
         return used
 
@@ -117,7 +94,7 @@ class Relation(NamedTuple):
         elif self.query_column is not None:
             x.scatter_(1, index, value)
         else:  # `index` has no meaning where a query has no positives
-            has_positives = (self.stop > self.start)[rows].unsqueeze(1)
+            has_positives = (self.number[rows] > 0).unsqueeze(1)
             x.scatter_(1, index, x.gather(1, index).masked_fill_(has_positives, value))
 
     def negative_mask(self, m: int) -> Tensor:
@@ -126,7 +103,8 @@ class Relation(NamedTuple):
             return ~self.not_negative
         place = torch.empty_like(self.columns)
         place[self.columns] = torch.arange(m, device=place.device)
-        return (place < self.start.unsqueeze(1)) | (place >= self.stop.unsqueeze(1))
+        place = place - self.start.unsqueeze(1)
+        return (place < 0) | (place >= self.number.unsqueeze(1))
 
 
 class QueryColumns(NamedTuple):
@@ -135,8 +113,7 @@ class QueryColumns(NamedTuple):
     It means all pairs that the labels make, without those of a query and its own copy in memory.
     """
 
-    columns: Tensor
-    """(N,) int64, where in the references the queries are."""
+    columns: Tensor  # (N,) int64, where in the references the queries are
 
 
 class Pairs:
@@ -149,17 +126,7 @@ class Pairs:
     def __init__(
         self, labels, indices_tuple, ref_labels, n: int, m: int, is_own_reference: bool, device
     ) -> None:
-        """Read what a loss of PML is called with.
-
-        Args:
-            labels: (N,), or None with a tuple
-            indices_tuple: triplets or pairs of PML, `QueryColumns`, or None
-            ref_labels: (M,), or None with a tuple or where the batch is its own reference
-            n: number of queries
-            m: number of references
-            is_own_reference: whether the references are the queries, in the same order
-            device: of the embeddings
-        """
+        """Read what a loss of PML is called with, for n queries and m references."""
         self._rows, self._m = slice(0, n), m
         self._query_column = self._by_labels = self._tuple = None
         if is_own_reference:
@@ -170,15 +137,14 @@ class Pairs:
             labels, ref_labels = plain(labels).to(device), plain(ref_labels).to(device)
             self._by_labels = Relation.from_labels(labels, ref_labels, self._query_column)
         else:
-            self._tuple = tuple(plain(i).to(device, torch.int64, copy=True) for i in indices_tuple)
+            self._tuple = [plain(i).to(device, torch.int64, copy=True) for i in indices_tuple]
 
     def of(self, rows: slice) -> Relation:
         """Positives and negatives of some queries."""
         if self._by_labels is not None:
             return self._by_labels if rows == self._rows else self._by_labels.of(rows)
-        *anchors_and_positives, negatives = self._tuple
-        anchors, positives, *rest = anchors_and_positives
-        negative_anchors = rest[0] if rest else anchors  # pairs or triplets
+        anchors, positives, *rest = self._tuple
+        negative_anchors, negatives = rest if len(rest) == 2 else (anchors, *rest)
         column = None if self._query_column is None else self._query_column[rows]
         negative_mask = self._mask(rows, negative_anchors, negatives)
         return Relation.from_masks(self._mask(rows, anchors, positives), negative_mask, column)
@@ -186,9 +152,8 @@ class Pairs:
     def _mask(self, rows: slice, queries: Tensor, references: Tensor) -> Tensor:
         """(rows, M) bool, true at the pairs whose query lies in `rows`."""
         inside = (queries >= rows.start) & (queries < rows.stop)
-        flat = torch.zeros(
-            (rows.stop - rows.start) * self._m, dtype=torch.bool, device=queries.device
-        )
+        entries = (rows.stop - rows.start) * self._m
+        flat = torch.zeros(entries, dtype=torch.bool, device=queries.device)
         flat[((queries - rows.start) * self._m + references)[inside]] = True
         return flat.view(rows.stop - rows.start, self._m)
 

@@ -1,12 +1,15 @@
-"""What several test files need: the run's device and dtypes, batches, the reference for them.
+"""What several test files need: the run's device and dtypes, batches, distances, the reference.
 
 As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose device and dtypes.
 """
 
 import os
 
+import pytest
 import reference
 import torch
+from pytorch_metric_learning import distances
+from pytorch_metric_learning import losses as pml_losses
 from torch.nn.functional import normalize
 
 from pml_pnp.variants import VARIANTS as TABLE
@@ -22,6 +25,54 @@ RTOL = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4, torch.
 
 VARIANTS = list(TABLE)
 VARIANTS_OF_THE_PAPER = {"O": 5, "Iu": 7, "Ib": 9, "Ds": 12, "Dq": 13}  # and their equations
+
+BUILT_IN = getattr(pml_losses, "PNPLoss", None)
+needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
+
+
+class Manhattan(torch.nn.Module):
+    """A user's own distance, without any base class."""
+
+    is_inverted = False
+
+    def forward(self, query_emb, ref_emb=None):
+        return torch.cdist(query_emb, query_emb if ref_emb is None else ref_emb, p=1)
+
+
+class Bilinear(distances.BaseDistance):
+    """A user's own similarity that is not symmetric and learns."""
+
+    def __init__(self):
+        super().__init__(is_inverted=True)
+        self.weight = torch.nn.Parameter(torch.eye(8) + 0.1 * torch.randn(8, 8))
+
+    def compute_mat(self, query_emb, ref_emb):
+        return query_emb @ self.weight.to(query_emb) @ ref_emb.T
+
+
+DISTANCES = {
+    "cosine": distances.CosineSimilarity,
+    "dot": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "lp": distances.LpDistance,
+    "lp squared, not normalized": lambda: distances.LpDistance(normalize_embeddings=False, power=2),
+    "l1": lambda: distances.LpDistance(p=1, normalize_embeddings=False),
+    "snr": distances.SNRDistance,
+    "batched cosine": lambda: distances.BatchedDistance(distances.CosineSimilarity(), batch_size=5),
+    "batched lp": lambda: distances.BatchedDistance(distances.LpDistance(), batch_size=7),
+    "user's own": Manhattan,
+    "user's own, learning": Bilinear,
+}
+
+
+class Scale(torch.nn.Module):
+    """A variant with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, r):
+        return self.weight * r
 
 
 def batch(n=24, d=8, classes=5, dtype=torch.float32, device="cpu", spread=0.3):
@@ -94,3 +145,8 @@ def value_and_grad(loss_func, embeddings, *args, **kwargs):
     value = loss_func(x, *args, **kwargs)
     value.backward()
     return value.detach(), x.grad
+
+
+def recorded(loss_func, kind):
+    """What a record-keeper finds: `kind` is "_record_these" or "_record_these_stats"."""
+    return {name: getattr(loss_func, name) for name in getattr(loss_func, kind, [])}

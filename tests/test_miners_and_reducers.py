@@ -5,9 +5,15 @@ import inspect
 import helpers
 import pytest
 import torch
-from helpers import batch, distance_matrix, sets_from_labels, sets_from_tuple, value_and_grad
+from helpers import (
+    DISTANCES,
+    batch,
+    distance_matrix,
+    sets_from_labels,
+    sets_from_tuple,
+    value_and_grad,
+)
 from pytorch_metric_learning import distances, miners, reducers
-from test_loss import DISTANCES
 
 from pml_pnp import PNPLoss
 

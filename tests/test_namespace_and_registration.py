@@ -1,6 +1,7 @@
 """`pml_pnp.losses`, `register`/`unregister`, and what a bare import does not do."""
 
 import inspect
+import json
 import logging
 import pickle
 import subprocess
@@ -124,36 +125,58 @@ def test_registration_is_logged_by_pmls_logger(caplog):
     ]
 
 
-def run(code):
-    subprocess.run([sys.executable, "-c", code], check=True)
+# What a fresh process finds, step by step; every step imports more than the one before.
+STEPS = """
+import json, sys
+
+def loaded(*names):
+    return sorted(set(names) & set(sys.modules))
+
+found = {}
+import pml_pnp
+found["import"] = loaded("torch", "pytorch_metric_learning", "pml_pnp.loss")
+
+import torch
+from pml_pnp.functional import pnp_loss
+pnp_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+found["functional"] = loaded("pytorch_metric_learning")
+
+from pytorch_metric_learning import losses as pml
+owners = pml, pml.CrossBatchMemory, pml.SelfSupervisedLoss
+before = [dict(vars(owner)) for owner in owners]
+from pml_pnp import PNPLoss, functional, losses, register, unregister
+losses.CrossBatchMemory(losses.PNPLoss(), 4)(torch.randn(4, 4), torch.arange(4) // 2)
+found["unchanged"] = before == [dict(vars(owner)) for owner in owners]
+
+register()
+heavy = "torchvision", "timm", "triton", "tensorboard", "record_keeper", "faiss"
+found["heavy"] = loaded(*heavy)
+print(json.dumps(found))
+"""
 
 
-def test_import_alone_changes_nothing_and_loads_nothing():
-    run(
-        "import sys, pml_pnp\n"
-        "assert not {'torch', 'pytorch_metric_learning', 'pml_pnp.loss'} & set(sys.modules)\n"
+@pytest.fixture(scope="module")
+def found():
+    process = subprocess.run(
+        [sys.executable, "-c", STEPS], check=True, stdout=subprocess.PIPE, text=True
     )
+    return json.loads(process.stdout)
 
 
-def test_use_without_register_changes_nothing_in_pml():
-    run(
-        "from pytorch_metric_learning import losses as pml\n"
-        "owners = pml, pml.CrossBatchMemory, pml.SelfSupervisedLoss\n"
-        "before = [dict(vars(o)) for o in owners]\n"
-        "import torch, pml_pnp\n"
-        "from pml_pnp import losses, PNPLoss, functional, register, unregister\n"
-        "losses.CrossBatchMemory(losses.PNPLoss(), 4)(torch.randn(4, 4), torch.arange(4) // 2)\n"
-        "assert before == [dict(vars(o)) for o in owners]\n"
-    )
+def test_import_alone_loads_nothing(found):
+    assert found["import"] == []
 
 
-def test_nothing_heavy_is_imported_by_the_loss():
-    run(
-        "import sys, pml_pnp; pml_pnp.PNPLoss(); pml_pnp.register()\n"
-        "heavy = {'torchvision', 'timm', 'triton', 'tensorboard', 'record_keeper', 'faiss'}\n"
-        "import pytorch_metric_learning.losses\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
+def test_functional_does_not_import_pytorch_metric_learning(found):
+    assert found["functional"] == []
+
+
+def test_use_without_register_changes_nothing_in_pml(found):
+    assert found["unchanged"] is True
+
+
+def test_nothing_heavy_is_imported_by_the_loss(found):
+    assert found["heavy"] == []
 
 
 def test_unknown_attribute_is_an_attribute_error():

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import weakref
 
 import pytest
@@ -84,7 +83,6 @@ def test_a_small_batch_takes_few_operations():
 def small_blocks(monkeypatch):
     """Blocks that do not count beside small matrices."""
     monkeypatch.setattr(eager, "CPU_BLOCK", 2**14)
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
 
 
 def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
@@ -131,6 +129,7 @@ def test_both_ways_to_a_sigmoid_agree(dtype, include_self, labels, is_inverted, 
     }[labels]
     if include_self and labels != "batch":
         given["self_similarity"] = torch.randn(6, dtype=dtype)
+    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
     cotangent, results = torch.randn(6, dtype=dtype), []
     for largest in (eager.LARGEST_RANGE[dtype], -1.0):
         monkeypatch.setitem(eager.LARGEST_RANGE, dtype, largest)
@@ -144,8 +143,9 @@ def test_both_ways_to_a_sigmoid_agree(dtype, include_self, labels, is_inverted, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("share", [0.97, 1.03])
-def test_value_at_the_widest_range_of_similarities(dtype, share):
+def test_value_at_the_widest_range_of_similarities(dtype, share, monkeypatch):
     """At either side of the limit beyond which an exponential alone would not fit the dtype."""
+    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
     anneal = 1 / (share * eager.LARGEST_RANGE[dtype])
     row = torch.tensor([1.0, 0.52, 0.51, 0.5, 0.49, 0.0], dtype=dtype)  # from 0 to 1
     labels, ref_labels = torch.zeros(1), torch.tensor([1, 1, 0, 1, 1, 0])
@@ -211,15 +211,13 @@ def test_a_given_self_similarity_takes_the_place_of_the_diagonal(labels):
     torch.testing.assert_close(rest + own.diag(), whole)
 
 
-def test_kept_memory_is_fit_for_every_mode_dtype_and_default_device(monkeypatch):
+def test_every_mode_dtype_and_default_device_gives_the_same():
     s, labels = torch.randn(8, 8), torch.arange(8) // 2
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
     with torch.inference_mode():
         want = pnp_loss(s, labels)[0].clone()
     assert torch.equal(pnp_loss(s.requires_grad_(), labels)[0].detach(), want)
     for dtype in (torch.float64, torch.float32):
         assert pnp_loss(s.to(dtype), labels)[0].dtype == dtype
-    monkeypatch.setattr(eager, "_of_thread", threading.local())
     with torch.device("meta"):
         assert torch.equal(pnp_loss(s, labels)[0].detach(), want)
 
@@ -349,14 +347,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pml_pnp.ops.triton import _query
 
-pointers = {"columns": "*i64", "start": "*i64", "stop": "*i64", "place": "*i32", "not_negative": "*i8"}
-numbers = {"query_column": "*i64", "s_stride": "i32", "m": "i32", "scale": "fp32", "alpha": "fp32"}
+pointers = {"columns": "*i64", "start": "*i64", "number": "*i64", "place": "*i32"}
+pointers |= {"not_negative": "*i8", "query_column": "*i64"}
+numbers = {"s_stride": "i32", "m": "i32", "scale": "fp32", "alpha": "fp32"}
 floats = ("s", "self_similarity", "losses", "grad_s", "grad_self")
 targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 cases = ("Ib", (0, 0, 1, 1, 1)), ("Dq", (1, 1, 0, 0, 1)), ("Iu", (0, 1, 0, 0, 0))
 for target in targets:
     for variant, flags in cases:
-        names = ("HAS_MASK", "HAS_SELF", "LISTED", "INCLUDE_SELF", "WITH_GRADIENT")
+        names = ("HAS_MASK", "HAS_SELF", "LISTED", "WITH_QUERY", "WITH_GRADIENT")
         constants = dict(zip(names, map(bool, flags)), VARIANT=variant, BLOCK_M=1024, BLOCK_P=4)
         signature = {name: "*fp32" for name in floats} | pointers | numbers | {"b": "fp32"}
         signature = {name: signature.get(name, "constexpr") for name in _query.arg_names}

@@ -3,6 +3,7 @@
 import csv
 import sqlite3
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICE
@@ -11,7 +12,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import Dataset
 
-from pml_pnp import losses
+from pml_pnp import GradCache, losses
 
 pytest.importorskip("faiss", reason="PML's AccuracyCalculator needs faiss")
 
@@ -283,3 +284,38 @@ def test_models_saved_by_the_hooks_load_again(tmp_path):
     torch.testing.assert_close(
         fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
     )
+
+
+CACHED = {
+    "PNPLoss": (lambda: losses.PNPLoss(variant="Dq", anneal=0.05), None),
+    "PNPLoss, memory": (
+        lambda: losses.CrossBatchMemory(losses.PNPLoss(anneal=0.05), 6, 48).to(DEVICE),
+        None,
+    ),
+    "MultiSimilarityLoss, miner": (losses.MultiSimilarityLoss, miners.MultiSimilarityMiner()),
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
+    """The trainer takes the same steps, and the tester sees the same embeddings."""
+    make_loss, miner = CACHED[name]
+    weights, embeddings = [], []
+    for wrap in (lambda model: model, lambda model: GradCache(model, 5)):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        models = {"trunk": wrap(linear(12, 10)), "embedder": wrap(linear(10, 6))}
+        _, *before_and_after = train(
+            trainers.MetricLossOnly,
+            Points(),
+            {"metric_loss": make_loss()},
+            models=models,
+            mining_funcs={} if miner is None else {"tuple_miner": miner},
+            epochs=2,
+        )
+        assert_trained(*before_and_after)
+        weights.append(before_and_after[1])
+        tester = testers.GlobalEmbeddingSpaceTester(data_device=DEVICE, dataloader_num_workers=0)
+        embeddings.append(tester.get_all_embeddings(Points(), *models.values())[0])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*embeddings, rtol=1e-3, atol=1e-4)

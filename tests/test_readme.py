@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pml_pnp
 
 README = Path(__file__).parents[1] / "README.md"
+TABLES = [README.parent / "examples" / "powerful_benchmarker" / "results_table.py"]
+BENCHMARKER = README.parent / "docs" / "powerful_benchmarker.md"
 
 
 def python_blocks():
@@ -37,12 +41,37 @@ def test_the_readme_names_every_variant_with_its_equation():
         assert re.search(rf'^\| `"{name}"`.*\| {variant.equation} \|', text, flags=re.MULTILINE)
 
 
-def test_the_readme_names_only_files_that_exist():
-    text = README.read_text(encoding="utf-8")
-    paths = set(re.findall(r"\b(?:examples|benchmarks|tests|pml_pnp)/[\w./-]+\.\w+", text))
+@pytest.mark.parametrize("page", [README, BENCHMARKER], ids=lambda page: page.name)
+def test_a_page_names_only_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    paths = set(re.findall(r"\b(?:examples|benchmarks|tests|docs|pml_pnp)/[\w./-]+\.\w+", text))
     assert paths and all((README.parent / path).exists() for path in paths)
 
 
-def test_the_figures_of_the_readme_are_those_of_the_committed_rows():
-    report = README.parent / "benchmarks" / "report.py"
-    subprocess.run([sys.executable, str(report), "--check"], check=True)
+REPORT = README.parent / "benchmarks" / "report.py"
+
+
+def test_the_figures_of_the_pages_are_those_of_the_committed_rows():
+    subprocess.run([sys.executable, str(REPORT), "--check"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("page", "changed", "said"),
+    [
+        (README, ("| **PNPLoss** |", "| PNPLoss |"), "README.md is not what"),
+        (BENCHMARKER, ("| with_pnp |", "| best |"), "docs/powerful_benchmarker.md is not what"),
+        (BENCHMARKER, ("<!-- retrieval", "<!-- lost"), "no page holds <!-- retrieval"),
+    ],
+)
+def test_a_page_that_says_something_else_is_noticed(page, changed, said, tmp_path):
+    for path in (REPORT, README, BENCHMARKER, *REPORT.parent.rglob("*.csv"), *TABLES):
+        copy = tmp_path / path.relative_to(README.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    copy = tmp_path / page.relative_to(README.parent)
+    text = copy.read_text(encoding="utf-8")
+    assert changed[0] in text
+    copy.write_text(text.replace(*changed), encoding="utf-8")
+    report = tmp_path / REPORT.relative_to(README.parent)
+    run = subprocess.run([sys.executable, report, "--check"], capture_output=True, text=True)
+    assert run.returncode == 1 and said in run.stderr

@@ -43,7 +43,7 @@ NEEDS_PML_2 = ("smooth_ap",)
 def main() -> None:
     """Run the command line."""
     args = _parser().parse_args()
-    prepare()
+    prepare(bayes_opt=False)
     from parts import DATASETS
 
     wanted = _runnable(args.losses)

@@ -20,23 +20,40 @@ what was installed for either. Nothing is patched, and pb is not imported, befor
 `register` is called.
 """
 
-from pml_pnp.benchmarker.requirements import MissingPackage, check_imports, check_installed
+import logging
+
+from pml_pnp.benchmarker.requirements import (
+    MissingPackage,
+    check_imports,
+    check_installed,
+    is_there,
+)
 
 __all__ = ["MissingPackage", "prepare", "register"]
 
 
-def prepare(bayes_opt: bool = False) -> None:
+def prepare(bayes_opt: bool | None = None) -> None:
     """Make pb 0.9.33 importable and runnable in this process; before pb is imported.
 
     With PML 0.9 nothing of PML is touched. A second call does nothing.
 
     Args:
-        bayes_opt: also what pb's BayesOptRunner needs, Ax.
+        bayes_opt: also what pb's BayesOptRunner needs, Ax. By default where Ax is installed; if it
+            does not import there, this is logged.
 
     Raises:
         MissingPackage: something is not installed, or does not import; the message gives the line
             that installs it. An ImportError.
     """
+    _prepare(bool(bayes_opt))
+    if bayes_opt is None and is_there("ax"):
+        try:
+            _prepare(True)
+        except Exception as error:  # whatever a release of other years raises
+            logging.warning("hyperparameter search is not prepared: %s", error)
+
+
+def _prepare(bayes_opt: bool) -> None:
     check_installed(bayes_opt)
     from pml_pnp.benchmarker import adapters
 
@@ -45,16 +62,14 @@ def prepare(bayes_opt: bool = False) -> None:
 
 
 def register(runner) -> None:
-    """Let configs of a pb runner name this PNPLoss, ahead of PML's own, and adapted parts of PML 2.
+    """Let configs of a pb runner name this PNPLoss, ahead of PML's own, and adapted parts.
 
     Args:
         runner: a SingleExperimentRunner or BayesOptRunner of pb, in a process that was prepared.
     """
-    from pml_pnp.benchmarker import adapters, checkpoints
+    from pml_pnp.benchmarker import adapters
     from pml_pnp.loss import PNPLoss
 
-    runner.register("loss", PNPLoss)
-    for module_type, part in adapters.replacements():
+    parts = [("loss", PNPLoss), *adapters.replacements(), *adapters.replacements_of_pb()]
+    for module_type, part in parts:
         runner.register(module_type, part)
-    for api_parser in checkpoints.api_parsers():
-        runner.register("api_parser", api_parser)

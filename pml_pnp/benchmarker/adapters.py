@@ -1,14 +1,16 @@
 """What powerful-benchmarker 0.9.33 (pb) needs of pytorch-metric-learning (PML) 2, and why.
 
 `apply` changes modules, once, in a process that asks for it. `replacements` are subclasses of what
-PML has, under the same names, for the runner that they are registered on. With the PML that pb pins
-only the adapter of Ax and the hooks that keep checkpoints are used.
+PML and pb have, under the same names, for the runner that they are registered on. With the PML that
+pb pins, those are used that mend what is wrong there too: checkpoints, divergence, factories, and
+the adapters of the search.
 """
 
 import functools
 import inspect
+import os
 
-from pml_pnp.benchmarker import checkpoints
+from pml_pnp.benchmarker import checkpoints, divergence, factories
 from pml_pnp.benchmarker.requirements import is_pinned
 
 _applied: set[str] = set()
@@ -17,7 +19,7 @@ _applied: set[str] = set()
 def apply(bayes_opt: bool) -> None:
     """Make the changes that are not made yet."""
     changes = [] if is_pinned() else [identity, record_keepers]
-    changes += [ax_client] * bayes_opt
+    changes += [ax_client, missing_folders] * bayes_opt
     for change in changes:
         if change.__name__ not in _applied:
             change()
@@ -25,20 +27,36 @@ def apply(bayes_opt: bool) -> None:
 
 
 def replacements() -> list[tuple[str, type]]:
-    """What to register on a runner: (module type, class)."""
+    """Parts of PML to register on a runner: (module type, class)."""
+    from pytorch_metric_learning import testers
     from pytorch_metric_learning.utils import logging_presets
 
+    classes = [x for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
+    finite = [divergence.tester(cls) for cls in classes]
     hooks = checkpoints.hook_container(logging_presets.HookContainer)
     if is_pinned():
-        return [("hook_container", hooks)]
-    from pytorch_metric_learning import testers
+        return [*(("tester", cls) for cls in finite), ("hook_container", hooks)]
+    from pml_pnp import losses
 
-    names = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "BaseTester"]
     return [
-        *(("tester", tester(getattr(testers, name))) for name in names),
+        *(("tester", tester(cls)) for cls in finite),
         ("hook_container", with_old_table_names(hooks)),
         ("accuracy_calculator", accuracy_calculator()),
+        ("loss", losses.CrossBatchMemory),
     ]
+
+
+def replacements_of_pb() -> list[tuple[str, type]]:
+    """Parts of pb to register on a runner: (module type, class)."""
+    from powerful_benchmarker import api_parsers
+
+    parts = [("factory", cls) for cls in factories.factories()]
+    for name, cls in vars(api_parsers).items():
+        if inspect.isclass(cls) and issubclass(cls, api_parsers.BaseAPIParser):
+            parser = divergence.api_parser(checkpoints.api_parser(cls))
+            parser.__name__ = parser.__qualname__ = name  # by which pb looks for it
+            parts.append(("api_parser", parser))
+    return parts
 
 
 def identity() -> None:
@@ -117,31 +135,59 @@ def record_keepers() -> None:
 def ax_client() -> None:
     """Ax since 0.3.7 takes objectives instead of `minimize` and `objective_name`.
 
-    Passed at pb's bayes_opt_runner.py:253.
+    Passed at pb's bayes_opt_runner.py:253. And a log of Ax that was being written when the search
+    was killed is not one that pb skips (bayes_opt_runner.py:64): it is complete or not there.
     """
     from ax.service import ax_client as module
-
-    if "minimize" in inspect.signature(module.AxClient.create_experiment).parameters:
-        return
-    from ax.service.utils.instantiation import ObjectiveProperties
     from powerful_benchmarker.runners import bayes_opt_runner
+
+    takes_objectives = (
+        "minimize" not in inspect.signature(module.AxClient.create_experiment).parameters
+    )
 
     class AxClient(module.AxClient):
         def create_experiment(self, *args, minimize=None, objective_name=None, **kwargs):
-            if objective_name is not None:
-                kwargs["objectives"] = {
-                    objective_name: ObjectiveProperties(minimize=bool(minimize))
-                }
+            if objective_name is None:
+                return super().create_experiment(*args, **kwargs)
+            if takes_objectives:
+                from ax.service.utils.instantiation import ObjectiveProperties
+
+                objective = ObjectiveProperties(minimize=bool(minimize))
+                kwargs["objectives"] = {objective_name: objective}
+            else:
+                kwargs |= {"minimize": minimize, "objective_name": objective_name}
             return super().create_experiment(*args, **kwargs)
 
+        def save_to_json_file(self, filepath):
+            super().save_to_json_file(f"{filepath}.part")
+            os.replace(f"{filepath}.part", filepath)
+
     bayes_opt_runner.AxClient = AxClient
+
+
+def missing_folders() -> None:
+    """A trial of which no folder was made before the search was killed has none to delete.
+
+    pb deletes it all the same (bayes_opt_runner.py:313), and fails whenever the search is begun.
+    """
+    from powerful_benchmarker.runners.bayes_opt_runner import BayesOptRunner
+
+    original = BayesOptRunner.delete_sub_experiment_folder
+
+    @functools.wraps(original)
+    def delete_sub_experiment_folder(self, sub_experiment_name):
+        os.makedirs(self.get_sub_experiment_path(sub_experiment_name), exist_ok=True)
+        original(self, sub_experiment_name)
+
+    BayesOptRunner.delete_sub_experiment_folder = delete_sub_experiment_folder
 
 
 def tester(base: type) -> type:
     """A tester of PML 2 that takes `reference_set` and plain split names, as PML 0.9 did.
 
-    pb's configs give the first (tester_factory.py:21); base_api_parser.py:90 passes the second,
-    where PML 2 expects (query split, reference splits).
+    pb's configs give the first (tester_factory.py:21), and tables are named after it: by their
+    names pb knows what was evaluated (base_api_parser.py:91). base_api_parser.py:90 passes the
+    second, where PML 2 expects (query split, reference splits).
     """
 
     class Tester(base):
@@ -164,9 +210,17 @@ def tester(base: type) -> type:
         def _references(self, query: str, dataset_dict) -> list[str]:
             if self.reference_set == "compared_to_sets_combined":
                 return list(dataset_dict)
-            if self.reference_set == "compared_to_training_set":
-                return [query, *(x for x in ["train"] if x != query)]
-            return [query]
+            return ["train" if self.reference_set == "compared_to_training_set" else query]
+
+        def maybe_normalize(self, embeddings):
+            if self.pca:  # PML 2 divides by a standard deviation, that may be 0
+                embeddings = embeddings[:, embeddings.std(dim=0) > 0]
+            return super().maybe_normalize(embeddings)
+
+        def description_suffixes(self, base_name):
+            name = f"_{type(self).__name__}_level_"
+            suffixes = super().description_suffixes(base_name)
+            return suffixes.replace(name, f"_{self.reference_set}{name}", 1)
 
     Tester.__name__ = Tester.__qualname__ = base.__name__  # of records, and what configs say
     return Tester
@@ -191,12 +245,21 @@ def accuracy_calculator() -> type:
     """An AccuracyCalculator that ranks, by default, as far as its metrics look.
 
     PML 2 ranks the whole set unless told otherwise; pb's configs tell nothing
-    (config_eval/default.yaml).
+    (config_eval/default.yaml). And where no reference has the label of a query, as where new
+    classes are compared to the training set, PML 2 ranks 0 of them, which fails, and the accuracy
+    is NaN, of which pb makes means (base_aggregator.py:32). It was 0.
     """
     from pytorch_metric_learning.utils import accuracy_calculator as module
 
     class AccuracyCalculator(module.AccuracyCalculator):
         def __init__(self, *args, k="max_bin_count", **kwargs):
             super().__init__(*args, k=k, **kwargs)
+
+        def determine_k(self, *args):
+            return max(1, super().determine_k(*args))
+
+        def _get_accuracy(self, *args, **kwargs):
+            accuracies = super()._get_accuracy(*args, **kwargs)
+            return {name: 0.0 if value != value else value for name, value in accuracies.items()}
 
     return AccuracyCalculator

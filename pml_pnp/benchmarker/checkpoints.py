@@ -7,7 +7,6 @@ more than a line in the log: a run killed among these goes on with a new optimiz
 best model.
 """
 
-import inspect
 import logging
 import os
 import re
@@ -83,26 +82,20 @@ def hook_container(base: type) -> type:
     return HookContainer
 
 
-def api_parsers() -> list[type]:
-    """The API parsers of pb, which count as trained what was loaded.
+def api_parser(base: type) -> type:
+    """An API parser of pb that counts as trained what was loaded.
 
     By itself pb counts files, before those of an unrecorded epoch are set aside
     (folder_creator.py:39, base_api_parser.py:135).
     """
-    from powerful_benchmarker import api_parsers as module
 
-    def adapted(name: str, base: type) -> type:
-        class Parser(base):
-            def should_train(self, num_epochs, split_scheme_name):
-                if self.args.resume_training == "latest":
-                    self.latest_sub_experiment_epochs[split_scheme_name] = self.epoch - 1
-                return super().should_train(num_epochs, split_scheme_name)
+    class Parser(base):
+        def should_train(self, num_epochs, split_scheme_name):
+            if self.args.resume_training == "latest":
+                self.latest_sub_experiment_epochs[split_scheme_name] = self.epoch - 1
+            return super().should_train(num_epochs, split_scheme_name)
 
-        Parser.__name__ = Parser.__qualname__ = name  # by which pb looks for it
-        return Parser
-
-    classes = {name: x for name, x in vars(module).items() if inspect.isclass(x)}
-    return [adapted(n, x) for n, x in classes.items() if issubclass(x, module.BaseAPIParser)]
+    return Parser
 
 
 def _set_aside(path: Path) -> None:

@@ -8,12 +8,11 @@
 Only a block of the N * P * M sigmoids exists at a time. A row needs nothing from the others, so its
 gradient is made while its sigmoids are still there, and every sigmoid is computed once.
 
-A sigmoid of a difference is a ratio, y = g_p / (g_p + g_n) with g = exp(-scale * s), which takes
+The sigmoid of a difference is a ratio, y = g_p / (g_p + g_n) with g = exp(-scale * s), which takes
 M exponentials for each query instead of P * M. It is used on a CPU, where the exponentials are most
 of the time (benchmarks/measure.py --only sigmoids), as long as the g of a block fit into the dtype.
 """
 
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,17 +22,17 @@ from pml_pnp.ops.settings import Settings
 from pml_pnp.pairs import Relation
 from pml_pnp.variants import VARIANTS
 
+INF = float("inf")
 # Sigmoids of a block on a CPU: 2.5 MiB in float32, which stay in cache. Smaller blocks take more
 # calls, larger ones wait for memory (benchmarks/measure.py --only blocks).
 CPU_BLOCK = 5 * 2**17
 # On other devices launches cost more than memory does; 64 MiB.
 DEVICE_BLOCK = 2**24
-# Memory of so few numbers comes from what the process has already.
-SMALL = 2**14
-# Largest scale * (max - min) of the similarities of a block for which exp(scale * (s - middle)) is
-# a normal number: 2 * 87 and 2 * 708 would be too large.
+# Largest scale * (max - min) of a block's similarities for which exp(scale * (s - middle)) is a
+# normal number; 2 * 87 and 2 * 708 would be too large.
 LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
-_of_thread = threading.local()
+# Of so few sigmoids the exponentials take less time than finding the range.
+FEW_SIGMOIDS = 2**13
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
@@ -64,8 +63,7 @@ def losses_and_gradient(
 
     Args:
         s: similarities, (N, M), float32 or float64
-        self_similarity: of each query to itself, (N,), if it is a positive that `s` does not hold,
-            or is to replace what `s` holds
+        self_similarity: of each query to itself, (N,), or None to take it from `s`, if it is there
         relation: positives and negatives
         settings: hyperparameters; `variant` is a name
         with_gradient: whether to make the gradient
@@ -74,73 +72,67 @@ def losses_and_gradient(
     Returns:
         losses (N,), grad_s (N, M) and grad_self (N,). A gradient that is not asked for is empty.
     """
-    n, m = s.shape
+    (n, m), scale, given = s.shape, settings.scale, self_similarity is not None
     losses = s.new_empty(n)
-    if not with_gradient:
-        grad_s = s.new_empty(0)
-    else:
-        grad_s = s if overwrite else s.new_empty(n, m)
-    given = self_similarity is not None
+    grad_s = s if overwrite else s.new_empty((n, m) if with_gradient else 0)
     grad_self = s.new_empty(n if with_gradient and given else 0)
     smallest, width = relation.sizes()
     if width == 0:
         return losses.zero_(), grad_s.zero_(), grad_self.zero_()
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
-    scale, alpha, b = settings.scale, settings.alpha, settings.b
-    # A given similarity of the query to itself is one positive more, unless the query is listed.
-    besides, replaces = given and relation.query_column is None, given and relation.listed_self
-    number = width + 1 if besides else width
+    alpha, b = settings.alpha, settings.b
+    listed, with_query = relation.query_column is not None, settings.include_self and not given
     # Samplers make classes of one size. Then nothing is masked, which saves about 10 of the 60
     # calls of PyTorch that are a step at N = 32.
-    uniform = smallest == width > relation.listed_self and (
-        settings.include_self or not relation.listed_self
-    )
+    uniform = smallest == width > listed and (with_query or not listed)
     if uniform:
-        share = 1 / number
+        share = 1 / (width + given)
         factor = scale * share
     else:
-        share = relation.share(settings.include_self, besides, s.dtype)
+        number = relation.number + (given - (listed and not with_query))
+        share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
-    buffers = None
+    entries = block_entries(s.device)
+    few = n * (width + given) * m < FEW_SIGMOIDS
     # All columns at once where they are few: a block saves a call or two.
-    at_once = n * width <= block_entries(s.device)
+    at_once = n * width <= entries
     positives = relation.positives(slice(0, n), width, smallest) if at_once else None
-    for rows, columns in blocks(n, m, number, block_entries(s.device)):
+    buffers = None
+    for rows, columns in blocks(n, m, width + given, entries):
         height = rows.stop - rows.start
-        if buffers is None:
-            buffers = _workspace(s, height * m, height * columns[0].stop * m)
-        losses_of_rows, x = losses[rows], buffers[0][: height * m].view(height, m)
+        if buffers is None:  # the first block is the largest
+            buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
+        x, part, losses_of_rows = buffers[0], s, losses
+        if height < n:
+            x, part, losses_of_rows = x[:height], s[rows], losses[rows]
+        grad_of_rows = part if overwrite else grad_s[rows] if with_gradient else None
         own = self_similarity[rows].unsqueeze(1) if given else None
-        middle = _middle(s[rows], own, scale)
+        middle = None if few else _middle(part, own, scale)
         if middle is None:
-            never, x = _never_before(scale), x.copy_(s[rows])
-            unused = -never  # a positive there has no negative before it: y, R and f are 0
+            x.copy_(part)
+            never = -INF if scale > 0 else INF  # the similarity of what stands before nothing
+            unused = -never  # and that of a positive which has nothing before it: R = f(R) = 0
         else:
-            never, unused = float("inf"), 0.0
-            torch.sub(s[rows], middle, out=x).mul_(-scale).exp_()
+            torch.sub(part, middle, out=x).mul_(-scale).exp_()
             own = (own - middle).mul_(-scale).exp_() if given else None
+            never, unused = INF, 0.0
         index = positives[rows] if at_once else relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.fill_non_negatives_(x, rows, index, never)
-        if besides:
-            t = torch.cat([t, own], dim=1)
-        if replaces:
-            is_own = index == relation.query_column[rows].unsqueeze(1)
-            t = torch.where(is_own, own, t)
         if not uniform:
-            used = relation.used(rows, index, settings.include_self)
-            if besides:
-                used = torch.cat([used, relation.counted[rows].unsqueeze(1)], dim=1)
-            t.masked_fill_(~used, unused)
-        grad_t = torch.empty_like(t)
+            t.masked_fill_(~relation.used(rows, index, with_query), unused)
+        if given:
+            own = own.masked_fill(~relation.counted[rows].unsqueeze(1), unused)
+            t = torch.cat([t, own], dim=1)
+        x, parts_of_grad_t = x.unsqueeze(1), []
         for cols in columns:
-            y = buffers[1][: height * (cols.stop - cols.start) * m].view(height, -1, m)
-            x_n, x_p = x.unsqueeze(1), t[:, cols].unsqueeze(2)
+            t_of_cols = (t if len(columns) == 1 else t[:, cols]).unsqueeze(2)
+            y = buffers[1][: height * t_of_cols.shape[1] * m].view(height, -1, m)
             if middle is None:
                 # First the difference, then the scale: large similarities would overflow.
-                torch.sub(x_n, x_p, out=y).mul_(scale).sigmoid_()
+                torch.sub(x, t_of_cols, out=y).mul_(scale).sigmoid_()
             else:
-                torch.div(x_p, torch.add(x_n, x_p, out=y), out=y)
+                torch.div(t_of_cols, torch.add(x, t_of_cols, out=y), out=y)
             r = y.sum(dim=2)
             if cols.start == 0:
                 torch.sum(f(r, alpha, b), dim=1, out=losses_of_rows)
@@ -151,18 +143,15 @@ def losses_and_gradient(
                 # y = w * y * (1 - y), in one pass.
                 _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
                 if cols.start == 0:
-                    torch.sum(y, dim=1, out=grad_s[rows])
+                    torch.sum(y, dim=1, out=grad_of_rows)
                 else:
-                    grad_s[rows] += y.sum(dim=1)
-                torch.sum(y, dim=2, out=grad_t[:, cols])
+                    grad_of_rows += y.sum(dim=1)
+                parts_of_grad_t.append(y.sum(dim=2).neg_())
         if with_gradient:
-            grad_t.neg_()
-            if besides:
-                grad_self[rows] = grad_t[:, width]
-            if replaces:
-                grad_self[rows] = (grad_t * is_own).sum(dim=1)
-                grad_t.masked_fill_(is_own, 0)
-            grad_s[rows].scatter_add_(1, index, grad_t[:, :width])
+            grad_t = torch.cat(parts_of_grad_t, dim=1) if len(columns) > 1 else parts_of_grad_t[0]
+            if given:
+                grad_self[rows], grad_t = grad_t[:, width], grad_t[:, :width]
+            grad_of_rows.scatter_add_(1, index, grad_t)
     losses.mul_(share)
     if not uniform:
         losses.masked_fill_(~relation.counted, 0)
@@ -171,104 +160,55 @@ def losses_and_gradient(
 
 def _middle(s: Tensor, own: Tensor | None, scale: float) -> float | None:
     """Middle of the similarities of a block; None if its sigmoids are to be computed one by one."""
-    if s.device.type != "cpu" or s.dtype not in LARGEST_RANGE:
+    if s.device.type != "cpu":
         return None
-    low, high = (float(x) for x in s.aminmax())
-    if own is not None:
-        low_own, high_own = (float(x) for x in own.aminmax())
-        low, high = min(low, low_own), max(high, high_own)
-    # Not so for NaN either.
-    if (high - low) * abs(scale) <= LARGEST_RANGE[s.dtype]:
-        return low + (high - low) / 2
-    return None
+    ends = [float(x) for part in (s, own) if part is not None for x in part.aminmax()]
+    low, high = min(ends), max(ends)
+    is_narrow = (high - low) * abs(scale) <= LARGEST_RANGE[s.dtype]
+    return low + (high - low) / 2 if is_narrow else None
 
 
-def _workspace(s: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Uninitialized vectors like `s`, not to be used beyond the call.
+class NegativesBefore(torch.autograd.Function):
+    """R itself, (N, P), for an f that is not in the table and for second derivatives.
 
-    On a CPU one of up to twice CPU_BLOCK numbers is kept by each thread: at N = 384, memory that
-    the operating system hands out anew would take a twentieth of a step, and new tensors in every
-    block twice the time.
+    Of similarities s (N, M), those of the positives t (N, P), which references are negatives
+    (N, M) and the scale; differentiable twice with respect to s and t.
     """
-    total = sum(sizes)
-    if s.device.type != "cpu" or not SMALL < total <= 2 * CPU_BLOCK or type(s) is not Tensor:
-        return tuple(s.new_empty(size) for size in sizes)
-    kept = getattr(_of_thread, "kept", None)
-    if kept is None or kept.dtype != s.dtype or len(kept) < total:
-        with torch.inference_mode(False):  # what is made in that mode stays there
-            kept = _of_thread.kept = torch.empty(total, dtype=s.dtype, device=s.device)
-    return kept[:total].split(sizes)
 
-
-def _never_before(scale: float) -> float:
-    """The similarity or distance of what stands before nothing."""
-    return float("-inf") if scale > 0 else float("inf")
-
-
-def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Compute scale * (s[a, j] - t[a, i]), (rows, P, M), or -inf where j is no negative of a."""
-    s = s.masked_fill(~negative, _never_before(scale))
-    return (s.unsqueeze(1) - t.unsqueeze(2)) * scale
-
-
-class _NegativesBefore(torch.autograd.Function):
     @staticmethod
-    def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:  # noqa: D102
         r = torch.empty_like(t)
         for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
             for cols in columns:
                 x = _differences(s[rows], t[rows, cols], negative[rows], scale)
-                r[rows, cols] = torch.sigmoid_(x).sum(dim=2)
+                torch.sum(x.sigmoid_(), dim=2, out=r[rows, cols])
         return r
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx, inputs, output) -> None:  # noqa: D102
         s, t, negative, ctx.scale = inputs
         ctx.save_for_backward(s, t, negative)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # noqa: D102
         # Out of place and by operations that are differentiable themselves, so that double backward
         # is right without further code.
         s, t, negative = ctx.saved_tensors
-        scale = ctx.scale
-        grad_s, grad_t = [], []
+        grad_s, grad_t = [torch.zeros_like(s[:0])], [torch.zeros_like(t[:0])]
         for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
-            by_column, total = [], torch.zeros_like(s[rows])
+            by_column, total = [torch.zeros_like(t[rows, :0])], torch.zeros_like(s[rows])
             for cols in columns:
-                y = torch.sigmoid(_differences(s[rows], t[rows, cols], negative[rows], scale))
+                y = torch.sigmoid(_differences(s[rows], t[rows, cols], negative[rows], ctx.scale))
                 # d R[a, i] / d s[a, j] = scale * sigmoid' = - its share of d R[a, i] / d t[a, i]
-                dy = y * (1 - y) * (scale * grad[rows, cols]).unsqueeze(2)
+                dy = y * (1 - y) * (ctx.scale * grad[rows, cols]).unsqueeze(2)
                 total = total + dy.sum(dim=1)
                 by_column.append(-dy.sum(dim=2))
             grad_s.append(total)
-            grad_t.append(torch.cat(by_column, dim=1) if by_column else torch.zeros_like(t[rows]))
-        if not grad_s:
-            return torch.zeros_like(s), torch.zeros_like(t), None, None
+            grad_t.append(torch.cat(by_column, dim=1))
         return torch.cat(grad_s), torch.cat(grad_t), None, None
 
 
-def negatives_before(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """R itself, for an f that is not in the table and for double backward.
-
-    Args:
-        s: similarities, (N, M), float32 or float64
-        t: similarities of the positives, (N, P), same dtype and device
-        negative: which references are negatives of which query, (N, M), bool
-        scale: 1 / anneal for a similarity, -1 / anneal for a distance
-
-    Returns:
-        R, (N, P), differentiable twice with respect to `s` and `t`
-    """
-    return _NegativesBefore.apply(s, t, negative, scale)
-
-
-@torch.no_grad()
-def count_negatives_before(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """The hard count that `negatives_before` is the smooth version of, (N, P), without gradient."""
-    count = torch.empty_like(t)
-    for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
-        for cols in columns:
-            x = _differences(s[rows], t[rows, cols], negative[rows], scale)
-            count[rows, cols] = (x > 0).sum(dim=2).to(count.dtype)
-    return count
+def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Compute scale * (s[a, j] - t[a, i]), (rows, P, M), or -inf where j is no negative of a."""
+    s = s.masked_fill(~negative, -INF if scale > 0 else INF)
+    return (s.unsqueeze(1) - t.unsqueeze(2)) * scale

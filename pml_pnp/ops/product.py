@@ -1,14 +1,14 @@
-"""Losses of queries whose similarities are a product, s = q z^T, summed block by block of rows.
+"""Mean of the losses of queries whose similarities are a product, s = q z^T.
 
 The rows q are the queries or their directions, those of z likewise of the references. A block of
-similarities is multiplied, its gradient G takes its place and is multiplied to its part of the
-gradients of q and z, and what is kept for backward is N x d and M x d numbers. A block is
+rows of similarities is multiplied, its gradient G takes its place and is multiplied to its part of
+the gradients of q and z, and what is kept for backward is N x d and M x d numbers. A block is
 `chunk_size` queries or, without one, the whole batch.
 
-Where the references are the batch and the block is all of it, the gradient of z is D = (G + G^T) z:
-one product, where autograd, which does not know that both factors are the same, makes two. The
-gradient of x, of which z = x / |x| is the direction, is (D - <D, z> z) / |x| in each row: four
-passes over a matrix, where autograd makes nine (benchmarks/measure.py --only products).
+Where the references are the batch and the block is all of it, the gradient of z is (G + G^T) z: one
+product, where autograd, which does not know that both factors are the same, makes two. The gradient
+D of a direction z = x / |x| becomes that of x, (D - <D, z> z) / |x|, in four passes over a matrix,
+where autograd makes nine (benchmarks/measure.py --only products).
 """
 
 from typing import NamedTuple
@@ -30,6 +30,19 @@ CPU_TILE = 512
 REFERENCES_BLOCK = 2**23
 
 
+class _Call(NamedTuple):
+    """What autograd does not look at, in one argument, which saves time at every call."""
+
+    pairs: Pairs
+    settings: Settings
+    height: int  # queries in a block
+    normalized: bool
+    with_gradient: bool
+    with_grad_references: bool
+    with_counts: bool
+    keep: list  # of the _Keep of this graph
+
+
 def mean_of_losses(
     queries: Tensor,
     references: Tensor | None,
@@ -40,7 +53,7 @@ def mean_of_losses(
     chunk_size: int | None,
     with_counts: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean of the losses of the queries that count, from similarities that are products.
+    """Mean over the queries that count.
 
     Args:
         queries: (N, d), float32 or float64
@@ -55,86 +68,63 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding, or its length, is NaN or infinite; and (3,) counts, or None.
     """
-    n, m = len(queries), len(queries if references is None else references)
-    height = max(1, n)
+    height, keep = len(queries), []
     if references is not None:
-        height = min(height, max(1, REFERENCES_BLOCK // max(1, m)))
-    if chunk_size is not None:
-        height = min(height, chunk_size)
-    grad_references = references is not None and references.requires_grad
-    with_gradient = torch.is_grad_enabled() and (queries.requires_grad or grad_references)
-    kept = None
+        height = min(height, max(1, REFERENCES_BLOCK // max(1, len(references))))
+    height = max(1, height if chunk_size is None else min(height, chunk_size))
+    with_grad_references = references is not None and references.requires_grad
+    with_gradient = torch.is_grad_enabled() and (queries.requires_grad or with_grad_references)
     if with_gradient and references is not None:
         # A tensor of inference mode cannot be saved for backward.
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
-        kept = _Kept()
-        queries = _Keep.apply(queries, references, kept)
-    call = _Call(
-        pairs, settings, height, normalized, with_gradient, grad_references, with_counts, kept
-    )
-    return _MeanOfLosses.apply(queries, references, call)[:2]
+        queries = _Keep.apply(queries, references, keep)
+    flags = normalized, with_gradient, with_grad_references, with_counts
+    return _Mean.apply(queries, references, _Call(pairs, settings, height, *flags, keep))[:2]
 
 
-class _Call(NamedTuple):
-    """The arguments that autograd does not look at, in one, which saves time at every call."""
-
-    pairs: Pairs
-    settings: Settings
-    height: int
-    normalized: bool
-    with_gradient: bool
-    grad_references: bool
-    with_counts: bool
-    kept: "_Kept | None"
-
-
-class _MeanOfLosses(torch.autograd.Function):
+class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(queries: Tensor, references: Tensor | None, call: _Call):
-        height, settings = call.height, call.settings
-        is_self = references is None
+        is_self, settings = references is None, call.settings
         q, q_norm, broken = _factor(queries, call.normalized)
         z, z_norm = q, q_norm
         if not is_self:
             z, z_norm, broken_references = _factor(references, call.normalized)
             broken = broken + broken_references
-        whole = is_self and 0 < len(q) <= height
+        whole = is_self and 0 < len(q) <= call.height
         grad_q = grad_z = None
         if call.with_gradient and not whole:
             grad_q = torch.zeros_like(q)
-            grad_z = grad_q if is_self else torch.zeros_like(z) if call.grad_references else None
-        block = q.new_empty(min(height, len(q)), len(z))
-        kernel = dispatch.kernel_for(block)
-        sums, numbers, counts = [], [], []
-        for rows in _blocks(len(q), height):
-            part = q if whole else q[rows]
-            relation = call.pairs.of(rows)
-            s = torch.mm(part, z.T, out=block if whole else block[: len(part)])
+            grad_z = (
+                grad_q if is_self else torch.zeros_like(z) if call.with_grad_references else None
+            )
+        block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
+        kernel = dispatch.kernel_for(q)
+        losses, numbers, counts = [], [], []
+        for rows in blocks_of(q, call.height):
+            part, relation = q if whole else q[rows], call.pairs.of(rows)
+            s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
                 counts.append(ranking_counts(s, relation, settings.scale > 0))
-            own = part.square().sum(dim=1) if settings.include_self and not is_self else None
-            losses, grad_s, grad_own = kernel(
-                s, own, relation, settings, call.with_gradient, overwrite=True
-            )
-            sums.append(losses.sum())
-            numbers.append(relation.counted.sum())
-            if not call.with_gradient:
-                continue
-            if whole:
+            own = _self_similarity(part, relation, call) if not is_self else None
+            loss, grad_s, grad_own = kernel(s, own, relation, settings, call.with_gradient, True)
+            losses.append(loss)
+            numbers.append(relation.counted)
+            if whole and call.with_gradient:
                 grad_q = _times_both(grad_s, z)
-                continue
-            grad_q[rows].addmm_(grad_s, z)
-            if grad_z is not None:
-                grad_z.addmm_(grad_s.T, part)
-            if own is not None:
-                grad_q[rows].addcmul_(part, grad_own.unsqueeze(1), value=2)
+            elif call.with_gradient:
+                grad_q[rows].addmm_(grad_s, z)
+                if grad_z is not None:
+                    grad_z.addmm_(grad_s.T, part)
+                if own is not None:
+                    grad_q[rows].addcmul_(part, grad_own.unsqueeze(1), value=2)
         if call.normalized and call.with_gradient:
             _differentiate_direction_(grad_q, q, q_norm)
-            if not is_self and grad_z is not None:
+            if grad_z is not None and not is_self:
                 _differentiate_direction_(grad_z, z, z_norm)
-        divisor = _sum(numbers, broken).clamp(min=1) + broken
-        mean = _sum(sums, broken) / divisor
-        counts = _sum(counts, q.new_zeros(3)) if call.with_counts else None
+        divisor = _sum(numbers, q).clamp(min=1) + broken
+        mean = _sum(losses, q) / divisor
+        counts = sum(counts, q.new_zeros(3)) if call.with_counts else None
         return mean, counts, divisor, grad_q, None if is_self else grad_z
 
     @staticmethod
@@ -142,81 +132,73 @@ class _MeanOfLosses(torch.autograd.Function):
         queries, _, ctx.call = inputs
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        # References are kept elsewhere: a memory may move on before backward, which needs them
-        # only for second derivatives.
         ctx.save_for_backward(queries, *output[2:])
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None
-        queries, divisor, grad_queries, grad_references = ctx.saved_tensors
-        call, needed = ctx.call, ctx.needs_input_grad
+        queries, divisor, *gradients = ctx.saved_tensors
+        call, needed = ctx.call, ctx.needs_input_grad[:2]
         grad = grad / divisor
-        references = None
         if torch.is_grad_enabled():
-            if call.kept is not None:
-                references = call.kept.references()
+            references = call.keep[0].saved_tensors[0] if call.keep else None
             inputs = [x for x in (queries, references) if x is not None and x.requires_grad]
             if inputs:
                 with autocast_off(grad.device.type):
                     total = _differentiable_sum(queries, references, call)
                     found = iter(torch.autograd.grad(total, inputs, grad, create_graph=True))
-                return *(next(found) if x else None for x in needed[:2]), None
-        return (
-            grad_queries * grad if needed[0] else None,
-            grad_references * grad if needed[1] else None,
-            None,
-        )
-
-
-class _Kept:
-    """Finds the references that a `_Keep` has kept."""
-
-    def references(self) -> Tensor:
-        (references,) = self.node.saved_tensors
-        return references
+                return *(next(found) if x else None for x in needed), None
+        return *(g * grad if x else None for g, x in zip(gradients, needed, strict=True)), None
 
 
 class _Keep(torch.autograd.Function):
-    """Hands queries on, and keeps references for as long as the graph lives.
+    """Hands queries on, and keeps references for second derivatives, as long as the graph lives.
 
-    In a node of its own, because every backward looks whether a tensor that is saved in its node
-    has been changed in place; here only those that need the references do.
+    In a node of its own: every backward looks whether a tensor that is saved in its node has been
+    changed in place, as a memory changes before a backward that does not need it.
     """
 
     @staticmethod
-    def forward(queries: Tensor, references: Tensor, kept: _Kept) -> Tensor:
+    def forward(queries: Tensor, references: Tensor, keep: list) -> Tensor:
         return queries.view_as(queries)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, references, kept = inputs
+        _, references, keep = inputs
         ctx.save_for_backward(references)
-        kept.node = ctx
+        keep.append(ctx)
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None, None
 
 
-def _sum(parts: list[Tensor], zero: Tensor) -> Tensor:
-    """Sum of tensors of one shape, of which there is one but in chunks and in an empty batch."""
-    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(zero)
+def blocks_of(x: Tensor, height: int) -> list[slice]:
+    """Cut the rows of x into blocks."""
+    return [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
 
 
-def _blocks(n: int, height: int) -> list[slice]:
-    return [slice(i, min(i + height, n)) for i in range(0, n, height)]
+def _sum(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Sum of all entries of vectors; of one in most cases, of none for an empty batch."""
+    return (parts[0] if len(parts) == 1 else torch.cat([like.new_zeros(0), *parts])).sum()
 
 
 def _factor(x: Tensor, normalized: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What is multiplied, (N, d), the lengths of x, (N, 1), and zero, or NaN if any is not finite."""
+    """What is multiplied, (N, d); the lengths of x, (N, 1); zero, or NaN if any is not finite."""
     if not normalized:
         return x, None, zero_or_nan(x)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    broken = (norm * 0).sum()
+    broken = norm.sum() * 0
     norm.clamp_(min=SMALLEST_NORM)
     return x / norm, norm, broken
+
+
+def _self_similarity(part: Tensor, relation, call: _Call) -> Tensor | None:
+    """Of queries to themselves, unless they are among the references, as directions, already."""
+    if not call.settings.include_self or (call.normalized and relation.query_column is not None):
+        return None
+    return part.square().sum(dim=1)
 
 
 def _differentiate_direction_(grad: Tensor, z: Tensor, norm: Tensor) -> None:
@@ -230,9 +212,8 @@ def _times_both(grad: Tensor, z: Tensor) -> Tensor:
     """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same numbers."""
     if z.device.type != "cpu" or len(z) <= CPU_TILE:
         return (grad + grad.T) @ z
-    parts = _blocks(len(z), CPU_TILE)
-    result = torch.zeros_like(z)
-    square = grad.new_empty(CPU_TILE, CPU_TILE)
+    parts = blocks_of(z, CPU_TILE)
+    result, square = torch.zeros_like(z), grad.new_empty(CPU_TILE, CPU_TILE)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
             block = grad[rows, columns]
@@ -246,20 +227,15 @@ def _times_both(grad: Tensor, z: Tensor) -> Tensor:
 
 def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call) -> Tensor:
     """The sum of losses by operations that autograd differentiates."""
-    q, z = (
-        torch.nn.functional.normalize(x, eps=SMALLEST_NORM)
-        if call.normalized and x is not None
-        else x
-        for x in (queries, references)
-    )
+    q = torch.nn.functional.normalize(queries) if call.normalized else queries
+    z = q if references is None else references
+    if call.normalized and references is not None:
+        z = torch.nn.functional.normalize(references)
     total = q[:0].sum()
-    for rows in _blocks(len(q), call.height):
-        part = q[rows]
-        own = None
-        if call.settings.include_self and z is not None:
-            own = part.square().sum(dim=1)
-        s = part @ (q if z is None else z).T
-        total = total + differentiable_losses(s, own, call.pairs.of(rows), call.settings).sum()
+    for rows in blocks_of(q, call.height):
+        part, relation = q[rows], call.pairs.of(rows)
+        own = None if references is None else _self_similarity(part, relation, call)
+        total = total + differentiable_losses(part @ z.T, own, relation, call.settings).sum()
     return total
 
 

@@ -36,13 +36,10 @@ def query_losses(
         self_similarity = None
     if not isinstance(settings.variant, str):
         return differentiable_losses(s, self_similarity, relation, settings)
-    if torch.compiler.is_compiling():
-        call = _Call(relation, settings)
-    elif torch.is_grad_enabled() and _requires_grad(s, self_similarity):
-        call = _Call(relation, settings)
-    else:
-        return dispatch.kernel_for(s)(s, self_similarity, relation, settings, False)[0]
-    return _QueryLosses.apply(s, self_similarity, call)[0]
+    needs_graph = torch.is_grad_enabled() and _requires_grad(s, self_similarity)
+    if needs_graph or torch.compiler.is_compiling():
+        return _QueryLosses.apply(s, self_similarity, _Call(relation, settings))[0]
+    return dispatch.kernel_for(s)(s, self_similarity, relation, settings, False)[0]
 
 
 class _Call(NamedTuple):
@@ -121,7 +118,7 @@ def _losses_and_gradient(
     self_similarity: Optional[Tensor],  # noqa: UP045 (PyTorch 2.4 reads no other spelling)
     columns: Tensor,
     start: Tensor,
-    stop: Tensor,
+    number: Tensor,
     counted: Tensor,
     not_negative: Optional[Tensor],  # noqa: UP045
     query_column: Optional[Tensor],  # noqa: UP045
@@ -131,46 +128,34 @@ def _losses_and_gradient(
     b: float,
     include_self: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    relation = Relation(columns, start, stop, counted, not_negative, query_column)
+    relation = Relation(columns, start, number, counted, not_negative, query_column)
     settings = Settings(scale, variant, alpha, b, include_self)
     return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
 
 
 @_losses_and_gradient.register_fake
 def _(s, self_similarity, *args):
-    grad_self = s.new_empty(0 if self_similarity is None else len(s))
-    return s.new_empty(len(s)), s.new_empty(s.shape), grad_self
+    n = s.shape[0]  # not len(s), which would make a graph for every batch size
+    return s.new_empty(n), s.new_empty(s.shape), s.new_empty(0 if self_similarity is None else n)
 
 
 def differentiable_losses(
     s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
 ) -> Tensor:
     """The same losses by operations that autograd differentiates, as often as it is asked to."""
-    t, used = _targets(s, self_similarity, relation, settings.include_self)
-    r = eager.negatives_before(s, t, relation.negative_mask(s.shape[1]), settings.scale)
+    rows, with_query = slice(0, len(s)), settings.include_self and self_similarity is None
+    index = relation.positives(rows, *reversed(relation.sizes()))
+    t, used = s.gather(1, index), relation.used(rows, index, with_query)
+    if self_similarity is not None:
+        t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
+        used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
+    t = t.masked_fill(~used, 0)
+    r = eager.NegativesBefore.apply(s, t, relation.negative_mask(s.shape[1]), settings.scale)
     # R = 1 where there is no positive, so that no f, and no derivative of it, is asked for at an
     # odd place.
     r = r.masked_fill(~used, 1)
     per_positive = apply_variant(settings.variant, r, alpha=settings.alpha, b=settings.b)
     return per_positive.masked_fill(~used, 0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
-
-
-def _targets(
-    s: Tensor, self_similarity: Tensor | None, relation: Relation, include_self: bool
-) -> tuple[Tensor, Tensor]:
-    """Similarities of the positives, (N, P), and which of them enter the loss.
-
-    A given self-similarity is one column more, also where it replaces what `s` holds.
-    """
-    in_s = include_self and self_similarity is None
-    rows = slice(0, len(s))
-    index = relation.positives(rows, *reversed(relation.sizes()))
-    used = relation.used(rows, index, in_s)
-    t = s.gather(1, index)
-    if self_similarity is not None:
-        t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
-        used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
-    return t.masked_fill(~used, 0), used
 
 
 @torch.no_grad()
@@ -179,8 +164,11 @@ def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
 
     Summed over all queries, by hard counts, without the queries themselves; (3,), dtype of `s`.
     """
-    t, used = _targets(s, None, relation, False)
-    mask = relation.negative_mask(s.shape[1])
-    count = eager.count_negatives_before(s, t, mask, 1.0 if is_inverted else -1.0)
-    count.masked_fill_(~used, 0)
-    return torch.stack([count.sum(), (count > 0).sum(), used.sum()])
+    m = s.shape[1]
+    index = relation.positives(slice(0, len(s)), *reversed(relation.sizes()))
+    used = relation.used(slice(0, len(s)), index, False)
+    s = s if is_inverted else -s
+    t = s.gather(1, index)
+    ordered = s.masked_fill(~relation.negative_mask(m), -eager.INF).sort(dim=1)[0]
+    count = (m - torch.searchsorted(ordered, t, right=True)).masked_fill_(~used, 0)
+    return torch.stack([count.sum(), (count > 0).sum(), used.sum()]).to(s.dtype)

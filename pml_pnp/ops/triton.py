@@ -83,22 +83,11 @@ def _derivative(r, alpha, b, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def _sigmoids(
-    row,
-    j,
-    t,
-    first,
-    last,
-    scale,
-    place,
-    not_negative_row,
-    m,
-    HAS_MASK: tl.constexpr,
-):
+def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.constexpr):
     """sigmoid(scale * (s[a, j] - t)), 0 where j is no negative, and which j are negatives."""
     inside = j < m
     if HAS_MASK:
-        negative = tl.load(not_negative_row + j, mask=inside, other=1) == 0
+        negative = tl.load(mask_row + j, mask=inside, other=1) == 0
     else:
         at = tl.load(place + j, mask=inside, other=0)
         negative = inside & ((at < first) | (at >= last))
@@ -107,50 +96,36 @@ def _sigmoids(
     return tl.where(negative[None, :], y, 0.0), negative
 
 
+# fmt: off
 @triton.jit
-def _query(
-    s,
-    s_stride,
-    self_similarity,
-    columns,
-    start,
-    stop,
-    place,
-    not_negative,
-    losses,
-    grad_s,
-    grad_self,
-    query_column,
-    m,
-    scale,
-    alpha,
-    b,
+def _query(  # `place` is that of each reference in `columns`
+    s, s_stride, self_similarity, columns, start, number, place, not_negative, query_column,
+    losses, grad_s, grad_self, m, scale, alpha, b,
     VARIANT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SELF: tl.constexpr,  # similarities of queries to themselves are given
+    HAS_MASK: tl.constexpr,  # not_negative is given
+    HAS_SELF: tl.constexpr,  # self_similarity is given
     LISTED: tl.constexpr,  # the queries are among the references
-    INCLUDE_SELF: tl.constexpr,
+    WITH_QUERY: tl.constexpr,  # and count as positives there
     WITH_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    # fmt: on
     a = tl.program_id(0).to(tl.int64)
     row = s + a * s_stride
-    not_negative_row = not_negative + a * m
+    mask_row = not_negative + a * m
     grad_row = grad_s + a * m
     first = tl.load(start + a)
-    last = tl.load(stop + a)
-    listed = last - first
-    number = listed
-    if HAS_SELF and not LISTED:
-        number += 1
-    if LISTED and not INCLUDE_SELF:
-        number -= 1
-    share = 1.0 / tl.maximum(number, 1)
-    total = 0.0
+    listed = tl.load(number + a)
+    last = first + listed
     targets = listed
-    if HAS_SELF and not LISTED:
+    if HAS_SELF:
         targets += 1
+    share = targets
+    if LISTED and not WITH_QUERY:
+        share -= 1
+    share = 1.0 / tl.maximum(share, 1)
+    total = 0.0
     if not HAS_MASK:
         # Also a query without positives has a row of the gradient to write.
         targets = tl.maximum(targets, 1)
@@ -161,21 +136,17 @@ def _query(
         # A query counts if it has a positive besides itself.
         counts = listed > i * 0 + (1 if LISTED else 0)
         used = is_reference & counts
-        is_self = (i == listed) & counts  # one target more, or else in the place of the listed one
-        if LISTED:
-            is_self = used & (column == tl.load(query_column + a))
-            if not INCLUDE_SELF:
-                used = used & (column != tl.load(query_column + a))
+        if LISTED and not WITH_QUERY:
+            used = used & (column != tl.load(query_column + a))
         t = tl.load(row + column, mask=used, other=0.0)
         if HAS_SELF:
+            is_self = (i == listed) & counts
             t = tl.where(is_self, tl.load(self_similarity + a), t)
             used = used | is_self
         r = tl.zeros([BLOCK_P], dtype=tl.float32)
         for begin in range(0, m, BLOCK_M):
             j = begin + tl.arange(0, BLOCK_M)
-            y, negative = _sigmoids(
-                row, j, t, first, last, scale, place, not_negative_row, m, HAS_MASK
-            )
+            y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
             r += tl.sum(y, axis=1)
         total += tl.sum(tl.where(used, _f(r, alpha, b, VARIANT), 0.0), axis=0)
         if WITH_GRADIENT:
@@ -183,9 +154,7 @@ def _query(
             grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
             for begin in range(0, m, BLOCK_M):
                 j = begin + tl.arange(0, BLOCK_M)
-                y, negative = _sigmoids(
-                    row, j, t, first, last, scale, place, not_negative_row, m, HAS_MASK
-                )
+                y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
                 dy = w[:, None] * y * (1 - y)
                 grad_t += tl.sum(dy, axis=1)
                 grad = tl.sum(dy, axis=0)
@@ -194,7 +163,6 @@ def _query(
                 tl.store(grad_row + j, grad, mask=negative)
             if HAS_SELF:
                 tl.store(grad_self + a + i * 0, -grad_t, mask=is_self)
-                grad_t = tl.where(is_self, 0.0, grad_t)
             if HAS_MASK:
                 # A user's mask may call a reference both positive and negative: add to what
                 # other threads of this program have written.
@@ -220,47 +188,30 @@ def losses_and_gradient(
     The gradient never takes the place of `s`, of which a program reads its row more than once.
     """
     n, m = s.shape
-    if s.stride(1) != 1:
-        s = s.contiguous()
-    has_mask = relation.not_negative is not None
-    is_listed = relation.query_column is not None
+    s = s if s.stride(1) == 1 else s.contiguous()
+    mask, query_column = relation.not_negative, relation.query_column
     has_self = self_similarity is not None
     place = relation.columns
-    if not has_mask:
+    if mask is None:
         place = torch.empty_like(relation.columns, dtype=torch.int32)
         place[relation.columns] = torch.arange(m, dtype=torch.int32, device=s.device)
     losses = s.new_empty(n)
-    # Without a mask every entry is written.
-    new = s.new_zeros if has_mask else s.new_empty
+    new = s.new_empty if mask is None else s.new_zeros  # without a mask every entry is written
     grad_s = new((n, m) if with_gradient else 0)
     grad_self = s.new_zeros(n if with_gradient and has_self else 0)
     if n == 0:
         return losses, grad_s, grad_self
     with torch.cuda.device_of(s):
+        # fmt: off
         _query[(n,)](
-            s,
-            s.stride(0),
-            self_similarity.contiguous() if has_self else s,
-            relation.columns,
-            relation.start,
-            relation.stop,
-            place,
-            relation.not_negative.contiguous().view(torch.int8) if has_mask else place,
-            losses,
-            grad_s,
-            grad_self,
-            relation.query_column if is_listed else relation.start,
-            m,
-            settings.scale,
-            settings.alpha,
-            settings.b,
-            VARIANT=settings.variant,
-            HAS_MASK=has_mask,
-            HAS_SELF=has_self,
-            LISTED=is_listed,
-            INCLUDE_SELF=settings.include_self,
-            WITH_GRADIENT=with_gradient,
-            BLOCK_M=BLOCK_M,
-            BLOCK_P=BLOCK_P,
+            s, s.stride(0), self_similarity.contiguous() if has_self else s,
+            relation.columns, relation.start, relation.number, place,
+            place if mask is None else mask.contiguous().view(torch.int8),
+            relation.start if query_column is None else query_column,
+            losses, grad_s, grad_self, m, settings.scale, settings.alpha, settings.b,
+            VARIANT=settings.variant, HAS_MASK=mask is not None, HAS_SELF=has_self,
+            LISTED=query_column is not None, WITH_QUERY=settings.include_self and not has_self,
+            WITH_GRADIENT=with_gradient, BLOCK_M=BLOCK_M, BLOCK_P=BLOCK_P,
         )
+        # fmt: on
     return losses, grad_s, grad_self

@@ -39,7 +39,7 @@ def test_nothing_is_changed_before_it_is_asked_for():
 
 def test_every_change_is_made_once(monkeypatch):
     made = []
-    for name in ("identity", "record_keepers", "ax_client"):
+    for name in ("identity", "record_keepers", "ax_client", "missing_folders"):
         change = functools.partial(made.append, name)
         change.__name__ = name
         monkeypatch.setattr(adapters, name, change)
@@ -47,18 +47,20 @@ def test_every_change_is_made_once(monkeypatch):
     adapters.apply(bayes_opt=False)
     adapters.apply(bayes_opt=True)
     adapters.apply(bayes_opt=True)
-    assert made == ["identity", "record_keepers", "ax_client"]
+    assert made == ["identity", "record_keepers", "ax_client", "missing_folders"]
 
 
-def test_the_pinned_pml_needs_ax_alone(monkeypatch):
+def test_of_the_pinned_pml_no_module_is_changed(monkeypatch):
     made = []
-    ax = functools.partial(made.append, "ax")
-    ax.__name__ = "ax_client"
-    monkeypatch.setattr(adapters, "ax_client", ax)
+    for name in ("identity", "record_keepers", "ax_client", "missing_folders"):
+        change = functools.partial(made.append, name)
+        change.__name__ = name
+        monkeypatch.setattr(adapters, name, change)
     monkeypatch.setattr(adapters, "is_pinned", lambda: True)
     monkeypatch.setattr(adapters, "_applied", set())
     adapters.apply(bayes_opt=True)
-    assert made == ["ax"] and [kind for kind, _ in adapters.replacements()] == ["hook_container"]
+    assert made == ["ax_client", "missing_folders"]
+    assert {kind for kind, _ in adapters.replacements()} == {"tester", "hook_container"}
 
 
 def test_identity_is_torchs(monkeypatch):
@@ -117,7 +119,7 @@ def test_every_tester_keeps_its_name_and_takes_a_reference_set(name):
     [
         ("compared_to_self", [("train", ["train"]), ("val", ["val"])]),
         ("compared_to_sets_combined", [("train", ["train", "val"]), ("val", ["train", "val"])]),
-        ("compared_to_training_set", [("train", ["train"]), ("val", ["val", "train"])]),
+        ("compared_to_training_set", [("train", ["train"]), ("val", ["train"])]),
     ],
 )
 def test_splits_by_name_become_queries_and_references(monkeypatch, reference_set, expected):
@@ -132,11 +134,17 @@ def test_splits_by_name_become_queries_and_references(monkeypatch, reference_set
     assert seen == [expected, expected[1:], [("val", ["train"])]]
 
 
-def test_tables_are_named_before_any_test():
+def test_tables_are_named_before_any_test_and_as_by_the_pinned_pml():
     hooks = adapters.with_old_table_names(logging_presets.HookContainer)(None)
-    tester = testers.GlobalEmbeddingSpaceTester()
-    name = hooks.record_group_name(tester, "val")
-    assert name.startswith("accuracies_") and name.endswith("_VAL")
+    tester = adapters.tester(testers.GlobalEmbeddingSpaceTester)
+    names = [
+        hooks.record_group_name(tester(reference_set=x), "val")
+        for x in ("compared_to_self", "compared_to_training_set")
+    ]
+    assert names == [
+        "accuracies_normalized_compared_to_self_GlobalEmbeddingSpaceTester_level_0_VAL",
+        "accuracies_normalized_compared_to_training_set_GlobalEmbeddingSpaceTester_level_0_VAL",
+    ]
 
 
 def test_metrics_rank_as_far_as_they_look_unless_told_otherwise():
@@ -145,18 +153,33 @@ def test_metrics_rank_as_far_as_they_look_unless_told_otherwise():
     assert calculator().k == "max_bin_count" and calculator(k=5).k == 5
 
 
+def test_without_a_reference_of_the_label_the_accuracy_is_0():
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    metrics = ("precision_at_1", "mean_average_precision_at_r", "r_precision")
+    calculator = adapters.accuracy_calculator()(include=metrics, device=torch.device("cpu"))
+    assert calculator.get_accuracy(x, y, torch.randn(5, 4), y[:5] + 3) == dict.fromkeys(metrics, 0)
+    assert calculator.get_accuracy(x, y, x, y)["precision_at_1"] == 1
+
+
+def test_constant_dimensions_are_left_out_of_a_pca():
+    embeddings = torch.nn.functional.pad(torch.randn(20, 3), (0, 2))
+    tester = adapters.tester(testers.GlobalEmbeddingSpaceTester)(pca=2)
+    assert tester.maybe_normalize(embeddings).shape == (20, 2)
+    assert tester.maybe_normalize(embeddings).isfinite().all()
+
+
 def test_the_parts_have_the_names_that_configs_say():
     parts = adapters.replacements()
-    assert {kind for kind, _ in parts} == {"tester", "hook_container", "accuracy_calculator"}
+    kinds = {"tester", "hook_container", "accuracy_calculator", "loss"}
+    assert {kind for kind, _ in parts} == kinds
     names = {cls.__name__ for _, cls in parts}
     assert {"GlobalEmbeddingSpaceTester", "HookContainer", "AccuracyCalculator"} <= names
 
 
 def test_register_puts_this_loss_and_the_parts_on_a_runner(monkeypatch):
-    from pml_pnp import PNPLoss, benchmarker
-    from pml_pnp.benchmarker import checkpoints
+    from pml_pnp import PNPLoss, benchmarker, losses
 
-    monkeypatch.setattr(checkpoints, "api_parsers", lambda: [dict])
+    monkeypatch.setattr(adapters, "replacements_of_pb", lambda: [("api_parser", dict)])
     registered = []
 
     class Runner:
@@ -165,4 +188,5 @@ def test_register_puts_this_loss_and_the_parts_on_a_runner(monkeypatch):
 
     benchmarker.register(Runner())
     assert registered[0] == ("loss", PNPLoss) and registered[-1] == ("api_parser", dict)
+    assert ("loss", losses.CrossBatchMemory) in registered
     assert len(registered) == 2 + len(adapters.replacements())

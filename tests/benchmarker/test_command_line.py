@@ -1,6 +1,9 @@
 """Overlays by bare name, and flags."""
 
+import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -53,6 +56,44 @@ def test_a_seed_that_is_none_is_refused(seed, capsys):
     assert "--seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sed", "0"], "unknown flag --sed: did you mean --seed?"),
+        (["--num_epoch_train", "5"], "flag --num_epoch_train: did you mean --num_epochs_train?"),
+        (["--config_modles", "[default]"], "--config_modles: did you mean --config_models?"),
+        (["--evaluat"], "unknown flag --evaluat: did you mean --evaluate?"),
+        (["--xyzzy"], "unknown flag --xyzzy"),
+        (["--models~OVERIDE~", "{}"], "--models~OVERIDE~: expected ~OVERRIDE~, ~APPLY~N, "),
+        (["--patience=5"], "--patience=5: powerful-benchmarker reads a space, as in --patience 5"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest(words, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        command_line.check_flags(["--models", "{}", *words], ["config_models", "my_own"])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_keys_of_configs_and_what_is_read_of_them_are_flags():
+    words = "--my_own -1 --tester~APPLY~2 {a: 1} --models~OVERRIDE~ {} --patience~INT_BAYESIAN~ [1]"
+    words += " --layers_to_extract~DELETE~ --my_list [1, 2]"
+    flags = command_line.check_flags(words.split(), ["my_own", "my_list~SWAP~1"])
+    assert flags == ["my_own", "tester", "models", "patience", "layers_to_extract", "my_list"]
+
+
+def test_what_powerful_benchmarker_reads_is_listed():
+    """Every attribute that its code takes from the merged configs and flags."""
+    package = importlib.util.find_spec("powerful_benchmarker")
+    if package is None or package.origin is None:
+        pytest.skip("powerful-benchmarker is not installed")
+    source = "".join(p.read_text() for p in Path(package.origin).parent.rglob("*.py"))
+    read = set(re.findall(r"\bargs\.([a-z]\w+)\b(?!\()", source))
+    made = {"dict_of_yamls", "experiment_folder", "place_to_save_configs", "config_foldernames"}
+    taken = {x.dest for x in command_line._parser()._actions}
+    assert read - made - taken == set(command_line.READ_BY_PB)
+
+
 def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
     seen = []
 
@@ -66,7 +107,7 @@ def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
 
     monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: seen.append(bayes_opt))
     monkeypatch.setattr(command_line, "register", lambda runner: None)
-    monkeypatch.setattr(command_line, "build_runner", lambda args: Runner())
+    monkeypatch.setattr(command_line, "build_runner", lambda *args: Runner())
     before = list(sys.argv)
     argv = ["--experiment_name", "x y", "--bayes_opt_iters", "3", "--losses", "{A: {b: 1}}"]
     with pytest.raises(RuntimeError, match="stopped"):
@@ -82,6 +123,6 @@ def test_a_folder_that_is_taken_is_an_error(monkeypatch):
 
     monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: None)
     monkeypatch.setattr(command_line, "register", lambda runner: None)
-    monkeypatch.setattr(command_line, "build_runner", lambda args: Runner())
+    monkeypatch.setattr(command_line, "build_runner", lambda *args: Runner())
     with pytest.raises(SystemExit, match="experiment_name is in experiments: continue it with"):
         command_line.main(["--experiment_name", "x"])

@@ -1,6 +1,7 @@
 """powerful-benchmarker itself, on few digits. Runs where a recipe is installed: .ci/benchmarker."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -14,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from pml_pnp.benchmarker.requirements import is_there
+from pml_pnp.benchmarker import requirements
 
 pytestmark = [
     pytest.mark.benchmarker,
     pytest.mark.skipif(
-        not is_there("powerful_benchmarker"),
+        not requirements.is_there("powerful_benchmarker"),
         reason="powerful-benchmarker is not installed; .ci/benchmarker makes an environment",
     ),
 ]
@@ -172,6 +173,7 @@ def test_a_missing_data_set_is_named_before_training(script, tmp_path):
         ("run.py", ["--resume_training", "latest"], "no experiment 'x' in "),
         ("run.py", ["--evaluate"], "no experiment 'x' in "),
         ("run.py", ["--reproductions", "a"], "--reproductions"),
+        ("run.py", ["--sed", "0"], "unknown flag --sed: did you mean --seed"),
         ("run.py", ["--bayes_opt_iters", "3"], "needs a config with a key that ends in ~BAYESIAN~"),
     ],
 )
@@ -187,30 +189,137 @@ def test_what_is_not_there_is_named(script, flags, message, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_on_its_own_configs_the_overlay_is_found_and_the_loss_is_this_one(tmp_path):
-    code = """
-import sys
+# What a script can do after a plain `prepare`; prints what it found as JSON.
+SCRIPT = """
+import json, sys
+import torch
 from pml_pnp import PNPLoss, benchmarker
 from pml_pnp.benchmarker import command_line
 
-args, _ = command_line._parser().parse_known_args()
+args, words = command_line._parser().parse_known_args()
 benchmarker.prepare()
-runner = command_line.build_runner(args)
+runner = command_line.build_runner(args, words)
 benchmarker.register(runner)
 runner.set_YR()
 read = runner.YR.load_yamls(runner.determine_where_to_get_yamls(runner.YR.args), max_merge_depth=9)
-spec = read[0].loss_funcs["metric_loss"]
-loss = runner.pytorch_getter.get("loss", yaml_dict=spec)
-assert type(loss) is PNPLoss and (loss.variant, loss.alpha, loss.anneal) == ("Dq", 4, 0.01), loss
-assert list(read[0].dataset) == ["CUB200"], read[0].dataset
+loss = runner.pytorch_getter.get("loss", yaml_dict=read[0].loss_funcs["metric_loss"])
+found = {"ours": type(loss) is PNPLoss, "arguments": [loss.variant, loss.alpha, loss.anneal]}
+found["dataset"] = list(read[0].dataset)
+
+def factory(name):
+    return runner.pytorch_getter.get("factory", yaml_dict={name: {"getter": runner.pytorch_getter}})
+
+losses = {
+    "memory": {
+        "CrossBatchMemory": {"loss": {"PNPLoss": {"variant": "Ds"}}, "embedding_size": 8}
+    },
+    "mined": {
+        "CrossBatchMemory": {
+            "loss": {"PNPLoss": None}, "embedding_size": 8, "miner": {"MultiSimilarityMiner": {}}
+        }
+    },
+    "sum": {
+        "MultipleLosses": {
+            "losses": {
+                "PNPLoss": {"variant": "Ds"}, "NormalizedSoftmaxLoss": {"embedding_size": 8}
+            },
+            "weights": {"PNPLoss": 0.5, "NormalizedSoftmaxLoss": 0.0},
+        }
+    },
+}
+makes = factory("LossFactory")
+for fold in range(2):
+    made = makes.create(named_specs=losses, kwargs={"num_classes": 5})
+torch.manual_seed(0)
+x, y = torch.randn(16, 8), torch.arange(16) // 4
+found["alone"] = PNPLoss(variant="Ds")(x, y).item()
+found["nested"] = {name: made[name](x, y).item() for name in losses}
+found["classes"] = made["sum"].losses["NormalizedSoftmaxLoss"].W.shape[1]
+try:
+    miner = {"MaximumLossMiner": {"loss": {"PNPLoss": {}}, "output_batch_size": 8}}
+    found["mined"] = len(factory("MinerFactory").create(miner)(x, y))
+except AttributeError:  # not of PML 2
+    found["mined"] = None
+
+specs = {
+    "trunk_optimizer": {
+        "SGD": {"lr": 1.0},
+        "scheduler_by_epoch": {"StepLR": {"step_size": 1, "gamma": 0.1}},
+        "clip_grad_norm": 0.5,
+    }
+}
+trunk = torch.nn.Linear(8, 2)
+for fold in range(2):
+    optimizers, schedulers, clippers = factory("OptimizerFactory").create(
+        named_specs=specs, kwargs={"param_sources": [{"trunk": trunk}]}
+    )
+trunk(x).square().sum().backward()
+clippers["trunk_grad_clipper"]()
+found["norm"] = torch.nn.utils.get_total_norm([p.grad for p in trunk.parameters()]).item()
+optimizers["trunk_optimizer"].step()
+schedulers["trunk_scheduler_by_epoch"].step()
+found["rate"] = optimizers["trunk_optimizer"].param_groups[0]["lr"]
+
+sys.argv[1:] = ["--experiment_name", "search", "--loss_funcs~OVERRIDE~"]
+sys.argv += "{metric_loss: {PNPLoss: {alpha~BAYESIAN~: [1.0, 16.0]}}}".split()
+from powerful_benchmarker.runners.bayes_opt_runner import BayesOptRunner
+search = BayesOptRunner(bayes_opt_iters=1, reproductions=0, root_experiment_folder="searches")
+benchmarker.register(search)
+client = search.get_ax_client()
+client.get_next_trial()
+search.save_new_log(client)
+search.delete_sub_experiment_folder("search0")  # which there was no time to make
+found["parameters"] = list(search.get_ax_client().get_trial_parameters(0))
+print(json.dumps(found))
 """
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """What a script found, on powerful-benchmarker's own configs, and its folder."""
+    folder = tmp_path_factory.mktemp("script")
     flags = ["--experiment_name", "x", "--config_loss_and_miners", "[default,", "with_pnp]"]
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=tmp_path)
-    assert not list(tmp_path.iterdir())
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *flags], capture_output=True, text=True, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
+    return json.loads(run.stdout.splitlines()[-1]), folder
 
 
-def test_three_trials_of_a_hyperparameter_search_that_is_killed_in_between(tmp_path):
-    flags = ["--experiment_name", "search", "--root_experiment_folder", tmp_path, "--seed", 0]
+def test_on_its_own_configs_the_overlay_is_found_and_the_loss_is_this_one(script):
+    found, folder = script
+    assert found["ours"] and found["arguments"] == ["Dq", 4, 0.01]
+    assert found["dataset"] == ["CUB200"]
+    assert [path.name for path in folder.iterdir()] == ["searches"]
+
+
+def test_losses_inside_others_can_be_named_fold_after_fold(script):
+    found, _ = script
+    alone, nested = found["alone"], found["nested"]
+    assert nested["memory"] == pytest.approx(alone, rel=1e-5)  # of a memory that is the batch
+    assert nested["sum"] == pytest.approx(alone / 2, rel=1e-5) and found["classes"] == 5
+    assert nested["mined"] > 0
+    assert found["mined"] == (8 if requirements.is_pinned() else None)
+
+
+def test_schedulers_and_clipped_gradients_can_be_named_fold_after_fold(script):
+    found, _ = script
+    assert found["norm"] == pytest.approx(0.5, rel=1e-4) and found["rate"] == pytest.approx(0.1)
+
+
+def test_a_search_is_prepared_and_goes_on_where_no_folder_was_made(script):
+    found, folder = script
+    assert found["parameters"] == ["loss_funcs/metric_loss/PNPLoss/alpha"]
+    logs = folder / "searches" / "search" / "bayes_opt_ax_logs"
+    assert [path.name for path in logs.iterdir()] == ["log00000.json"]
+
+
+def test_three_trials_of_a_search_that_is_killed_after_one_that_diverged(tmp_path):
+    seed = 4 if requirements.is_pinned() else 2  # the first trial's learning rate is above 1e20
+    flags = ["--experiment_name", "search", "--root_experiment_folder", tmp_path, "--seed", seed]
+    rates = "{SGD: {lr~LOG_BAYESIAN~: [1.e-30, 1.e+38]}}"
+    optimizers = f"{{trunk_optimizer: {rates}, embedder_optimizer: {{SGD: {{lr: 0.01}}}}}}"
+    flags += ["--optimizers~OVERRIDE~", optimizers]
     flags += ["--config_loss_and_miners", "[default,", "with_pnp_bayes_opt]"]
     flags += ["--bayes_opt_iters", 3, "--reproductions", 2, "--num_epochs_train", 1]
     folder = tmp_path / "search"
@@ -231,6 +340,9 @@ def test_three_trials_of_a_hyperparameter_search_that_is_killed_in_between(tmp_p
     rows = query(folder / "bayes_opt_record_keeper_logs" / "logs.db", "SELECT * FROM bayes_opt")
     assert [row["trial_index"] for row in rows] == [0, 1, 2]
     assert len({row["loss_funcs_metric_loss_PNPLoss_anneal"] for row in rows}) == 3
+    found = [row["mean_average_precision_at_r"] for row in rows]
+    assert rows[0]["optimizers_trunk_optimizer_SGD_lr"] > 1e20
+    assert found[0] == 0 and 0 < found[1] <= max(found)
     name = best["best_sub_experiment_name"]
     (report,) = folder.glob("report_ConcatenateEmbeddings*.yaml")
     trained = yaml.safe_load(report.read_text())["trained"]["mean_average_precision_at_r_level0"]

@@ -1,12 +1,16 @@
 """A killed run continues to the same end."""
 
 import csv
+import itertools
+import json
+import shutil
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 EPOCHS = 4
@@ -16,27 +20,69 @@ SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm"],
+    "chunks": ["--grad-cache", 16],
 }
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL where a test must hit one certain moment."""
+# When a kill may come: (function of RunFolder, which call of it, before or after it).
+MOMENTS = {
+    "before the first checkpoint": ("save_checkpoint", 1, "before"),
+    "after the untrained evaluation": ("save_checkpoint", 1, "after"),
+    "between records and checkpoint": ("save_checkpoint", 3, "before"),
+    "after the second epoch": ("save_checkpoint", 3, "after"),
+    "while a checkpoint is written": ("torch.save", 3, "during"),
+    "after the last epoch": ("save_checkpoint", EPOCHS + 1, "after"),
+    "before metrics.json": ("write_json", 2, "before"),
+}
 
 
 @pytest.fixture(scope="module")
 def whole(main, quick, tmp_path_factory):
-    """Uninterrupted runs, by setting."""
-    folder = tmp_path_factory.mktemp("whole")
+    """An uninterrupted run of a setting, and the folder that holds a copy of it of each moment."""
     made = {}
 
     def get(setting):
         if setting not in made:
-            arguments = ["--output-dir", folder, "--name", setting, "--epochs", EPOCHS, *quick]
-            assert main(*arguments, *SETTINGS[setting]) == 0
-            made[setting] = folder / setting
-        return made[setting]
+            folder = tmp_path_factory.mktemp(setting)
+            arguments = ["--output-dir", folder, "--name", "whole", "--epochs", EPOCHS]
+            with pytest.MonkeyPatch.context() as patch:
+                copy_at_moments(patch, folder)
+                assert main(*arguments, *quick, *SETTINGS[setting]) == 0
+            made[setting] = folder
+        return made[setting] / "whole", made[setting]
 
     return get
+
+
+def copy_at_moments(patch, folder):
+    """Copy the run folder at every moment: it is then what a kill at that moment leaves behind."""
+    from run_folder import RunFolder
+
+    def copy(*now):
+        for name, moment in MOMENTS.items():
+            if moment == now:
+                shutil.copytree(folder / "whole", folder / name)
+
+    def watch(function):
+        original, calls = getattr(RunFolder, function), itertools.count(1)
+
+        def watched(self, *args):
+            call = next(calls)
+            copy(function, call, "before")
+            original(self, *args)
+            copy(function, call, "after")
+
+        patch.setattr(RunFolder, function, watched)
+
+    def save(state, path, original=torch.save):
+        if "shared" in state:  # not the best model alone
+            path.write_bytes(b"half a checkpoint")
+            copy("torch.save", state["epoch"], "during")
+        original(state, path)
+
+    watch("save_checkpoint")
+    watch("write_json")
+    patch.setattr(torch, "save", save)
 
 
 def results(run, strict_json):
@@ -79,88 +125,46 @@ def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, stri
     )
     with process:
         for line in process.stdout:
-            if line.startswith("epoch 2:"):
+            if line.startswith("epoch 1:"):
                 process.kill()
     assert process.returncode == -9
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert main("--resume", tmp_path / "run") == 0
-    assert results(tmp_path / "run", strict_json) == results(whole("default"), strict_json)
-
-
-# (function of RunFolder, which call of it, before or after it)
-MOMENTS = {
-    "before the first checkpoint": ("save_checkpoint", 1, "before"),
-    "after the untrained evaluation": ("save_checkpoint", 1, "after"),
-    "between records and checkpoint": ("save_checkpoint", 3, "before"),
-    "after the last epoch": ("save_checkpoint", EPOCHS + 1, "after"),
-    "before metrics.json": ("write_json", 2, "before"),
-}
+    assert results(tmp_path / "run", strict_json) == results(whole("default")[0], strict_json)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill(whole, main, tmp_path, strict_json, monkeypatch, quick, moment):
-    kill_run(monkeypatch, main, tmp_path, MOMENTS[moment], quick)
-    assert main("--resume", tmp_path / "run") == 0
-    assert results(tmp_path / "run", strict_json) == results(whole("default"), strict_json)
+def test_a_run_killed_at_any_moment_continues_to_the_same_end(whole, main, strict_json, moment):
+    run, copies = whole("default")
+    assert not (copies / moment / "metrics.json").exists()
+    assert main("--resume", copies / moment) == 0
+    assert results(copies / moment, strict_json) == results(run, strict_json)
 
 
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
-def test_kill_with_more_state(whole, main, tmp_path, strict_json, monkeypatch, quick, setting):
-    arguments = [*quick, *SETTINGS[setting]]
-    kill_run(monkeypatch, main, tmp_path, ("save_checkpoint", 3, "after"), arguments)
-    assert main("--resume", tmp_path / "run") == 0
-    assert results(tmp_path / "run", strict_json) == results(whole(setting), strict_json)
+def test_a_killed_run_with_more_state_continues_to_the_same_end(whole, main, strict_json, setting):
+    run, copies = whole(setting)
+    continued = copies / "after the second epoch"
+    assert main("--resume", continued) == 0
+    assert results(continued, strict_json) == results(run, strict_json)
 
 
-def kill_run(monkeypatch, main, tmp_path, moment, arguments):
-    from run_folder import RunFolder
-
-    name, call, when = moment
-    original, calls = getattr(RunFolder, name), []
-
-    def killing(self, *args):
-        calls.append(args)
-        if len(calls) == call and when == "before":
-            raise Killed
-        original(self, *args)
-        if len(calls) == call:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunFolder, name, killing)
-        main("--output-dir", tmp_path, "--name", "run", "--epochs", EPOCHS, *arguments)
+def test_more_epochs_continue_a_finished_run(whole, short, main, strict_json):
+    assert main("--resume", short, "--epochs", EPOCHS) == 0
+    assert results(short, strict_json) == results(whole("default")[0], strict_json)
 
 
-def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(
-    whole, main, quick, tmp_path, strict_json, monkeypatch
-):
-    import torch
-
-    def torn(state, path):
-        if state.get("epoch") == 3:
-            path.write_bytes(b"half a checkpoint")
-            raise Killed
-        save(state, path)
-
-    save = torch.save
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(torch, "save", torn)
-        main("--output-dir", tmp_path, "--name", "run", "--epochs", EPOCHS, *quick)
-    assert main("--resume", tmp_path / "run") == 0
-    assert results(tmp_path / "run", strict_json) == results(whole("default"), strict_json)
-
-
-def test_more_epochs_continue_a_finished_run(whole, main, quick, tmp_path, strict_json):
-    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 2, *quick) == 0
-    assert main("--resume", tmp_path / "run", "--epochs", EPOCHS) == 0
-    assert results(tmp_path / "run", strict_json) == results(whole("default"), strict_json)
+@pytest.fixture(scope="module")
+def one_epoch(main, quick, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
+    return folder / "run"
 
 
 @pytest.fixture
-def short(main, quick, tmp_path):
-    """A finished run of one epoch."""
-    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick) == 0
-    return tmp_path / "run"
+def short(one_epoch, tmp_path):
+    """A finished run of one epoch, a copy for every test."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -177,12 +181,23 @@ def test_resume_refuses_what_contradicts_the_run(short, main, capsys, arguments,
 
 
 def test_resume_refuses_fewer_epochs(whole, main, capsys):
-    assert main("--resume", whole("default"), "--epochs", 1) == 2
+    assert main("--resume", whole("default")[0], "--epochs", 1) == 2
     assert f"--epochs can only be raised from {EPOCHS}, got 1" in capsys.readouterr().err
 
 
 def test_resume_accepts_what_the_run_has_anyway(short, main):
-    assert main("--resume", short, "--dataset", "digits", "--epochs", 1) == 0
+    assert main("--resume", short, "--dataset", "folder", "--epochs", 1) == 0
+
+
+def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_json):
+    """BatchNorm frozen, chunks change nothing but the memory."""
+    arguments = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick]
+    assert main(*arguments, *SETTINGS["proxies"], "--grad-cache", 16) == 0
+    assert main("--resume", tmp_path / "run", "--epochs", 2, "--grad-cache", 0) == 0
+    assert main("--resume", tmp_path / "run", "--epochs", EPOCHS, "--grad-cache", 7) == 0
+    ends = [strict_json(run / "metrics.json") for run in (tmp_path / "run", whole("proxies"))]
+    assert ends[0]["trained"] == pytest.approx(ends[1]["trained"], rel=1e-3)
+    assert ends[0]["validation"] == pytest.approx(ends[1]["validation"], rel=1e-3)
 
 
 def test_resume_names_a_damaged_checkpoint(short, main, capsys):
@@ -192,8 +207,6 @@ def test_resume_names_a_damaged_checkpoint(short, main, capsys):
 
 
 def test_resume_refuses_another_number_of_processes(short, main, capsys, strict_json):
-    import json
-
     config = strict_json(short / "config.json")
     (short / "config.json").write_text(json.dumps({**config, "world_size": 2}))
     assert main("--resume", short) == 2

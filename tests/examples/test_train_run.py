@@ -1,4 +1,4 @@
-"""One run of train.py, from the command line to the table."""
+"""Runs of train.py, from the command line to the table."""
 
 import csv
 import os
@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 
 METRICS = {
     "mean_average_precision_at_r": "MAP@R",
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 
 @pytest.fixture(scope="module")
 def finished(script, tmp_path_factory):
-    """The default run, as a user without arguments would start it."""
+    """The first epochs of the default run, in a process of its own that lists what it imports."""
     folder = tmp_path_factory.mktemp("default")
-    process = script("--output-dir", folder)
+    process = script("--output-dir", folder, "--epochs", 2, launcher=["-X", "importtime"])
     assert process.returncode == 0, process.stderr
     (run,) = folder.iterdir()
     return process, run
@@ -49,6 +50,12 @@ def test_run_folder_holds_everything(finished):
 def test_default_lifts_map_at_r_on_unseen_digits(metrics):
     before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
     assert after > before + 0.03
+
+
+def test_timm_and_torchvision_stay_out_of_the_default_path(finished):
+    lines = finished[0].stderr.splitlines()
+    imported = {x.rpartition("|")[2].strip() for x in lines if x.startswith("import time:")}
+    assert "torch" in imported and not {"timm", "torchvision"} & imported
 
 
 def test_metrics_are_all_there(metrics):
@@ -101,7 +108,6 @@ def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics):
 
 
 def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
-    import torch
     from retrieval_data import load_splits
     from retrieval_metrics import build_tester, metrics_of
     from train import load_best
@@ -129,58 +135,72 @@ def test_name_that_exists_is_refused_and_left_alone(finished, main, capsys):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
-def test_each_new_run_gets_a_new_folder(main, quick, tmp_path):
-    for _ in range(2):
-        assert main("--output-dir", tmp_path, "--epochs", 1, *quick) == 0
-    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["-1", "-2"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--amp"],
-        ["--memory-size", 128],
-        ["--memory-size", 128, "--miner", "MultiSimilarityMiner", "--miner-args", "epsilon=0.2"],
-        ["--miner", "TripletMarginMiner"],
-        ["--loss", "ProxyAnchorLoss", "--loss-lr", 0.1],
-        ["--loss-args", "variant=Ib", "b=4", "distance=LpDistance", "reducer=SumReducer"],
-        ["--freeze-batchnorm", "--workers", 1],
+OPTIONS = {
+    "": [],
+    "ema-decay 0": ["--ema-decay", 0],
+    "amp": ["--amp"],
+    "memory": ["--memory-size", 128],
+    "memory, miner": [
+        *("--memory-size", 128, "--miner", "MultiSimilarityMiner", "--miner-args", "epsilon=0.2")
     ],
-    ids=lambda arguments: " ".join(map(str, arguments)).replace("--", ""),
-)
-def test_option_trains_to_the_end(main, quick, tmp_path, strict_json, arguments):
-    settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1]
-    assert main(*settings, *quick, *arguments) == 0
-    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
+    "miner": ["--miner", "TripletMarginMiner"],
+    "proxies": ["--loss", "ProxyAnchorLoss", "--loss-lr", 0.1],
+    "loss-args": [
+        *("--loss-args", "variant=Ib", "b=4", "distance=LpDistance", "reducer=SumReducer")
+    ],
+    "freeze-batchnorm, workers": ["--freeze-batchnorm", "--workers", 1],
+}
 
 
-def test_frozen_batchnorm_keeps_its_statistics(main, quick, tmp_path):
-    import torch
+@pytest.fixture(scope="module")
+def run_of(main, quick, tmp_path_factory):
+    """A run of one epoch with an option, which several tests look at; its folder."""
+    folder = tmp_path_factory.mktemp("options")
+    runs = {}
 
-    arguments = ["--output-dir", tmp_path, "--epochs", 1, *quick]
-    assert main(*arguments, "--name", "frozen", "--freeze-batchnorm") == 0
-    assert main(*arguments, "--name", "free") == 0
+    def get(option):
+        if option not in runs:
+            before = set(folder.iterdir())
+            arguments = [*quick, *OPTIONS[option]]  # the last of two wins
+            assert main("--output-dir", folder, "--epochs", 1, *arguments) == 0
+            (runs[option],) = set(folder.iterdir()) - before
+        return runs[option]
+
+    return get
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_trains_to_the_end(run_of, strict_json, option):
+    assert strict_json(run_of(option) / "metrics.json")["epochs_trained"] == 1
+
+
+def test_each_new_run_gets_a_new_folder(run_of):
+    names = [run_of(option).name for option in ("", "ema-decay 0", "memory")]
+    stems, numbers = zip(*(name.rsplit("-", 1) for name in names), strict=True)
+    assert set(stems) == {"folder-PNPLoss-Ds"}
+    assert len(set(numbers)) == 3 and min(map(int, numbers)) == 1
+
+
+def last_and_best(run):
+    return [
+        torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.pt", "best.pt")
+    ]
+
+
+def test_frozen_batchnorm_keeps_its_statistics(run_of):
     means = {}
-    for name in ("frozen", "free"):
-        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)
-        trunk = checkpoint["shared"]["models"]["trunk"]
-        means[name] = torch.cat([v for k, v in trunk.items() if k.endswith("running_mean")])
-    assert not means["frozen"].any()
-    assert means["free"].any()
+    for option in ("freeze-batchnorm, workers", ""):
+        trunk = last_and_best(run_of(option))[0]["shared"]["models"]["trunk"]
+        means[option] = torch.cat([v for k, v in trunk.items() if k.endswith("running_mean")])
+    assert not means["freeze-batchnorm, workers"].any()
+    assert means[""].any()
 
 
-@pytest.mark.parametrize("decay", [0, 0.5])
-def test_what_is_kept_are_the_averaged_weights_if_there_are_any(main, quick, tmp_path, decay):
-    import torch
-
-    arguments = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick]
-    assert main(*arguments, "--ema-decay", decay) == 0
-    last, best = (
-        torch.load(tmp_path / "run" / "checkpoints" / name, weights_only=True)
-        for name in ("last.pt", "best.pt")
-    )
+@pytest.mark.parametrize("option", ["", "ema-decay 0"])
+def test_what_is_kept_are_the_averaged_weights_if_there_are_any(run_of, option):
+    last, best = last_and_best(run_of(option))
     for name, model in last["shared"]["models"].items():
-        if decay:
+        if option == "":
             average = last["shared"]["averages"][name]
             assert any(not torch.equal(average[f"module.{k}"], v) for k, v in model.items())
             model = {k: average[f"module.{k}"] for k in model}

@@ -1,0 +1,20 @@
+"""One process of torchrun that runs train.py several times: train_worker.py RUNS.
+
+RUNS is JSON, [[port, arguments], ...]. Every run makes a process group of its own at its port, as
+if it had been launched alone; only the imports are shared.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import train
+
+    for port, arguments in json.loads(sys.argv[1]):
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+        if code := train.main(arguments):
+            sys.exit(code)

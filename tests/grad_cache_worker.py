@@ -1,0 +1,125 @@
+"""One rank of test_grad_cache_distributed.py: python grad_cache_worker.py FOLDER (torchrun)."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_pnp import GradCache, PNPLoss
+
+STEPS = 3
+CHUNK_SIZE = 4
+ROWS = 11, 6  # of each rank: 3 chunks and 2
+CASES = {
+    "plain": {},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "accumulated": {"accumulated": True},
+}
+ORDERS = {
+    "DDP of GradCache": lambda model, ddp: ddp(GradCache(model, CHUNK_SIZE)),
+    "GradCache of DDP": lambda model, ddp: GradCache(ddp(model), CHUNK_SIZE),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, unused):
+        super().__init__()
+        layers = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 4)
+        self.body = nn.Sequential(*layers)
+        self.unused = nn.Linear(2, 2) if unused else None
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def model(find_unused_parameters=False, **_):
+    torch.manual_seed(0)
+    return Net(find_unused_parameters).double()
+
+
+def data(rank, step):
+    g = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(ROWS[rank], 5, generator=g, dtype=torch.float64)
+
+
+def loss_of(embeddings):
+    labels = torch.arange(len(embeddings), device=embeddings.device) // 2
+    return PNPLoss(variant="Ds", anneal=0.3)(embeddings, labels)
+
+
+def seed(rank, step):
+    torch.manual_seed(100 * step + rank)
+
+
+def update(parameters):
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter -= 0.5 * parameter.grad
+                parameter.grad = None
+
+
+def counted(synchronizations, bucket):
+    """Communication hook that notes when all gradients have been exchanged."""
+    if bucket.is_last():
+        synchronizations.append(1)
+    return allreduce_hook(None, bucket)
+
+
+def train(order, rank, accumulated=False, **options):
+    """State of the model after STEPS, and how often the gradients were synchronized."""
+    net, synchronizations = model(**options), []
+
+    def ddp(module):
+        wrapped = DistributedDataParallel(module, **options)
+        wrapped.register_comm_hook(synchronizations, counted)
+        return wrapped
+
+    wrapped = ORDERS[order](net, ddp)
+    for step in range(STEPS):
+        waits = accumulated and step < STEPS - 1
+        with wrapped.no_sync() if waits else contextlib.nullcontext():
+            seed(rank, step)
+            loss_of(wrapped(data(rank, step))).backward()
+        if not waits:
+            update(net.parameters())
+    return {"state": net.state_dict(), "synchronizations": len(synchronizations)}
+
+
+def refused():
+    """What is said about DistributedDataParallel inside of a model."""
+    trunk = DistributedDataParallel(nn.Linear(5, 4))
+    try:
+        GradCache(nn.Sequential(trunk, nn.Linear(4, 2)), CHUNK_SIZE)
+    except ValueError as error:
+        return str(error)
+
+
+def names():
+    """Keys of a checkpoint in both orders."""
+    plain = DistributedDataParallel(model())
+    wrapped = [make(model(), DistributedDataParallel) for make in ORDERS.values()]
+    return [list(m.state_dict()) for m in (plain, *wrapped)]
+
+
+def main():
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    results = {"refused": refused(), "names": names()}
+    for order in ORDERS:
+        for name, case in CASES.items():
+            results[order, name] = train(order, rank, **case)
+    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+    time.sleep(0.5)  # a gloo thread that lets go of a tensor later than this aborts the process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""torch.compile gives the values and gradients of eager mode, and few graphs."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import batch
+from pytorch_metric_learning import distances
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pml_pnp import PNPLoss
+
+# torch 2.4 breaks the graph where it is asked about autocast; versions between were not tried.
+TRACES_PML = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def value_and_grad(loss_func, x, *args):
+    x = x.detach().clone().requires_grad_()
+    loss = loss_func(x, *args)
+    return loss.detach(), *torch.autograd.grad(loss, x)
+
+
+def assert_equal(compiled, loss_func, *args):
+    want = value_and_grad(loss_func, *args)
+    assert want[1].abs().max() > 1e-3
+    torch.testing.assert_close(value_and_grad(compiled, *args), want)
+
+
+def test_a_training_step_with_inductor_equals_the_eager_one():
+    if not any(map(shutil.which, ["c++", "g++", "clang++", "cl"])):
+        pytest.skip("inductor needs a C++ compiler")
+    model = torch.nn.Linear(8, 4)
+    x, y = batch()
+    loss_func = PNPLoss(variant="Dq", alpha=4)
+
+    def step(x, y):
+        return loss_func(model(x), y)
+
+    def run(step):
+        model.zero_grad()
+        loss = step(x, y)
+        loss.backward()
+        return loss.detach(), model.weight.grad.clone()
+
+    want = run(step)
+    assert want[1].abs().max() > 1e-3
+    compiled = torch.compile(step, fullgraph=TRACES_PML)
+    torch.testing.assert_close(run(compiled), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [distances.LpDistance, distances.DotProductSimilarity])
+def test_references_make_one_graph(distance):
+    loss_func = PNPLoss(distance=distance(), anneal=0.1, variant="Ib")
+    compiled = torch.compile(loss_func, backend="aot_eager", fullgraph=TRACES_PML)
+    assert_equal(compiled, loss_func, *batch(), None, *batch(n=9))
+
+
+def test_a_callable_variant_compiles():
+    loss_func = PNPLoss(variant=torch.log1p, anneal=0.1)
+    assert_equal(torch.compile(loss_func, backend="aot_eager"), loss_func, *batch())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [None, lmu.get_all_pairs_indices, lmu.get_all_triplets_indices],
+    ids=["labels", "pairs", "triplets"],
+)
+def test_from_the_second_batch_size_on_nothing_is_compiled_anew(make):
+    """The graphs of the second batch size are those of every later one."""
+    loss_func = PNPLoss(variant="Dq", anneal=0.1)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_func, backend=graphs)
+    counts = []
+    for n in (24, 24, 32, 40, 27):
+        x, y = batch(n=n)
+        assert_equal(compiled, loss_func, x, y, None if make is None else make(y))
+        counts.append(graphs.frame_count)
+    first, again, second, *later = counts
+    if make is None and TRACES_PML:
+        assert (first, second) == (1, 2)
+    assert first == again
+    assert later == [second] * 2
+
+
+@pytest.mark.parametrize("chunk_size", [7, 24])
+def test_chunks_compile_with_a_break_in_the_graph(chunk_size):
+    loss_func = PNPLoss(chunk_size=chunk_size, anneal=0.1)
+    assert_equal(torch.compile(loss_func, backend="aot_eager"), loss_func, *batch())

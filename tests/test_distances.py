@@ -1,0 +1,89 @@
+"""Every distance of PML, and a user's own."""
+
+import inspect
+
+import helpers
+import pytest
+import torch
+from helpers import DISTANCES, RTOL, batch, distance_matrix
+from pytorch_metric_learning import distances
+
+from pml_pnp import PNPLoss
+
+
+def test_every_distance_of_pml_is_tried():
+    ours = {type(make()) for make in DISTANCES.values()}
+    theirs = {c for n, c in vars(distances).items() if inspect.isclass(c) and n != "BaseDistance"}
+    assert theirs <= ours
+
+
+@pytest.mark.parametrize("with_references", [False, True], ids=["batch", "references"])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distance_decides_the_ranking(name, with_references, dtype, device):
+    distance = DISTANCES[name]().to(device)
+    x, y = batch(dtype=dtype, device=device)
+    ref, ref_y = batch(n=13, dtype=dtype, device=device) if with_references else (None, None)
+    loss = PNPLoss(distance=distance, anneal=0.1, variant="Ds")(x, y, ref_emb=ref, ref_labels=ref_y)
+    s, own = distance_matrix(distance, x, ref), distance_matrix(distance, x).diagonal()
+    losses = helpers.reference.pnp_losses(
+        s.tolist(),
+        *helpers.sets_from_labels(y, ref_y),
+        own.tolist(),
+        k=1 if distance.is_inverted else -1,
+        anneal=0.1,
+        variant="Ds",
+    )
+    assert loss.item() == pytest.approx(sum(losses.values()) / len(losses), rel=RTOL[dtype])
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_gradient_goes_through_the_distance(name):
+    distance = DISTANCES[name]().double()
+    x, y = batch(n=7, classes=2, dtype=torch.float64)
+    loss_func = PNPLoss(distance=distance, anneal=0.3, variant="Iu")
+    assert torch.autograd.gradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
+def test_batched_distance_equals_the_distance_and_keeps_the_users_iter_fn():
+    x, y = batch()
+    calls = []
+    batched = distances.BatchedDistance(
+        distances.LpDistance(), lambda *args: calls.append(args), batch_size=5
+    )
+    iter_fn = batched.iter_fn
+    torch.testing.assert_close(
+        PNPLoss(distance=batched)(x, y), PNPLoss(distance=distances.LpDistance())(x, y)
+    )
+    assert batched.iter_fn is iter_fn and not calls
+
+
+def test_similarities_of_half_precision_are_raised_to_float32():
+    class Half(distances.CosineSimilarity):
+        def compute_mat(self, query_emb, ref_emb):
+            return super().compute_mat(query_emb, ref_emb).half()
+
+    x, y = torch.randn(1024, 8), torch.arange(1024) // 4
+    loss = PNPLoss(distance=Half())(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, PNPLoss()(x, y), rtol=1e-2, atol=0)
+
+
+def test_distance_of_wrong_shape_or_kind_is_named():
+    class Wrong(torch.nn.Module):
+        is_inverted = True
+
+        def forward(self, query_emb, ref_emb=None):
+            return query_emb
+
+    x, y = batch(n=24, d=8)
+    with pytest.raises(
+        ValueError, match=r"distance must return a matrix of shape \(24, 24\), got \(24, 8\)"
+    ):
+        PNPLoss(distance=Wrong())(x, y)
+    for result, kind in ((3, "int"), (torch.ones(24, 24).long(), "torch.int64")):
+        distance = distances.CosineSimilarity()
+        distance.forward = lambda *args, result=result: result
+        with pytest.raises(TypeError, match=f"distance must return a floating .*, got {kind}"):
+            PNPLoss(distance=distance)(x, y)
+    with pytest.raises(TypeError, match="distance must .* is_inverted, got Identity"):
+        PNPLoss(distance=torch.nn.Identity())

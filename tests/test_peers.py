@@ -1,0 +1,193 @@
+"""benchmarks/peers.py against loops that look like the papers' formulas."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.reducers import DoNothingReducer
+from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from peers import RecallAtK, SmoothAP, SupAP  # noqa: E402
+
+PEERS = (SmoothAP, SupAP, RecallAtK)
+LABELS = {
+    "equal sizes, sorted": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "equal sizes, mixed": [2, 0, 1, 0, 1, 2, 2, 1, 0],
+    "other sizes and a lone query": [5, 7, 5, 1, 7, 7, 5, 7, 7, 9, 9],
+    "one class": [3, 3, 3, 3],
+}
+
+
+def positives(labels, a, with_query):
+    return [j for j, x in enumerate(labels) if x == labels[a] and (with_query or j != a)]
+
+
+def queries(labels):
+    return [a for a in range(len(labels)) if positives(labels, a, with_query=False)]
+
+
+def smooth_ap(s, labels, temperature=0.01):
+    def precision(a, p):
+        before = {
+            j: torch.sigmoid((s[a][j] - s[a][p]) / temperature) for j in range(len(s)) if j != p
+        }
+        among = sum(before[j] for j in positives(labels, a, True) if j != p)
+        return (1 + among) / (1 + sum(before.values()))
+
+    def loss(a):
+        targets = positives(labels, a, True)
+        return 1 - sum(precision(a, p) for p in targets) / len(targets)
+
+    return [loss(a) for a in queries(labels)]
+
+
+def sup_ap(s, labels, temperature=0.01, slope=100.0, margin=0.05):
+    def bound(t):
+        if t <= 0:
+            return torch.sigmoid(t / temperature)
+        if t <= margin:
+            return torch.sigmoid(t / temperature) + 0.5
+        return slope * (t - margin) + 1 / (1 + math.exp(-margin / temperature)) + 0.5
+
+    def precision(a, p):
+        targets = positives(labels, a, True)
+        among = 1 + sum(1 for j in targets if j != p and s[a][j] >= s[a][p])
+        before = 0 * s[a][p]  # a tensor also without negatives
+        before = before + sum(bound(s[a][n] - s[a][p]) for n in range(len(s)) if n not in targets)
+        return among / (among + before)
+
+    def loss(a):
+        targets = positives(labels, a, True)
+        return 1 - sum(precision(a, p) for p in targets) / len(targets)
+
+    return [loss(a) for a in queries(labels)]
+
+
+def recall_at_k(s, labels, temperature=0.01, k_values=(1, 2, 4, 8, 16), outer_temperature=1.0):
+    def rank(a, p):
+        others = [j for j in range(len(s)) if j not in (a, p)]
+        return 1 + sum(torch.sigmoid((s[a][j] - s[a][p]) / temperature) for j in others)
+
+    def recall(a, k):
+        targets = positives(labels, a, False)
+        found = sum(torch.sigmoid((k - rank(a, p)) / outer_temperature) for p in targets)
+        return found / min(k, len(targets))
+
+    return [1 - sum(recall(a, k) for k in k_values) / len(k_values) for a in queries(labels)]
+
+
+REFERENCE = {SmoothAP: smooth_ap, SupAP: sup_ap, RecallAtK: recall_at_k}
+SETTINGS = {
+    SmoothAP: [{}, {"temperature": 0.1}],
+    SupAP: [{}, {"temperature": 0.1, "slope": 3.0, "margin": 0.2}],
+    RecallAtK: [{}, {"temperature": 0.1, "k_values": (1, 3), "outer_temperature": 0.5}],
+}
+CASES = [(peer, setting) for peer in PEERS for setting in SETTINGS[peer]]
+IDS = [f"{peer.__name__}-{'set' if setting else 'default'}" for peer, setting in CASES]
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
+@pytest.mark.parametrize(("peer", "setting"), CASES, ids=IDS)
+def test_value_and_gradient_are_those_of_the_formula(peer, setting, labels):
+    # Vectors close to each other, so that no sigmoid is saturated at every pair.
+    x = (torch.ones(16) + 0.4 * torch.randn(len(labels), 16)).double().requires_grad_()
+    loss_func = peer(reducer=DoNothingReducer(), **setting)
+    result = loss_func(x, torch.tensor(labels))["loss"]
+    weight = torch.randn(len(result["losses"]), dtype=torch.float64)
+    (got,) = torch.autograd.grad((result["losses"] * weight).sum(), x)
+    unit = normalize(x)
+    expected_losses = torch.stack(REFERENCE[peer](unit @ unit.T, labels, **setting))
+    if len(set(labels)) > 1:
+        assert expected_losses.min() > 1e-6
+    (expected,) = torch.autograd.grad((expected_losses * weight).sum(), x)
+    assert result["indices"].tolist() == queries(labels)
+    torch.testing.assert_close(result["losses"], expected_losses, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_smooth_ap_is_that_of_pml_where_that_one_is_right():
+    x, labels = torch.randn(25, 8), torch.arange(25) // 5  # as many classes as examples per class
+    expected = pml_losses.SmoothAPLoss()(x, labels)
+    torch.testing.assert_close(SmoothAP()(x, labels), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("peer", [SmoothAP, SupAP])
+@pytest.mark.parametrize("labels", list(LABELS.values())[:3], ids=list(LABELS)[:3])
+def test_perfect_embeddings_cost_nothing(peer, labels):
+    labels = torch.tensor(labels)
+    x = torch.eye(10, dtype=torch.float64)[labels]
+    assert peer()(x, labels).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("labels", list(LABELS.values())[:3], ids=list(LABELS)[:3])
+def test_recall_of_perfect_embeddings_is_the_largest(labels):
+    labels = torch.tensor(labels)
+    perfect = RecallAtK()(torch.eye(10)[labels], labels)
+    assert perfect < RecallAtK()(torch.randn(len(labels), 10), labels)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_order_of_the_batch_does_not_matter(peer):
+    labels = torch.tensor(LABELS["other sizes and a lone query"])
+    x, order = torch.randn(len(labels), 4, dtype=torch.float64), torch.randperm(len(labels))
+    torch.testing.assert_close(peer()(x, labels), peer()(x[order], labels[order]))
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_no_positive_gives_a_zero_connected_to_the_graph(peer):
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = peer()(x, torch.arange(4))
+    loss.backward()
+    assert loss.item() == 0
+    assert x.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize(
+    ("embeddings", "labels"),
+    [((6,), (6,)), ((6, 2, 2), (6,)), ((6, 2), (5,)), ((6, 2), (6, 1))],
+    ids=str,
+)
+def test_other_shapes_are_refused(peer, embeddings, labels):
+    with pytest.raises(ValueError, match=r"expected embeddings \(N, d\) and labels \(N,\), got"):
+        peer()(torch.ones(embeddings), torch.ones(labels, dtype=torch.long))
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_is_not_supported_is_refused(peer):
+    x, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    some = torch.tensor([0])
+    with pytest.raises(ValueError, match="labels are required"):
+        peer()(x)
+    with pytest.raises(ValueError, match="indices_tuple is not supported"):
+        peer()(x, labels, (some, some + 1, some + 2))
+    with pytest.raises(ValueError, match="ref_emb is not supported"):
+        peer()(x, labels, ref_emb=torch.randn(4, 3), ref_labels=labels)
+    with pytest.raises(ValueError, match="must be a CosineSimilarity, got LpDistance"):
+        peer(distance=LpDistance())
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        *((peer, "temperature") for peer in PEERS),
+        (SupAP, "slope"),
+        (SupAP, "margin"),
+        (RecallAtK, "outer_temperature"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+def test_hyperparameters_are_checked(peer, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive finite number, got {value}"):
+        peer(**{name: value})
+
+
+@pytest.mark.parametrize("k_values", [(), (0,), (1, -2), (1.5,)])
+def test_k_values_are_checked(k_values):
+    with pytest.raises(ValueError, match="k_values must be positive integers"):
+        RecallAtK(k_values=k_values)

@@ -1,0 +1,106 @@
+"""Half precision, autocast, and embeddings at which gradients could overflow."""
+
+import pytest
+import torch
+from helpers import RTOL, VARIANTS, batch, expected_mean, value_and_grad
+from pytorch_metric_learning import reducers, regularizers
+
+from pml_pnp import PNPLoss
+
+
+def relative_error(grad, variant, x, y):
+    """Of a gradient, against the same embeddings in float64."""
+    want = value_and_grad(PNPLoss(variant=variant, alpha=4), x.double(), y)[1]
+    return (grad.double() - want).norm() / want.norm()
+
+
+# float64 itself is tested by gradcheck and against the built-in.
+GRADIENT_ERROR = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4}
+
+
+@pytest.mark.parametrize("low", GRADIENT_ERROR, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_is_as_good_as_the_dtype(variant, low, device):
+    x, y = batch(dtype=low, device=device)
+    _, grad = value_and_grad(PNPLoss(variant=variant, alpha=4), x, y)
+    assert grad.dtype == low and relative_error(grad, variant, x, y) < GRADIENT_ERROR[low]
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_computes_and_returns_float32(variant, low, device):
+    x, y = batch(dtype=low, device=device)
+    x.requires_grad_()
+    with torch.autocast(device.type, dtype=low):
+        loss = PNPLoss(variant=variant, alpha=4)(x, y)
+    loss.backward()
+    assert loss.dtype == torch.float32 and x.grad.dtype == low
+    expected = expected_mean(x.detach(), y, variant=variant, alpha=4)
+    assert loss.item() == pytest.approx(expected, rel=RTOL[torch.float32])
+    assert relative_error(x.grad, variant, x.detach(), y) < GRADIENT_ERROR[low]
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_result_is_float32_under_autocast_whatever_is_in_the_batch(ranked, regularized, device):
+    x, y = batch(dtype=torch.bfloat16, device=device)
+    y = y if ranked else torch.arange(len(x))
+    regularizer = regularizers.LpRegularizer() if regularized else None
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert PNPLoss(embedding_regularizer=regularizer)(x, y).dtype == torch.float32
+
+
+def test_autocast_keeps_float64(device):
+    x, y = batch(dtype=torch.float64, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = PNPLoss()(x, y)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, PNPLoss()(x, y))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_backward_is_as_accurate_under_autocast(chunk_size):
+    x, y = batch()
+    x.requires_grad_()
+    loss_func = PNPLoss(variant="Ds", anneal=0.1, chunk_size=chunk_size)
+    (want,) = torch.autograd.grad(loss_func(x, y), x, create_graph=True)
+    second = torch.autograd.grad(want.square().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_func(x, y)
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], want)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(grad, want)
+    torch.testing.assert_close(torch.autograd.grad(grad.square().sum(), x), second)
+
+
+def test_second_derivatives_under_autocast_with_references():
+    x, y = batch()
+    refs, ref_labels = batch()
+    x.requires_grad_()
+    loss_func = PNPLoss(variant="Ds", anneal=0.1)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = loss_func(x, y, None, refs, ref_labels)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grads.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.02 * grads[0].abs().max().item())
+
+
+def test_reducers_work_on_float32_elements(device):
+    """A sum of 512 float16 losses would overflow before it is divided."""
+    x = torch.randn(512, 8, dtype=torch.float16, device=device)
+    y = torch.arange(512, device=device) // 4
+    divided = PNPLoss(variant="Iu", reducer=reducers.DivisorReducer())(x, y)
+    assert divided.isfinite() and divided == PNPLoss(variant="Iu")(x, y)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_far_apart_and_coinciding_embeddings_have_finite_gradients(variant, dtype, device):
+    x = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [0, 1], [0, 0]], dtype=dtype, device=device)
+    y = torch.tensor([0, 0, 1, 1, 1], device=device)
+    if dtype == torch.float16:
+        x[4] = 0.01  # the slope of a normalized vector of length 0 is 1e12, beyond float16
+    value, grad = value_and_grad(PNPLoss(variant=variant), x, y)
+    assert value.isfinite() and grad.isfinite().all()

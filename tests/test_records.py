@@ -1,0 +1,92 @@
+"""What PML's record-keeper finds: hyperparameters, and statistics of the ranking."""
+
+import helpers
+import pytest
+import torch
+from helpers import Scale, batch, recorded, value_and_grad
+from pytorch_metric_learning import distances
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+
+from pml_pnp import PNPLoss
+
+
+def test_hyperparameters_are_recorded():
+    loss_func = PNPLoss(b=3, alpha=4, anneal=0.02, variant="Dq", include_self=False)
+    assert recorded(loss_func, "_record_these") == {
+        "b": 3,
+        "alpha": 4,
+        "anneal": 0.02,
+        "variant": "Dq",
+        "include_self": False,
+    }
+    for variant, name in ((torch.log1p, "log1p"), (Scale(), "Scale")):
+        loss_func = PNPLoss(variant=variant)
+        assert recorded(loss_func, "_record_these")["variant_name"] == name
+
+
+def test_statistics_are_recorded_when_asked_for():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, -0.8]])
+    y = torch.tensor([0, 0, 1, 2])
+    loss_func = PNPLoss(collect_stats=True)
+    loss_func(x, y)
+    # Query 0 finds 2 before 1; query 1 finds 2 before 0. Nothing else has a positive.
+    assert recorded(loss_func, "_record_these_stats") == {
+        "negatives_before_positive": 1,
+        "positives_behind_negatives": 1,
+    }
+    # Query 0 finds nothing before 2, 1 finds 0 and 2 before 3, 2 finds 1 before 0, 3 nothing.
+    loss_func(x, torch.tensor([0, 1, 0, 1]))
+    assert loss_func.negatives_before_positive == 3 / 4
+    assert loss_func.positives_behind_negatives == 2 / 4
+    loss_func(x, torch.arange(4))
+    assert loss_func.negatives_before_positive == loss_func.positives_behind_negatives == 0
+
+
+def test_statistics_do_not_change_the_loss_and_are_off_by_default():
+    x, y = batch()
+    loss_func = PNPLoss()
+    assert not hasattr(loss_func, "negatives_before_positive")
+    for got, want in zip(
+        value_and_grad(PNPLoss(collect_stats=True), x, y),
+        value_and_grad(loss_func, x, y),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["references", "tuple"])
+def test_statistics_are_of_references_and_tuples(kind, device):
+    x, y = batch(n=6, classes=2, device=device)
+    ref, ref_y = batch(n=40, classes=2, device=device)
+    if kind == "references":
+        args, sets = (None, ref, ref_y), helpers.sets_from_labels(y, ref_y)
+    else:
+        indices = tuple(i[::3] for i in lmu.get_all_pairs_indices(y, ref_y))
+        args, sets = (indices, ref), helpers.sets_from_tuple(indices, 6)
+    loss_func = PNPLoss(collect_stats=True)
+    loss_func(x, y if kind == "references" else None, *args)
+    s = helpers.cosine_matrix(x, ref)
+    before = [
+        sum(s[a, n] > s[a, p] for n in negatives).item()
+        for a, (positives, negatives) in enumerate(zip(*sets, strict=True))
+        for p in positives
+    ]
+    assert loss_func.negatives_before_positive == pytest.approx(sum(before) / len(before))
+    share = sum(count > 0 for count in before) / len(before)
+    assert loss_func.positives_behind_negatives == pytest.approx(share)
+
+
+def test_statistics_follow_the_distance():
+    x, y = batch()
+    stats = []
+    for distance in (distances.CosineSimilarity(), distances.LpDistance()):
+        loss_func = PNPLoss(distance=distance, collect_stats=True)
+        loss_func(x, y)
+        stats.append(recorded(loss_func, "_record_these_stats"))
+    assert stats[0] == stats[1] and stats[0]["negatives_before_positive"] > 0
+
+
+def test_pmls_global_collect_stats_is_honoured(monkeypatch):
+    monkeypatch.setattr(c_f, "COLLECT_STATS", True)
+    assert hasattr(PNPLoss(), "negatives_before_positive")
