@@ -98,7 +98,7 @@ def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None
                 f"ref_emb needs labels and ref_labels, or indices_tuple, got no {missing}"
             )
     if indices_tuple is not None:
-        _check_tuple(indices_tuple, len(embeddings), len(ref_emb))
+        check_tuple(indices_tuple, len(embeddings), len(ref_emb))
 
 
 def _check_embeddings(name: str, embeddings) -> None:
@@ -131,7 +131,8 @@ def check_real(name: str, labels: Tensor) -> None:
         raise TypeError(f"{name} must be real, got {labels.dtype}")
 
 
-def _check_tuple(indices_tuple, n: int, m: int) -> None:
+def check_tuple(indices_tuple, n: int, m: int) -> None:
+    """Raise TypeError or ValueError unless it is a tuple of a miner for n queries, m references."""
     expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
     if not isinstance(indices_tuple, (tuple, list)):
         raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
