@@ -20,9 +20,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import peers
 import torch
 from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning.distances import CosineSimilarity
 from rows import (
     MACHINE,
     RESULTS,
@@ -36,15 +36,17 @@ from rows import (
 )
 from torch.nn.functional import normalize
 
-from pml_pnp import losses, products
-from pml_pnp.kernels import Settings, autograd, eager
-from pml_pnp.relation import Relation
+from pml_pnp import losses
+from pml_pnp.ops import eager, product
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Relation
 
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
-PRODUCT, AT_ONCE = "products.py", "products.py, not in squares"
-OVERWRITING, SPARING = "PNPLoss, overwriting s", "PNPLoss, not overwriting s"
-BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (0.5, 1, 2, 2.5, 4, 16)}
+EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+PRODUCT, AT_ONCE = "PNPLoss, in squares", "PNPLoss, not in squares"
+TWO_PRODUCTS = "PNPLoss, two products"
+RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
+BLOCKS = {f"{EAGER}, blocks of {x} MiB": int(x * 2**18) for x in (1, 2.5, 4, 5, 10, 20)}
 TRUNK = "ResNet-50 and PNPLoss"
 CHUNK = 2048
 PEERS = (
@@ -56,6 +58,7 @@ PEERS = (
     "TripletMarginLoss",
     "NTXentLoss",
 )
+RESEARCH = ("SmoothAP", "SupAP", "RecallAtK")  # of peers.py
 # The largest batch a provider is asked for: beyond it takes minutes, or more memory than there is.
 LARGEST = {
     BUILT_IN: 384,
@@ -63,6 +66,7 @@ LARGEST = {
     "TripletMarginLoss": 384,
     "NTXentLoss": 384,
     "FastAPLoss": 1024,
+    **dict.fromkeys(RESEARCH, 1024),
     **dict.fromkeys(("MultiSimilarityLoss", "SupConLoss", "ContrastiveLoss"), 4096),
 }
 # (N, per class, d) of each part.
@@ -76,13 +80,13 @@ SIZES = {
     "kernel": [(n, 4, 512) for n in (384, 4096)],
     "blocks": [(1024, 32, 512), (4096, 4, 512)],
     "products": [(n, 4, 512) for n in (384, 4096)],
-    "overwriting": [(n, 4, 512) for n in (32, 384, 4096)],
+    "sigmoids": [(384, 4, 512), (1024, 32, 512), (4096, 4, 512)],
     "trunk": [(384, 4, 512)],
     "memory": [(n, 4, 512) for n in (1024, 2048, 4096, 8192, 16384)],
     "memory, lean": [(n, 4, 128) for n in (4096, 8192, 16384, 32768)],
 }
 ON_GPU_ALONE = ("largest", "trunk")
-ON_CPU_ALONE = ("blocks", "products", "overwriting")
+ON_CPU_ALONE = ("blocks", "products", "sigmoids")
 QUEUE = 65536
 COLUMNS = (
     *("part", "provider", "device", "dtype", "N", "M", "per_class", "d", "chunk_size"),
@@ -153,7 +157,7 @@ def build(provider: str, n: int, per_class: int, d: int, device, dtype: str) -> 
     elif provider == BUILT_IN:
         loss_func = pml_losses.PNPLoss(variant="Dq")
     else:
-        loss_func = getattr(pml_losses, provider)()
+        loss_func = getattr(peers if provider in RESEARCH else pml_losses, provider)()
 
     def step() -> None:
         loss_func(x, labels).backward()
@@ -216,7 +220,7 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
     settings = Settings(100.0, "Dq", 1.0, 2.0, True)
     if provider != COMPILED:
         block = BLOCKS.get(provider, eager.CPU_BLOCK)
-        sums = partial(eager.query_losses, s, None, relation, settings, True)
+        sums = partial(eager.losses_and_gradient, s, None, relation, settings, True)
         return _with(eager, "CPU_BLOCK", block, sums)
     index = relation.positives(slice(0, n), per_class, per_class)
 
@@ -243,27 +247,21 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
 
 
 def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: str):
-    """Make the two products, and what lies between them and the embeddings, alone."""
-    if provider == FLOOR:
-        return build(provider, n, per_class, d, device, dtype)
-    x = torch.randn(n, d, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-    ones, distance = torch.ones(n, n, device=device, dtype=x.dtype), CosineSimilarity()
-
-    def step() -> None:
-        products.self_product(x, distance).backward(ones)
-        x.grad = None
-
-    return _with(products, "CPU_TILE", n if provider == AT_ONCE else products.CPU_TILE, step)
+    """Make a step with the gradient's product in squares, whole, or as autograd makes it: twice."""
+    step = build(OURS if provider != FLOOR else FLOOR, n, per_class, d, device, dtype)
+    if provider == TWO_PRODUCTS:
+        return _with(product, "_times_both", lambda grad, z: grad @ z + grad.T @ z, step)
+    return _with(product, "CPU_TILE", n if provider == AT_ONCE else product.CPU_TILE, step)
 
 
-def build_overwriting(provider: str, n: int, per_class: int, d: int, device, dtype: str):
-    """Make a step whose gradient takes the place of the similarities, or does not."""
-    step = build(OURS, n, per_class, d, device, dtype)
-    smallest = 0 if provider == OVERWRITING else n * n + 1
-    return _with(autograd, "SMALLEST_OVERWRITTEN", smallest, step)
+def build_sigmoids(provider: str, n: int, per_class: int, d: int, device, dtype: str):
+    """Make losses and gradient of a similarity, with sigmoids in one way or the other."""
+    step = build_kernel(EAGER, n, per_class, d, device, dtype)
+    ranges = dict.fromkeys(eager.LARGEST_RANGE, -1.0) if provider == SINGLE else eager.LARGEST_RANGE
+    return _with(eager, "LARGEST_RANGE", ranges, step)
 
 
-def _with(module, name: str, value: int, step: Callable[[], object]) -> Callable[[], None]:
+def _with(module, name: str, value, step: Callable[[], object]) -> Callable[[], None]:
     """Make a step that takes another value for a constant of a module."""
     usual = getattr(module, name)
 
@@ -305,15 +303,15 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
     """Time of each provider, measured in turn."""
     providers = [FLOOR, OURS]
     if part in ("small", "large"):
-        providers += [p for p in (BUILT_IN, *PEERS) if n <= LARGEST[p]]
+        providers += [p for p in (BUILT_IN, *PEERS, *RESEARCH) if n <= LARGEST[p]]
     if part in ("large", "growth") and n >= 4096:
         providers.append(LEAN)
     make = build_queue if part == "queue" else build
     others = {
         "kernel": ([EAGER, COMPILED], build_kernel),
         "blocks": (list(BLOCKS), build_kernel),
-        "products": ([FLOOR, PRODUCT, AT_ONCE], build_product),
-        "overwriting": ([OVERWRITING, SPARING], build_overwriting),
+        "products": ([FLOOR, PRODUCT, AT_ONCE, TWO_PRODUCTS], build_product),
+        "sigmoids": ([RATIOS, SINGLE], build_sigmoids),
         "trunk": ([OURS, TRUNK], build_trunk),
     }
     providers, make = others.get(part, (providers, make))

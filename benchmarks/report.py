@@ -22,8 +22,9 @@ RETRIEVAL = RESULTS / "retrieval"
 GRAD_CACHE = RESULTS / "grad_cache"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "kernels/eager.py", "the same sums by torch.compile"
-PRODUCT = "products.py"
+EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+PRODUCT, TWO_PRODUCTS = "PNPLoss, in squares", "PNPLoss, two products"
+RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
 TRUNK = "ResNet-50 and PNPLoss"
 NAMES = {
     OURS: "**PNPLoss**",
@@ -44,6 +45,7 @@ def main() -> None:
     rows = read(sorted(RESULTS.glob("*.csv")))
     blocks = {
         "<!-- speed, of benchmarks/report.py -->": section(rows),
+        "<!-- rows, of benchmarks/report.py -->": summary(rows),
         "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
         "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
     }
@@ -158,6 +160,23 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(_of_device([r for r in rows if r["device"] == d]) for d in devices(rows))
 
 
+def summary(rows: list[Row]) -> str:
+    """Four rows of the table, for the README, and where all are."""
+    rows = [r for r in rows if r["device"] == "cpu"]
+    measured = times(rows, "small", "large")
+    shown = {p: measured[p] for p in (OURS, "SupConLoss", BUILT_IN, FLOOR) if p in measured}
+    first = rows[0]
+    return "\n".join(
+        [
+            f"Milliseconds of forward and backward, from embeddings of length 512, 4 per class "
+            f"({first['hardware']}, {first['threads']} threads, {first['date']}; all losses in "
+            "[docs/performance.md](docs/performance.md)):",
+            "",
+            *_table(shown),
+        ]
+    )
+
+
 def _of_device(rows: list[Row]) -> str:
     first = rows[0]
     device = first["device"]
@@ -172,7 +191,7 @@ def _of_device(rows: list[Row]) -> str:
         "",
         *_sentences(rows),
         "",
-        f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
+        f"![Time and memory over the batch size](../benchmarks/results/{device}.svg)",
     ]
     return "\n".join(lines)
 
@@ -203,6 +222,13 @@ def _sentences(rows: list[Row]) -> list[str]:
     if FLOOR in small:
         ratios = [f"{small[OURS][n] / v:.2f} at N = {n:,}" for n, v in small[FLOOR].items()]
         said.append(f"- Times the floor (normalize and multiply alone): {', '.join(ratios)}.")
+    if FLOOR in small:
+        others = {p: v for p, v in small.items() if p not in (OURS, LEAN, FLOOR)}
+        ratios = [
+            f"{min(v[n] for v in others.values() if n in v) / small[OURS][n]:.2f} at N = {n:,}"
+            for n in small[OURS]
+        ]
+        said.append(f"- The fastest of all other losses takes, times as long: {', '.join(ratios)}.")
     if BUILT_IN in small:
         n = max(small[BUILT_IN])
         ratio = small[BUILT_IN][n] / small[OURS][n]
@@ -239,20 +265,35 @@ def _sentences(rows: list[Row]) -> list[str]:
             f"{_short(ms)} ms at N = {n:,}; the same sums by `torch.compile` {_short(compiled)} ms."
         )
     for n, ms in times(rows, "products").get(PRODUCT, {}).items():
-        floor = times(rows, "products")[FLOOR][n]
+        twice = times(rows, "products")[TWO_PRODUCTS][n]
         said.append(
-            "- Normalize and multiply, which autograd does not know to be symmetric, take "
-            f"{_short(ms)} ms instead of {_short(floor)} ms at N = {n:,}."
+            f"- One product for the gradient of a batch with itself: {_short(ms)} ms a step at "
+            f"N = {n:,}; with the two that autograd makes, {_short(twice)} ms."
         )
+    for row in rows:
+        if _is(row, "sigmoids") and row["provider"] == RATIOS:
+            single = next(
+                r for r in rows
+                if _is(r, "sigmoids") and r["provider"] == SINGLE
+                and (r["N"], r["per_class"]) == (row["N"], row["per_class"])
+            )  # fmt: skip
+            said.append(
+                f"- Losses and gradient of the similarities at N = {int(row['N']):,} with "
+                f"{row['per_class']} per class: {_short(float(row['median_ms']))} ms with sigmoids "
+                f"as ratios, {_short(float(single['median_ms']))} ms one by one."
+            )
     for part, text in (("memory", "Memory"), ("memory, lean", "Memory in lean mode (d = 128)")):
         peaks = {int(r["N"]): int(r["peak_bytes"]) for r in rows if _is(r, part)}
-        if peaks:
-            n = max(peaks)
-            matrices = peaks[n] / (4 * n * n)
+        for n in sorted(peaks):
+            if n in (8192, max(peaks)):
+                said.append(
+                    f"- {text} beyond the inputs at N = {n:,}: {peaks[n] / 2**20:,.0f} MiB, or "
+                    f"{peaks[n] / (4 * n * n):.2f} similarity matrices."
+                )
+        if len(peaks) > 1:
             said.append(
-                f"- {text} beyond the inputs at N = {n:,}: {peaks[n] / 2**20:,.0f} MiB, or "
-                f"{matrices:.2f} similarity matrices; it grows with N to the power of "
-                f"{exponent(peaks):.2f} from N = {min(peaks):,}."
+                f"- {text} grows with N to the power of {exponent(peaks):.2f} from "
+                f"N = {min(peaks):,}."
             )
     return said
 

@@ -46,7 +46,7 @@ def times_in_turn(
         for provider, timer in timers.items():
             times[provider] += timer.blocked_autorange(min_run_time=seconds).times
     for provider, t in times.items():
-        low, *_, high = statistics.quantiles(t, n=5)
+        low, *_, high = statistics.quantiles(t, n=5) if len(t) > 1 else (t[0], t[0])
         quantiles = {"median_ms": statistics.median(t), "q20_ms": low, "q80_ms": high}
         yield provider, {**{k: f"{1e3 * v:.4g}" for k, v in quantiles.items()}, "repeats": len(t)}
 

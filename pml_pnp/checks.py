@@ -164,11 +164,12 @@ def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
         [torch.stack(indices_tuple[i].long().aminmax()) for i in filled]
     ).tolist()
     for position, (low, high) in zip(filled, extremes, strict=True):
-        size = sizes[position]
+        size, wrong = sizes[position], low if low < 0 else high
         if low < 0 or high >= size:
+            if indices_tuple[position].dtype == torch.uint64:
+                wrong %= 2**64
             raise ValueError(
-                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, "
-                f"got {low if low < 0 else high}"
+                f"indices_tuple[{position}] must hold indices from 0 to {size - 1}, got {wrong}"
             )
 
 

@@ -82,10 +82,13 @@ def is_unmodified(module: torch.nn.Module, *methods: str) -> bool:
     own, cls = vars(module), type(module)
     origins = [getattr(getattr(cls, name), "__module__", None) or "" for name in methods]
     return (
-        not any([value for name, value in own.items() if name.endswith("_hooks")])
+        not any([own[name] for name in _HOOKS_OF_ONE])
         and not any([name in own for name in methods])
         and all([x.startswith(("pytorch_metric_learning.", "pml_pnp.")) for x in origins])
     )
+
+
+_HOOKS_OF_ONE = [name for name in vars(torch.nn.Identity()) if name.endswith("_hooks")]
 
 
 def _table(register):

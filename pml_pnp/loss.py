@@ -108,7 +108,7 @@ class PNPLoss(BaseMetricLossFunction):
     Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
     (PML's SNRDistance N x M x d). With a `chunk_size` only those of a chunk, computed again in
     backward. A cosine similarity or dot product under a `MeanReducer` computes nothing again and
-    takes one N x M matrix on a CPU, 32 MiB of it at a time for `ref_emb`. The N x |P(a)| x M
+    takes one N x M matrix on a CPU, 128 MiB of it at a time for `ref_emb`. The N x |P(a)| x M
     sigmoids are never held together. A tuple and a callable `variant` take a few matrices more.
 
     Example:

@@ -24,21 +24,23 @@ class Variant(NamedTuple):
     """Its number in the paper."""
 
 
-def _x_minus_log1p(x: Tensor) -> Tensor:
-    """Compute x - log(1 + x) for x >= 0 without cancellation near zero.
+def _bounded(r: Tensor, b: float) -> Tensor:
+    """Compute (b r - log(1 + b r)) / b^2 without cancellation near zero, and without b^2.
 
-    With z = x / (2 + x), log(1 + x) = 2 atanh(z) and x - 2 z = x z, which leaves
-    x z - 2 z^3 (1/3 + z^2/5 + z^4/7 + ...). Below x = 1/2, z^2 is at most 1/25, so that 12 terms
-    reach float64 precision.
+    With x = b r, z = x / (2 + x) and w = z / b, log(1 + x) = 2 atanh(z) and x - 2 z = x z, which
+    leaves r w - 2 w^2 z (1/3 + z^2/5 + z^4/7 + ...). Below x = 1/2, z^2 is at most 1/25, so that 12
+    terms reach float64 precision.
     """
+    x = b * r
     small = x < 0.5
-    near_zero = x.masked_fill(~small, 0)
-    z = near_zero / (2 + near_zero)
-    z2 = z * z
-    series = torch.zeros_like(z)
+    near_zero = r.masked_fill(~small, 0)
+    w = near_zero / (2 + b * near_zero)
+    z2 = (b * w) ** 2
+    series = torch.zeros_like(w)
     for k in range(12, 0, -1):
         series = series * z2 + 1 / (2 * k + 1)
-    return torch.where(small, near_zero * z - 2 * z * z2 * series, x - torch.log1p(x))
+    near = near_zero * w - 2 * w * (b * w) * w * series
+    return torch.where(small, near, (r - torch.log1p(x) / b) / b)
 
 
 def _one_minus_exp(y: Tensor) -> Tensor:
@@ -61,15 +63,13 @@ VARIANTS = {
         lambda r, alpha, b: (1 + r) * torch.log1p(r), lambda r, alpha, b: 1 + torch.log1p(r), 7
     ),
     # (b R - log(1 + b R)) / b^2    R / (1 + b R)
-    "Ib": Variant(
-        lambda r, alpha, b: _x_minus_log1p(b * r) / b**2, lambda r, alpha, b: r / (1 + b * r), 9
-    ),
+    "Ib": Variant(lambda r, alpha, b: _bounded(r, b), lambda r, alpha, b: r / (1 + b * r), 9),
     # log(1 + R)                    1 / (1 + R)
     "Ds": Variant(lambda r, alpha, b: torch.log1p(r), lambda r, alpha, b: 1 / (1 + r), 12),
     # 1 - 1 / (1 + R)^alpha         alpha / (1 + R)^(alpha + 1)
     "Dq": Variant(
         lambda r, alpha, b: _one_minus_exp(-alpha * torch.log1p(r)),
-        lambda r, alpha, b: alpha * torch.exp(-(alpha + 1) * torch.log1p(r)),
+        lambda r, alpha, b: alpha * (1 + r) ** -(alpha + 1),
         13,
     ),
 }

@@ -31,6 +31,7 @@ def by_reference(s, positive, negative, own, **kwargs):
     )
 
 
+@pytest.mark.usefixtures("sigmoids")
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("is_inverted", [True, False], ids=["similarity", "distance"])
 @pytest.mark.parametrize("variant", helpers.VARIANTS)
@@ -92,6 +93,7 @@ def test_ref_labels_mean_another_set_of_references():
     assert losses[counted].tolist() == pytest.approx(list(expected.values()), rel=1e-12)
 
 
+@pytest.mark.usefixtures("sigmoids")
 @pytest.mark.parametrize("is_inverted", [True, False], ids=["similarity", "distance"])
 @pytest.mark.parametrize("variant", [*helpers.VARIANTS, torch.sinh])
 def test_gradients_of_first_and_second_order(variant, is_inverted):

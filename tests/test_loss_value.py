@@ -20,6 +20,8 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss
 
+pytestmark = pytest.mark.usefixtures("sigmoids")
+
 
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -335,6 +335,23 @@ def test_triton_computes_a_training_step(triton_kernel, monkeypatch):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_a_triton_that_does_not_work_is_replaced_with_a_warning(triton_kernel, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(triton_kernel, "losses_and_gradient", broken)
+    monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "auto")
+    dispatch._triton_works.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="plain PyTorch is used: no compiler"):
+            assert not dispatch._triton_works(torch.device(DEVICE))
+        assert not dispatch._triton_works(torch.device(DEVICE))  # tried once
+    finally:
+        dispatch._triton_works.cache_clear()
+    s = torch.eye(4, device=DEVICE)
+    assert dispatch.kernel_for(s.cpu()) is eager.losses_and_gradient
+
+
 def test_unknown_kernel_is_named(monkeypatch):
     monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="PML_PNP_KERNEL must be auto, eager or triton, got 'cuda"):

@@ -23,9 +23,9 @@ from pml_pnp.pairs import Relation
 from pml_pnp.variants import VARIANTS
 
 INF = float("inf")
-# Sigmoids of a block on a CPU: 2.5 MiB in float32, which stay in cache. Smaller blocks take more
+# Sigmoids of a block on a CPU: 5 MiB in float32, which stay in cache. Smaller blocks take more
 # calls, larger ones wait for memory (benchmarks/measure.py --only blocks).
-CPU_BLOCK = 5 * 2**17
+CPU_BLOCK = 5 * 2**18
 # On other devices launches cost more than memory does; 64 MiB.
 DEVICE_BLOCK = 2**24
 # Largest scale * (max - min) of a block's similarities for which exp(scale * (s - middle)) is a

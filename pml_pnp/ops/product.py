@@ -11,6 +11,7 @@ D of a direction z = x / |x| becomes that of x, (D - <D, z> z) / |x|, in four pa
 where autograd makes nine (benchmarks/measure.py --only products).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,11 @@ from torch import Tensor
 
 from pml_pnp.ops import dispatch
 from pml_pnp.ops.settings import Settings
-from pml_pnp.ops.similarity import differentiable_losses, ranking_counts
+from pml_pnp.ops.similarity import (
+    differentiable_gradients,
+    differentiable_losses,
+    ranking_counts,
+)
 from pml_pnp.pairs import Pairs
 from pml_pnp.precision import autocast_off
 
@@ -26,8 +31,8 @@ from pml_pnp.precision import autocast_off
 SMALLEST_NORM = 1e-12
 # Side of the squares in which a matrix is transposed on a CPU, where it has to stay in cache.
 CPU_TILE = 512
-# Similarities to references other than the batch, at a time, without a chunk_size: 32 MiB.
-REFERENCES_BLOCK = 2**23
+# Similarities to references other than the batch, at a time, without a chunk_size: 128 MiB.
+REFERENCES_BLOCK = 2**25
 
 
 class _Call(NamedTuple):
@@ -40,7 +45,7 @@ class _Call(NamedTuple):
     with_gradient: bool
     with_grad_references: bool
     with_counts: bool
-    keep: list  # of the _Keep of this graph
+    kept: "_Kept"
 
 
 def mean_of_losses(
@@ -68,7 +73,7 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding, or its length, is NaN or infinite; and (3,) counts, or None.
     """
-    height, keep = len(queries), []
+    height, kept = len(queries), _Kept()
     if references is not None:
         height = min(height, max(1, REFERENCES_BLOCK // max(1, len(references))))
     height = max(1, height if chunk_size is None else min(height, chunk_size))
@@ -77,9 +82,9 @@ def mean_of_losses(
     if with_gradient and references is not None:
         # A tensor of inference mode cannot be saved for backward.
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
-        queries = _Keep.apply(queries, references, keep)
+        queries = _Keep.apply(queries, references, kept)
     flags = normalized, with_gradient, with_grad_references, with_counts
-    return _Mean.apply(queries, references, _Call(pairs, settings, height, *flags, keep))[:2]
+    return _Mean.apply(queries, references, _Call(pairs, settings, height, *flags, kept))[:2]
 
 
 class _Mean(torch.autograd.Function):
@@ -142,14 +147,19 @@ class _Mean(torch.autograd.Function):
         call, needed = ctx.call, ctx.needs_input_grad[:2]
         grad = grad / divisor
         if torch.is_grad_enabled():
-            references = call.keep[0].saved_tensors[0] if call.keep else None
-            inputs = [x for x in (queries, references) if x is not None and x.requires_grad]
-            if inputs:
-                with autocast_off(grad.device.type):
-                    total = _differentiable_sum(queries, references, call)
-                    found = iter(torch.autograd.grad(total, inputs, grad, create_graph=True))
-                return *(next(found) if x else None for x in needed), None
+            (references,) = call.kept.node.saved_tensors if call.kept.node else (None,)
+            total = partial(_differentiable_sum, call=call)
+            with autocast_off(grad.device.type):
+                found = differentiable_gradients(total, (queries, references), needed, grad)
+            if found is not None:
+                return *found, None
         return *(g * grad if x else None for g, x in zip(gradients, needed, strict=True)), None
+
+
+class _Kept:
+    """Finds the node that keeps references; no list, which torch.func would take apart."""
+
+    node = None
 
 
 class _Keep(torch.autograd.Function):
@@ -160,14 +170,14 @@ class _Keep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(queries: Tensor, references: Tensor, keep: list) -> Tensor:
+    def forward(queries: Tensor, references: Tensor, kept: _Kept) -> Tensor:
         return queries.view_as(queries)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, references, keep = inputs
+        _, references, kept = inputs
         ctx.save_for_backward(references)
-        keep.append(ctx)
+        kept.node = ctx
 
     @staticmethod
     def backward(ctx, grad):

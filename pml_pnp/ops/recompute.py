@@ -24,20 +24,33 @@ class Call(NamedTuple):
     again: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
     """The same, called in backward: with the settings and modules as they are now."""
     chunk_size: int
-    random_state: tuple
+    random_state: "RandomState"
     queries: Tensor
     references: Tensor | None
 
     @staticmethod
     def of(function, again, chunk_size: int, queries: Tensor, references: Tensor | None) -> "Call":
         """Call on (N, d) queries, and (M, d) references or None where they are the queries."""
-        random_state = torch.get_rng_state(), *get_device_states(queries)
+        random_state = RandomState(queries)
         if torch.is_grad_enabled():
             # A memory moves on before backward; a tensor of inference mode cannot be saved for it.
             queries, references = (
                 x if x is None or x.requires_grad else x.clone() for x in (queries, references)
             )
         return Call(function, again, chunk_size, random_state, queries, references)
+
+
+class RandomState:
+    """State of the random number generators now; no tuple, which torch.func would take apart."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+
+    def restore(self) -> None:
+        """Let the generators draw the same numbers again."""
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
 
 
 class Recomputed(torch.autograd.Function):
@@ -66,20 +79,17 @@ class Recomputed(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
-        cpu, devices, states = ctx.random_state
         queries, references, *parameters = ctx.saved_tensors
         with (
             torch.enable_grad(),
             autocast_off(grad.device.type),
-            torch.random.fork_rng(devices),
+            torch.random.fork_rng(ctx.random_state.devices),
         ):
-            torch.set_rng_state(cpu)
-            set_device_states(devices, states)
-            # Views: the gradient is that of what is passed, not of what it was computed from.
-            queries, references = (x if x is None else x.view_as(x) for x in (queries, references))
+            ctx.random_state.restore()
+            queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
-            total = [torch.zeros_like(x) for x in inputs]
+            total: list[Tensor | None] = [None] * len(inputs)  # None for what is not used
             for rows in blocks_of(queries, ctx.chunk_size):
                 losses = ctx.again(rows, queries, references)[0]
                 if losses.requires_grad:
@@ -87,9 +97,22 @@ class Recomputed(torch.autograd.Function):
                     found = torch.autograd.grad(
                         losses, inputs, grad[rows], create_graph=create_graph, allow_unused=True
                     )
-                    total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
+                    total = [_sum(*pair) for pair in zip(total, found, strict=True)]
         found = iter(total)
         return None, None, None, None, *(next(found) if x else None for x in needed)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total + part
+
+
+def _view(x: Tensor | None, is_needed: bool) -> Tensor | None:
+    """A view, so that the gradient is that of what is passed, not of what it was computed from."""
+    if x is None:
+        return None
+    view = x.view_as(x)
+    # The graph of a tensor that torch.func has differentiated is gone by now.
+    return view.detach().requires_grad_() if is_needed and not view.requires_grad else view
 
 
 def _check_leaves(losses: Tensor, inputs: list[Tensor]) -> None:

@@ -5,6 +5,7 @@ variant, and second derivatives, take `differentiable_losses`, which autograd di
 often as it is asked to.
 """
 
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -84,9 +85,13 @@ class _QueryLosses(torch.autograd.Function):
         fields = len(Relation._fields)
         relation, gradients = Relation(*saved[:fields]), saved[fields:]
         create_graph = torch.is_grad_enabled()
-        if create_graph and _requires_grad(s, self_similarity):
-            losses = differentiable_losses(s, self_similarity, relation, ctx.settings)
-            return _gradients_of(losses, (s, self_similarity), ctx.needs_input_grad, grad)
+        if create_graph:
+            losses = partial(differentiable_losses, relation=relation, settings=ctx.settings)
+            found = differentiable_gradients(
+                losses, (s, self_similarity), ctx.needs_input_grad, grad
+            )
+            if found is not None:
+                return found
         may_scale = not gradients and not create_graph
         if not gradients:
             gradients = ctx.gradients
@@ -104,11 +109,19 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
-def _gradients_of(losses: Tensor, tensors, needed, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients, differentiable, with respect to the tensors that need one."""
-    inputs = [x for x, is_needed in zip(tensors, needed, strict=False) if is_needed]
-    found = iter(torch.autograd.grad(losses, inputs, grad, create_graph=True))
-    return tuple(next(found) if needed[i] else None for i in range(len(tensors)))
+def differentiable_gradients(function, tensors, needed, grad: Tensor):
+    """Gradients of `function` of the tensors, as far as needed, with a graph of their own.
+
+    None if none of the tensors has a graph: in torch.func, grad mode is on without one.
+    """
+    # Views: the gradient is that of what is passed, not of what it was computed from.
+    views = [x if x is None else x.view_as(x) for x in tensors]
+    wanted = [x is not None and n and x.requires_grad for x, n in zip(views, needed, strict=False)]
+    inputs = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+    if not inputs:
+        return None
+    found = iter(torch.autograd.grad(function(*views), inputs, grad, create_graph=True))
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
 
 
 # torch.compile sees one operation instead of loops whose length depends on the data.

@@ -39,17 +39,20 @@ def _one_minus_exp(y):
 
 
 @triton.jit
-def _x_minus_log1p(x):
-    # With z = x / (2 + x): x z - 2 z^3 (1/3 + z^2/5 + ...), as in `variants`, near zero.
+def _bounded(r, b):
+    # As in `variants`: r w - 2 w^2 z (1/3 + z^2/5 + ...) near zero.
+    x = b * r
     near_zero = tl.minimum(x, 0.5)
     z = near_zero / (2 + near_zero)
+    w = z / b
     z2 = z * z
     series = z2 * (1 / 13) + 1 / 11
     series = series * z2 + 1 / 9
     series = series * z2 + 1 / 7
     series = series * z2 + 1 / 5
     series = series * z2 + 1 / 3
-    return tl.where(x < 0.5, near_zero * z - 2 * z * z2 * series, x - _log1p(x))
+    near = r * w - 2 * w * z * w * series
+    return tl.where(x < 0.5, near, (r - _log1p(x) / b) / b)
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def _f(r, alpha, b, VARIANT: tl.constexpr):
     elif VARIANT == "Iu":
         return (1 + r) * _log1p(r)
     elif VARIANT == "Ib":
-        return _x_minus_log1p(b * r) / (b * b)
+        return _bounded(r, b)
     elif VARIANT == "Ds":
         return _log1p(r)
     else:
