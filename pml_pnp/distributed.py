@@ -185,7 +185,8 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 
     The pairs or triplets are over the joined batch with this rank's rows first: with
     `efficient=True` those of this rank's queries, else all. For DistributedLossWrapper with
-    `efficient="exact"` use True, which mines what that needs and no more.
+    `efficient="exact"` use True, which mines what that needs and no more. PML's own also drops,
+    from pairs with `ref_emb`, those of a query and the reference of the same number.
     """
 
     def forward(self, emb, labels, ref_emb=None, ref_labels=None):

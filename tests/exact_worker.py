@@ -197,7 +197,7 @@ def steps(case, rows, rank=None):
         efficient = case.get("efficient", "exact")
         loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
         mine = DistributedMinerWrapper(miner(), efficient=case.get("miner", False))
-        if len(set(rows)) == 1:  # PML's own
+        if len(set(rows)) == 1 and "references" not in case:  # PML's own
             mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
     results = []
     for step in range(STEPS if "memory" in case else 1):

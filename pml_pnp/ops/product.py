@@ -241,7 +241,7 @@ def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call)
     z = q if references is None else references
     if call.normalized and references is not None:
         z = torch.nn.functional.normalize(references)
-    total = q[:0].sum()
+    total = q[:0].sum() + z[:0].sum()
     for rows in blocks_of(q, call.height):
         part, relation = q[rows], call.pairs.of(rows)
         own = None if references is None else _self_similarity(part, relation, call)
