@@ -22,17 +22,14 @@ from processes import (
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import logging_presets
-from pytorch_metric_learning.utils.distributed import (
-    DistributedLossWrapper,
-    DistributedMinerWrapper,
-)
 from retrieval_data import RetrievalSplits
 from retrieval_metrics import PRIMARY_METRIC, build_tester, metrics_of
 from run_folder import RunFolder, own_state, restore, shared_state
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trunks import Trunk
 
-from pml_pnp import GradCache
+from pml_pnp import GradCache, PNPLoss
+from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 RECORDS_PER_EPOCH = 5
 
@@ -106,6 +103,11 @@ def build_trainer(
         "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
         "embedder": parallel(embedder.to(device), device),
     }
+    mining = {}
+    if miner is not None and config["memory_size"] == 0:
+        if launched_by_torchrun():
+            miner = DistributedMinerWrapper(miner, efficient=is_shared_out(loss))
+        mining = {"tuple_miner": miner}
     loss = _join_processes(loss.to(device), device)
     trained = {**models, "metric_loss": loss}
     optimizers = {
@@ -120,11 +122,6 @@ def build_trainer(
     # The batch size is that of all processes together.
     local_batch = config["batch_size"] // world_size()
     iterations = max(1, len(splits.train) // config["batch_size"])
-    mining = {}
-    if miner is not None and config["memory_size"] == 0:
-        mining = {
-            "tuple_miner": DistributedMinerWrapper(miner) if launched_by_torchrun() else miner
-        }
     # From here on every process draws its own batches.
     seed_everything(config["seed"] + rank())
     return RetrievalTrainer(
@@ -168,11 +165,18 @@ def build_loss_and_miner(
     return loss, miner
 
 
+def is_shared_out(loss: torch.nn.Module) -> bool:
+    """Whether each process computes the loss of its own part of the joined batch."""
+    return isinstance(getattr(loss, "loss", loss), PNPLoss)
+
+
 def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if not launched_by_torchrun():
         return loss
-    # DistributedLossWrapper multiplies by the number of processes because each sees only the
-    # gradients of its own embeddings; of the loss's own parameters each sees all.
+    if is_shared_out(loss):
+        return parallel(DistributedLossWrapper(loss, efficient="exact"), device)
+    # Each process computes the whole loss. The wrapper multiplies by the number of processes, each
+    # of which sees only the gradients of its own embeddings; of the loss's parameters it sees all.
     for parameter in loss.parameters():
         parameter.register_hook(lambda gradient: gradient / world_size())
     return parallel(DistributedLossWrapper(loss), device)
