@@ -1,17 +1,30 @@
-"""Measure time and memory of PNPLoss, of the losses it stands beside, and of the least it could be.
+"""Measure time and memory of PNPLoss, of other losses, and of the products that all of them need.
 
     python benchmarks/measure.py                       # everything, for this machine's device
     python benchmarks/measure.py --only small queue    # some of it
     python benchmarks/measure.py --device cuda --dtypes float32 bfloat16
 
 A row is one provider at one size: forward and backward of the whole loss from embeddings. Rows are
-written as they are measured, to a new file in benchmarks/results; benchmarks/report.py makes the
-README's table and plot of them.
+written as they are measured, to a new file in benchmarks/results; benchmarks/report.py makes
+docs/performance.md, the table in the README and the plot of them.
 
-The floor is what no loss of this kind can do without: normalize, multiply to similarities, and the
-same back, with a gradient that is already there. Providers of a size are measured in turn, several
-times around, in one process, so that their ratios mean something on a machine that has other work.
-Memory is the peak beyond the inputs, each in a process of its own.
+The floor is the part of a step that every loss on a similarity matrix has: normalize, multiply to
+similarities, and backward from a gradient that is already there, as autograd does it. Providers of
+a size are measured in turn, several times around, in one process, so that other work on the machine
+changes their ratios little. Memory is the peak beyond the inputs, each number from a process of its
+own.
+
+Parts:
+    small, large, largest  all losses that a batch of this size suits
+    many positives         PNPLoss with large classes
+    growth                 PNPLoss over N, with and without a chunk_size
+    queue                  PNPLoss in a CrossBatchMemory
+    kernel                 losses and gradient of given similarities, against torch.compile
+    blocks                 the same in blocks of several sizes
+    sigmoids               the same, as ratios of exponentials and as sigmoids of differences
+    products               three ways to multiply the gradient of a batch with itself
+    trunk                  PNPLoss within a training step of a ResNet-50
+    memory, memory, lean   peak of PNPLoss, without and with a chunk_size
 """
 
 import argparse
@@ -59,15 +72,13 @@ PEERS = (
     "NTXentLoss",
 )
 RESEARCH = ("SmoothAP", "SupAP", "RecallAtK")  # of peers.py
-# The largest batch a provider is asked for: beyond it takes minutes, or more memory than there is.
+# The largest batch of the table, with 4 per class, for which a provider takes at most about 3 s and
+# 1.5 GiB on a CPU; NTXentLoss takes 2.7 GiB at 384.
 LARGEST = {
-    BUILT_IN: 384,
-    "SmoothAPLoss": 384,
-    "TripletMarginLoss": 384,
-    "NTXentLoss": 384,
-    "FastAPLoss": 1024,
-    **dict.fromkeys(RESEARCH, 1024),
+    **dict.fromkeys((BUILT_IN, "SmoothAPLoss", "NTXentLoss"), 384),
+    **dict.fromkeys(("FastAPLoss", "TripletMarginLoss", "SupAP"), 1024),
     **dict.fromkeys(("MultiSimilarityLoss", "SupConLoss", "ContrastiveLoss"), 4096),
+    **dict.fromkeys(("SmoothAP", "RecallAtK"), 4096),
 }
 # (N, per class, d) of each part.
 SIZES = {
@@ -247,8 +258,12 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
 
 
 def build_product(provider: str, n: int, per_class: int, d: int, device, dtype: str):
-    """Make a step with the gradient's product in squares, whole, or as autograd makes it: twice."""
-    step = build(OURS if provider != FLOOR else FLOOR, n, per_class, d, device, dtype)
+    """Make a step that multiplies the gradient of s = z z^T in one of three ways, or the floor.
+
+    The gradient of z is (G + G^T) z: one product of the sum, in squares or at once, or two products
+    G z and G^T z, as autograd makes them.
+    """
+    step = build(FLOOR if provider == FLOOR else OURS, n, per_class, d, device, dtype)
     if provider == TWO_PRODUCTS:
         return _with(product, "_times_both", lambda grad, z: grad @ z + grad.T @ z, step)
     return _with(product, "CPU_TILE", n if provider == AT_ONCE else product.CPU_TILE, step)

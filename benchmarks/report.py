@@ -1,11 +1,12 @@
-"""Make the figures of the README and of docs/, and the plots, of the committed rows.
+"""Make the figures of README.md and docs/, and the plots, of the committed rows.
 
-python benchmarks/report.py                  # all of benchmarks/results, into the pages
-python benchmarks/report.py --check          # only whether the pages say what the rows say
+    python benchmarks/report.py                  # all of benchmarks/results, into the pages
+    python benchmarks/report.py --check          # only whether the pages say what the rows say
 
-Speed and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
+Time and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
 is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval; large
 batches are of those of benchmarks/grad_cache.py, in benchmarks/results/grad_cache.
+docs/performance.md is made as a whole, other pages between a marker and the next END.
 """
 
 import argparse
@@ -17,20 +18,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PERFORMANCE = ROOT / "docs" / "performance.md"
 RETRIEVAL = RESULTS / "retrieval"
 GRAD_CACHE = RESULTS / "grad_cache"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
-PRODUCT, TWO_PRODUCTS = "PNPLoss, in squares", "PNPLoss, two products"
+PRODUCT, AT_ONCE = "PNPLoss, in squares", "PNPLoss, not in squares"
+TWO_PRODUCTS = "PNPLoss, two products"
 RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
 TRUNK = "ResNet-50 and PNPLoss"
+FASTEST = "fastest other loss of PML"
+RESEARCH = ("SmoothAP", "SupAP", "RecallAtK")  # of benchmarks/peers.py
 NAMES = {
     OURS: "**PNPLoss**",
-    LEAN: "**PNPLoss, lean** (`chunk_size=2048`)",
+    LEAN: "**PNPLoss**, `chunk_size=2048`",
     BUILT_IN: "PML's PNPLoss",
     FLOOR: "normalize and multiply alone",
+    **{name: f"{name} (`benchmarks/peers.py`)" for name in RESEARCH},
 }
 Row = dict[str, str]
 
@@ -44,12 +49,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
     blocks = {
-        "<!-- speed, of benchmarks/report.py -->": section(rows),
         "<!-- rows, of benchmarks/report.py -->": summary(rows),
         "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
         "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
     }
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    texts[PERFORMANCE] = performance(rows)
     for begin, block in blocks.items():
         holders = [page for page, text in texts.items() if begin in text]
         if not holders:
@@ -57,10 +63,10 @@ def main() -> None:
         for page in holders:
             texts[page] = _with(texts[page], begin, block)
     for page, text in texts.items():
-        if args.check and text != page.read_text(encoding="utf-8"):
-            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
         if not args.check:
             page.write_text(text, encoding="utf-8")
+        elif not page.exists() or text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
     if not args.check:
         for device in devices(rows):
             plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
@@ -155,56 +161,122 @@ def exponent(values: dict[int, float]) -> float:
     return products / sum((a - mx) ** 2 for a in x)
 
 
-def section(rows: list[Row]) -> str:
-    """What the README says about each device."""
-    return "\n\n".join(_of_device([r for r in rows if r["device"] == d]) for d in devices(rows))
-
-
 def summary(rows: list[Row]) -> str:
-    """Four rows of the table, for the README, and where all are."""
-    rows = [r for r in rows if r["device"] == "cpu"]
-    measured = times(rows, "small", "large")
-    shown = {p: measured[p] for p in (OURS, "SupConLoss", BUILT_IN, FLOOR) if p in measured}
-    first = rows[0]
-    return "\n".join(
-        [
-            f"Milliseconds of forward and backward, from embeddings of length 512, 4 per class "
-            f"({first['hardware']}, {first['threads']} threads, {first['date']}; all losses in "
-            "[docs/performance.md](docs/performance.md)):",
-            "",
-            *_table(shown),
+    """What the README says about time: four rows for each device, and the plot."""
+    parts = []
+    for device in devices(rows):
+        of_device = [r for r in rows if r["device"] == device]
+        first, measured = of_device[0], _losses(of_device)
+        chosen = {
+            OURS: measured[OURS],
+            FASTEST: _fastest(measured),
+            BUILT_IN: measured.get(BUILT_IN, {}),
+            FLOOR: measured[FLOOR],
+        }
+        parts += [
+            "Milliseconds of forward and backward over the batch size N, from embeddings of length "
+            f"512, 4 per class ({first['hardware']}, {first['threads']} threads, {first['date']}):",
+            "\n".join(_table(chosen)),
+            f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
         ]
+    return "\n\n".join(parts)
+
+
+def performance(rows: list[Row]) -> str:
+    """The whole of docs/performance.md."""
+    return "\n\n".join([INTRODUCTION, *(_of_device(rows, d) for d in devices(rows)), MEASURING, ""])
+
+
+INTRODUCTION = """\
+<!-- This page is made by benchmarks/report.py. -->
+# Time and memory
+
+A step is forward and backward of the loss, from embeddings to their gradient. The floor is the part
+of it that every loss on a similarity matrix has: normalize the embeddings, multiply them to
+similarities, and backward from a gradient that is already there, as autograd does it. Autograd
+makes two products for the gradient of a batch that is multiplied with itself. `PNPLoss` makes one,
+and can therefore take less than the floor.
+
+`PNPLoss` computes the sigmoids of a block of queries once, sums them to ranks, and turns them into
+the gradient while they are still in the cache. On a CPU the sigmoid of a difference is computed as
+a ratio, g<sub>p</sub> / (g<sub>p</sub> + g<sub>n</sub>) with g = exp(-s / `anneal`). That takes M
+exponentials for each query instead of one for each of its positives and references, and is done as
+long as they fit into the dtype. [loss.md](loss.md#chunks-and-memory) says which matrices are held
+in which case."""
+
+MEASURING = """\
+## Measure it yourself
+
+```bash
+pip install -c constraints.txt -e ".[benchmarks]"
+python benchmarks/measure.py  # writes rows to a new file in benchmarks/results
+python benchmarks/report.py   # makes this page, the README's table and the plot of all rows there
+```
+
+Losses are measured in turn, several times around, in one process; the tables show medians. Memory
+is the peak beyond the inputs, each number from a process of its own. An empty cell was not
+measured. `SmoothAP`, `SupAP` and `RecallAtK` are losses of other papers, written in
+`benchmarks/peers.py` and tested against loops that look like the formulas; their docstrings name
+the papers."""
+
+
+def _of_device(rows: list[Row], device: str) -> str:
+    rows = [r for r in rows if r["device"] == device]
+    sections = {
+        "Losses": [
+            "Milliseconds of a step, from embeddings of length 512, with 4 examples per class, in "
+            "float32. N is the batch size.",
+            "\n".join(_table(_losses(rows))),
+            _list(_ratios(rows)),
+            f"![Time and memory over the batch size](../benchmarks/results/{device}.svg)",
+        ],
+        "Memory": _memory(rows),
+        "Inside of the loss": [_list(_inside(rows))],
+    }
+    parts = [f"## {'CPU' if device == 'cpu' else 'GPU'}", f"{_where(rows)}."]
+    for title, paragraphs in sections.items():
+        if any(paragraphs):
+            parts += [f"### {title}", *filter(None, paragraphs)]
+    return "\n\n".join(parts)
+
+
+def _where(rows: list[Row]) -> str:
+    """On which machine, with which versions, and by which commands."""
+    first = rows[0]
+    commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows))
+    return (
+        f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, "
+        f"PML {first['pytorch_metric_learning']}, {first['date']}, {commands}"
     )
 
 
-def _of_device(rows: list[Row]) -> str:
-    first = rows[0]
-    device = first["device"]
-    versions = f"torch {first['torch']}, PML {first['pytorch_metric_learning']}"
-    commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows))
-    lines = [
-        "Milliseconds of forward and backward, from embeddings of length 512, 4 per class, float32 "
-        f"({first['hardware']}, {first['threads']} threads, {versions}, {first['date']}, "
-        f"{commands}):",
-        "",
-        *_table(times(rows, "small", "large")),
-        "",
-        *_sentences(rows),
-        "",
-        f"![Time and memory over the batch size](../benchmarks/results/{device}.svg)",
-    ]
-    return "\n".join(lines)
+def _list(sentences: list[str]) -> str:
+    return "\n".join(f"- {x}" for x in sentences)
+
+
+def _losses(rows: list[Row]) -> dict[str, dict[int, float]]:
+    return times(rows, "small", "large", "largest")
+
+
+def _fastest(measured: dict[str, dict[int, float]]) -> dict[int, float]:
+    """Least time at each N of PML's losses other than PNPLoss."""
+    return _least({p: t for p, t in measured.items() if p not in NAMES})
+
+
+def _least(measured: dict[str, dict[int, float]]) -> dict[int, float]:
+    sizes = sorted({n for t in measured.values() for n in t})
+    return {n: min(t[n] for t in measured.values() if n in t) for n in sizes}
 
 
 def _table(measured: dict[str, dict[int, float]]) -> list[str]:
     sizes = sorted({n for values in measured.values() for n in values})
-    middle = sorted(p for p in measured if p not in NAMES)
-    order = [p for p in (OURS, LEAN, *middle, BUILT_IN, FLOOR) if p in measured]
+    others = [p for p in measured if p not in (OURS, LEAN, BUILT_IN, FLOOR, *RESEARCH)]
+    order = (OURS, LEAN, *sorted(others), BUILT_IN, *RESEARCH, FLOOR)
     lines = [
         "| N | " + " | ".join(f"{n:,}" for n in sizes) + " |",
         "|---" * (len(sizes) + 1) + "|",
     ]
-    for provider in order:
+    for provider in [p for p in order if p in measured]:
         values = [measured[provider].get(n) for n in sizes]
         cells = " | ".join("" if v is None else _short(v) for v in values)
         lines.append(f"| {NAMES.get(provider, provider)} | {cells} |")
@@ -215,87 +287,130 @@ def _short(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def _sentences(rows: list[Row]) -> list[str]:
-    """What the rows say in words; nothing that they do not hold."""
-    said = []
-    small = times(rows, "small", "large")
-    if FLOOR in small:
-        ratios = [f"{small[OURS][n] / v:.2f} at N = {n:,}" for n, v in small[FLOOR].items()]
-        said.append(f"- Times the floor (normalize and multiply alone): {', '.join(ratios)}.")
-    if FLOOR in small:
-        others = {p: v for p, v in small.items() if p not in (OURS, LEAN, FLOOR)}
-        ratios = [
-            f"{min(v[n] for v in others.values() if n in v) / small[OURS][n]:.2f} at N = {n:,}"
-            for n in small[OURS]
-        ]
-        said.append(f"- The fastest of all other losses takes, times as long: {', '.join(ratios)}.")
-    if BUILT_IN in small:
-        n = max(small[BUILT_IN])
-        ratio = small[BUILT_IN][n] / small[OURS][n]
-        said.append(f"- PML's own PNPLoss takes {ratio:,.0f} times as long at N = {n:,}.")
-    for part, text in (
-        ("many positives", "With 32 per class at N = 1,024"),
-        ("queue", "With 384 queries and a CrossBatchMemory of 65,536"),
-    ):
-        t = times(rows, part)
-        for n in t.get(FLOOR, {}):
-            said.append(f"- {text}: {t[OURS][n] / t[FLOOR][n]:.2f} times the floor.")
-    growth = times(rows, "growth").get(OURS)
-    if growth:
+def _ratios(rows: list[Row]) -> list[str]:
+    """What the times of losses are to each other, in words; nothing that the rows do not hold."""
+    said, measured = [], _losses(rows)
+
+    def ratios(text: str, others: dict[int, float], inverse: bool = False) -> None:
+        ours = measured[OURS]
+        pairs = [(n, ours[n] / t if inverse else t / ours[n]) for n, t in sorted(others.items())]
+        if pairs:
+            said.append(f"{text}: {', '.join(f'{r:.2f} at N = {n:,}' for n, r in pairs)}.")
+
+    ratios("PNPLoss takes, in units of the floor", measured.get(FLOOR, {}), inverse=True)
+    ratios("The fastest other loss of PML takes, in units of PNPLoss", _fastest(measured))
+    ratios("PML's own PNPLoss takes, in units of PNPLoss", measured.get(BUILT_IN, {}))
+    research = {p: measured[p] for p in RESEARCH if p in measured}
+    ratios(f"The fastest of {', '.join(research)} takes, in units of PNPLoss", _least(research))
+    for part in ("many positives", "queue"):
+        for row in rows:
+            if _is(row, part) and row["provider"] == OURS:
+                n, m = int(row["N"]), int(row["M"])
+                where = (
+                    f"With {row['per_class']} examples per class at N = {n:,}"
+                    if part == "many positives"
+                    else f"With a CrossBatchMemory of {m:,} and N = {n:,}"
+                )
+                floor = times(rows, part)[FLOOR][n]
+                ms = float(row["median_ms"])
+                said.append(
+                    f"{where} a step takes {_short(ms)} ms, {ms / floor:.2f} times the floor."
+                )
+    growth = times(rows, "growth")
+    if len(growth.get(OURS, {})) > 1:
+        said.append(f"The time of PNPLoss grows with {_growth(growth[OURS])}.")
+    for n, ms in list(growth.get(LEAN, {}).items())[-1:]:
         said.append(
-            f"- Time grows with N to the power of {exponent(growth):.2f} from N = {min(growth):,} "
-            f"to {max(growth):,}."
-        )
-        lean = times(rows, "growth")[LEAN]
-        n = max(lean)
-        said.append(
-            f"- Lean mode takes {lean[n] / growth[n]:.2f} times as long as the normal one at "
-            f"N = {n:,}."
+            f"With `chunk_size=2048` a step takes {ms / growth[OURS][n]:.2f} times as long as "
+            f"without at N = {n:,}."
         )
     for n, ms in times(rows, "trunk").get(TRUNK, {}).items():
         share = times(rows, "trunk")[OURS][n] / ms
         said.append(
-            f"- Of a training step of a ResNet-50 (N = {n:,}, 224 x 224, bfloat16) the loss is "
+            f"Of a training step of a ResNet-50 (N = {n:,}, 224 x 224 pixels, bfloat16) PNPLoss is "
             f"{100 * share:.2f} %."
         )
-    for n, ms in times(rows, "kernel").get(EAGER, {}).items():
-        compiled = times(rows, "kernel")[COMPILED][n]
-        said.append(
-            "- Between the two products, losses and gradient of the similarities take "
-            f"{_short(ms)} ms at N = {n:,}; the same sums by `torch.compile` {_short(compiled)} ms."
-        )
-    for n, ms in times(rows, "products").get(PRODUCT, {}).items():
-        twice = times(rows, "products")[TWO_PRODUCTS][n]
-        said.append(
-            f"- One product for the gradient of a batch with itself: {_short(ms)} ms a step at "
-            f"N = {n:,}; with the two that autograd makes, {_short(twice)} ms."
-        )
-    for row in rows:
-        if _is(row, "sigmoids") and row["provider"] == RATIOS:
-            single = next(
-                r for r in rows
-                if _is(r, "sigmoids") and r["provider"] == SINGLE
-                and (r["N"], r["per_class"]) == (row["N"], row["per_class"])
-            )  # fmt: skip
-            said.append(
-                f"- Losses and gradient of the similarities at N = {int(row['N']):,} with "
-                f"{row['per_class']} per class: {_short(float(row['median_ms']))} ms with sigmoids "
-                f"as ratios, {_short(float(single['median_ms']))} ms one by one."
-            )
-    for part, text in (("memory", "Memory"), ("memory, lean", "Memory in lean mode (d = 128)")):
-        peaks = {int(r["N"]): int(r["peak_bytes"]) for r in rows if _is(r, part)}
-        for n in sorted(peaks):
-            if n in (8192, max(peaks)):
-                said.append(
-                    f"- {text} beyond the inputs at N = {n:,}: {peaks[n] / 2**20:,.0f} MiB, or "
-                    f"{peaks[n] / (4 * n * n):.2f} similarity matrices."
-                )
-        if len(peaks) > 1:
-            said.append(
-                f"- {text} grows with N to the power of {exponent(peaks):.2f} from "
-                f"N = {min(peaks):,}."
-            )
     return said
+
+
+def _growth(values: dict[int, float]) -> str:
+    return (
+        f"N to the power of {exponent(values):.2f} from N = {min(values):,} to N = {max(values):,}"
+    )
+
+
+def _memory(rows: list[Row]) -> list[str]:
+    """Peak memory over N, without and with a chunk_size, a table and a sentence each."""
+    parts = []
+    for part in ("memory", "memory, lean"):
+        found = [r for r in rows if _is(r, part)]
+        if not found:
+            continue
+        first = found[0]
+        chunk = f"`chunk_size={first['chunk_size']}`" if first["chunk_size"] else "no `chunk_size`"
+        peaks = {int(r["N"]): int(r["peak_bytes"]) for r in found}
+        cells = [f"{peak / 2**20:,.0f}" for peak in peaks.values()]
+        matrices = [f"{peak / (4 * n * n):.2f}" for n, peak in peaks.items()]
+        parts += [
+            f"Peak memory of a step of PNPLoss beyond the inputs, with {chunk} and embeddings of "
+            f"length {first['d']}:",
+            "\n".join(
+                [
+                    f"| N | {' | '.join(f'{n:,}' for n in peaks)} |",
+                    "|---" * (len(peaks) + 1) + "|",
+                    f"| MiB | {' | '.join(cells)} |",
+                    f"| in N x N matrices | {' | '.join(matrices)} |",
+                ]
+            ),
+        ]
+        if len(peaks) > 1 and min(peaks.values()) > 0:
+            parts.append(f"It grows with {_growth(peaks)}.")
+    return parts
+
+
+def _inside(rows: list[Row]) -> list[str]:
+    """What the parts of the loss take, and what they would take if they were written otherwise."""
+
+    def compared(part: str, provider: str, other: str):
+        measured = times(rows, part)
+        others = measured.get(other, {})
+        for n, ms in measured.get(provider, {}).items():
+            if n in others:
+                yield n, _short(ms), _short(others[n])
+
+    said = []
+    work = "Losses and gradient of given similarities take"
+    for n, ms, other in compared("kernel", EAGER, COMPILED):
+        said.append(
+            f"{work} {ms} ms at {_classes(rows, 'kernel', n)}; the same sums by `torch.compile` "
+            f"take {other} ms."
+        )
+    for n, ms, other in compared("sigmoids", RATIOS, SINGLE):
+        said.append(
+            f"{work} {ms} ms at {_classes(rows, 'sigmoids', n)} with sigmoids as ratios of "
+            f"exponentials, {other} ms with a sigmoid of each difference."
+        )
+    blocks = times(rows, "blocks")
+    for n in sorted({n for values in blocks.values() for n in values}):
+        sizes = [f"{_short(v[n])} in {p.rpartition(' of ')[2]}" for p, v in blocks.items()]
+        said.append(
+            f"{work}, in milliseconds by size of the blocks of sigmoids, at "
+            f"{_classes(rows, 'blocks', n)}: {', '.join(sizes)}."
+        )
+    for n, ms, other in compared("products", PRODUCT, TWO_PRODUCTS):
+        at_once = _short(times(rows, "products")[AT_ONCE][n])
+        said.append(
+            f"A step takes {ms} ms at N = {n:,} where the gradient G of the similarities is "
+            "multiplied as (G + G^T) z in squares that stay in the cache, "
+            f"{at_once} ms where it is multiplied so at once, and {other} ms where it is "
+            "multiplied twice, as G z + G^T z."
+        )
+    return said
+
+
+def _classes(rows: list[Row], part: str, n: int) -> str:
+    row = next(r for r in rows if _is(r, part) and int(r["N"]) == n)
+    return f"N = {n:,} with {row['per_class']} per class"
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -306,7 +421,7 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
     from matplotlib import pyplot as plt
 
-    measured = times(rows, "small", "large", "growth")
+    measured = times(rows, "small", "large", "largest", "growth")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for provider in sorted(measured, key=lambda p: p not in (OURS, LEAN, FLOOR)):
         points = sorted(measured[provider].items())

@@ -1,14 +1,11 @@
 """GradCache against the plain model on the whole batch."""
 
 import copy
-import doctest
 import pickle
-import re
 import subprocess
 import sys
 import weakref
 from collections import OrderedDict, UserDict, namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -717,14 +714,3 @@ from pml_pnp import GradCache
 assert not any(name.startswith("pytorch_metric_learning") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_code_of_the_documentation_runs():
-    pytest.importorskip("faiss", reason="PML's testers need faiss")
-    page = Path(__file__).parents[1] / "docs" / "large_batches.md"
-    blocks = re.findall(r"```python\n(>>> .*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
-    assert len(example.examples) > 10
-    report, runner = [], doctest.DocTestRunner()
-    runner.run(example, out=report.append)
-    assert runner.failures == 0, "".join(report)

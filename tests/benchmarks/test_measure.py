@@ -1,6 +1,7 @@
 """A run of benchmarks/measure.py over all of its parts, at sizes that take a moment."""
 
 import csv
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,19 +24,66 @@ def measure(monkeypatch):
     return measure
 
 
-def test_every_part_runs_and_writes_full_rows(measure, monkeypatch, tmp_path):
+@pytest.fixture
+def rows(measure, monkeypatch, tmp_path):
+    """Rows of every part but those for GPUs alone."""
     path = tmp_path / "rows.csv"
     parts = [part for part in measure.SIZES if part not in measure.ON_GPU_ALONE]
     arguments = ["--only", *parts, "--rounds", "1", "--seconds", "0.001", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["measure.py", *arguments, "--output", str(path)])
     measure.main()
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["part"] for row in rows} == set(parts)
+        return list(csv.DictReader(file))
+
+
+def test_every_part_runs_and_writes_full_rows(measure, rows):
+    assert {row["part"] for row in rows} == set(measure.SIZES) - set(measure.ON_GPU_ALONE)
     assert {"SmoothAP", "SupAP", "RecallAtK", "SupConLoss"} <= {row["provider"] for row in rows}
     for row in rows:
         assert float(row["peak_bytes" if row["part"].startswith("memory") else "median_ms"]) > 0
         assert row["hardware"] and row["torch"] and row["date"] and "measure.py" in row["command"]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return runpy.run_path(str(BENCHMARKS / "report.py"))
+
+
+def test_the_page_says_what_was_measured(measure, rows, report):
+    page = report["performance"](rows)
+    assert all(f"\n| {loss}" in page for loss in (*measure.PEERS, *measure.RESEARCH))
+    for said in (
+        "PNPLoss takes, in units of the floor",
+        "The fastest other loss of PML takes",
+        "PML's own PNPLoss takes",
+        "The fastest of SmoothAP, SupAP, RecallAtK takes",
+        "With 4 examples per class at N = 8",
+        "With a CrossBatchMemory of 16 and N = 8",
+        "the same sums by `torch.compile`",
+        "with a sigmoid of each difference",
+        "in 2.5 MiB",
+        "multiplied twice",
+        "with no `chunk_size`",
+        "with `chunk_size=2048`",
+    ):
+        assert said in page, said
+
+
+def test_the_readme_shows_the_fastest_other_loss_of_pml(measure, rows, report):
+    times = [
+        float(row["median_ms"])
+        for row in rows
+        if row["part"] == "large" and row["provider"] in measure.PEERS
+    ]
+    table = report["summary"](rows)
+    assert f"| fastest other loss of PML | {min(times):.3g} |" in table
+    assert table.count("\n| ") == 5
+
+
+def test_what_was_not_measured_is_not_mentioned(rows, report):
+    page = report["performance"]([row for row in rows if row["part"] in ("small", "memory")])
+    assert "### Memory" in page and "chunk_size=2048" not in page
+    assert "CrossBatchMemory" not in page and "### Inside" not in page
 
 
 def test_a_file_that_exists_is_not_overwritten(measure, monkeypatch, tmp_path):

@@ -1,0 +1,197 @@
+"""The runs of the study, stage by stage, each left out if it has a row.
+
+`untrained`: the network before training, or the features that it is given, measured on `test`.
+`untuned`: every candidate at its defaults, trained on all training classes, measured on `test`.
+`tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
+default.
+`tuned`: the best trial's setting, trained on all training classes, measured on `test`.
+
+The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.
+"""
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import study_rows as rows
+import torch
+import tqdm
+from candidates import CANDIDATES, LEARNING_RATE, PROXY_LEARNING_RATE, Params, objective
+from fitting import METRICS, Outcome, embed, retrieval_metrics, run
+from study_data import DataSet, Part
+
+TRIALS = 20
+SEEDS = 10
+SEED_OF_TRIALS = 0  # the final runs have 1, 2, ...
+UNTRAINED = "untrained"  # a stage, and the name of its only row
+TRIALS_AT_RANDOM = 8  # before TPE models what they found
+OBJECTIVE = METRICS[0]
+
+
+class Study:
+    """The study of one data set.
+
+    Args:
+        data: the data set.
+        data_root: where the data is.
+        results: the folder of the CSV files.
+        database: the SQLite file of optuna; made of the rows where it lacks them.
+        losses: the candidates to run, all by default.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        data_root: str | None,
+        results: Path,
+        database: Path,
+        losses: Iterable[str] | None = None,
+    ):
+        self.data = data
+        self.losses = list(CANDIDATES if losses is None else losses)
+        self.path = rows.path_of(data.name, results)
+        self.database = database
+        self.part: Callable[[str], Part] = cache(partial(self._read, data_root))
+
+    def _read(self, data_root: str | None, part: str) -> Part:
+        return self.data.read(part, data_root)
+
+    def rows(self, stage: str | None = None) -> list[rows.Row]:
+        """The rows so far, of one stage or of all."""
+        return [r for r in rows.read(self.path) if stage in (None, r["stage"])]
+
+    def untrained(self) -> None:
+        """Measure what retrieves without training."""
+        if not self.rows(UNTRAINED):
+            outcome = measure_untrained(self.data, self.part("test"))
+            self.add(UNTRAINED, UNTRAINED, "", 1, "test", {}, outcome)
+
+    def untuned(self, seeds: int = SEEDS) -> None:
+        """Run the defaults of every candidate."""
+        settings = {name: self.defaults(name) for name in self.losses}
+        self._measure("untuned", settings, seeds)
+
+    def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
+        """Run the best setting of every loss whose trials are complete."""
+        self._measure("tuned", self.best_settings(trials), seeds)
+
+    def best_settings(self, trials: int = TRIALS) -> dict[str, Params]:
+        """The best trial of every loss that has so many."""
+        best = {}
+        of_trials = self.rows("tune")
+        for name in self.losses:
+            own = [r for r in of_trials if r["loss"] == name and int(r["setting"]) < trials]
+            if CANDIDATES[name].tuned and len(own) == trials:
+                best[name] = json.loads(max(own, key=lambda r: float(r[OBJECTIVE]))["parameters"])
+        return best
+
+    def tune(self, trials: int = TRIALS) -> None:
+        """Run the trials that are missing, a loss after the other."""
+        for name in self.losses:
+            if CANDIDATES[name].tuned:
+                self._tune(name, trials)
+
+    def defaults(self, name: str) -> Params:
+        """The parameters of a candidate's untuned runs."""
+        params = {**CANDIDATES[name].defaults, "learning_rate": self.data.learning_rate}
+        if "proxy_learning_rate" in CANDIDATES[name].space:
+            params["proxy_learning_rate"] = PROXY_LEARNING_RATE
+        return params
+
+    def _measure(self, stage: str, settings: dict[str, Params], seeds: int) -> None:
+        done = rows.done(self.rows(stage))
+        todo = [
+            (seed, name)
+            for seed in range(1, seeds + 1)
+            for name in settings
+            if (stage, name, "", str(seed)) not in done
+        ]
+        for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
+            outcome = self.fit(name, settings[name], seed, train="training", measured_on="test")
+            self.add(stage, name, "", seed, "test", settings[name], outcome)
+
+    def fit(
+        self, name: str, params: Params, seed: int, train: str, measured_on: str, **kwargs: Any
+    ) -> Outcome:
+        """One run of a candidate."""
+        return run(
+            self.data,
+            self.part(train),
+            self.part(measured_on),
+            lambda classes: objective(name, params, classes),
+            params["learning_rate"],
+            params.get("proxy_learning_rate", PROXY_LEARNING_RATE),
+            seed,
+            **kwargs,
+        )
+
+    def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
+        """Write the row of a run."""
+        row = rows.row_of(self.data, stage, name, setting, seed, measured_on, params, outcome)
+        rows.add(self.path, row)
+        return row
+
+    def _tune(self, name: str, trials: int) -> None:
+        space = {**CANDIDATES[name].space, "learning_rate": LEARNING_RATE}
+        study = self._optuna_study(name, space)
+        number = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        for trial_number in tqdm.trange(
+            number, trials, desc=f"{self.data.name} tune {name}", initial=number, total=trials
+        ):
+            if trial_number == 0:
+                study.enqueue_trial(self.defaults(name), skip_if_exists=True)
+            # So that a resumed study draws what an uninterrupted one would have drawn.
+            study.sampler = _sampler(name, trial_number)
+            trial = study.ask(space)
+            outcome = self.fit(
+                name, trial.params, SEED_OF_TRIALS, train="fit", measured_on="validation"
+            )
+            setting = str(trial_number)
+            row = self.add(
+                "tune", name, setting, SEED_OF_TRIALS, "validation", trial.params, outcome
+            )
+            study.tell(trial, float(row[OBJECTIVE]))
+
+    def _optuna_study(self, name: str, space) -> optuna.Study:
+        """The study of a loss, with all trials that have a row."""
+        self.database.parent.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.database}",
+            study_name=f"{self.data.name}, {name}",
+            direction="maximize",
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # killed
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        # Rows are written first: a kill between the two leaves a trial that the file lacks.
+        known = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        of_loss = [r for r in self.rows("tune") if r["loss"] == name]
+        for row in sorted(of_loss, key=lambda r: int(r["setting"]))[known:]:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=json.loads(row["parameters"]),
+                    distributions=space,
+                    value=float(row[OBJECTIVE]),
+                )
+            )
+        return study
+
+
+def measure_untrained(data: DataSet, measured: Part, seed: int = 1) -> Outcome:
+    """What a network retrieves before training, or the features that it is given."""
+    torch.manual_seed(seed)
+    begin = time.process_time()
+    metrics = retrieval_metrics(embed(data.untrained(), measured.inputs), measured.labels)
+    return Outcome(metrics, 0.0, time.process_time() - begin)
+
+
+def _sampler(name: str, trial: int) -> optuna.samplers.TPESampler:
+    seed = zlib.crc32(f"{name} {trial}".encode())
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=TRIALS_AT_RANDOM, multivariate=True
+    )

@@ -1,0 +1,269 @@
+"""The three data sets of the study, in memory, split by classes.
+
+The classes of a data set fall into three parts that share none: `fit`, `validation` and `test`. A
+trial of the tuning trains on `fit` and is judged on `validation`; a final run trains on both
+(`training`) and is measured on `test`. A part is read when it is asked for: tuning never asks for
+`test`.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from retrieval_data import DATA_ROOT_VARIABLE, Sample, load_splits  # noqa: E402
+from trunks import SmallConvNet, SmallTransform  # noqa: E402
+
+SPLIT_SEED = 0
+VALIDATION_SHARE = 0.25  # of the training classes
+EMBEDDING_SIZE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Examples of some classes.
+
+    Attributes:
+        inputs: (N, ...) float32, what the network takes.
+        labels: (N,) int64, numbered from 0.
+        classes: their names; a label is an index into them.
+        coarse: (N,) int64, the coarse label that the class belongs to, numbered from 0.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    coarse: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What the study needs to know of a data set.
+
+    Attributes:
+        name: as in the command line.
+        read: (part, data root) -> Part; part is fit, validation, training or test.
+        network: inputs to train on -> network, from inputs to embeddings of length 128.
+        untrained: makes what retrieves without training: the network, or less.
+        augment: (inputs, generator) -> inputs, at every step.
+        classes_per_batch: of a training step.
+        steps: of the optimizer.
+        about: what it is, for the documentation.
+        examples_per_class: of a training step.
+        learning_rate: of the untuned runs, Adam's default.
+    """
+
+    name: str
+    read: Callable[[str, str | None], Part]
+    network: Callable[[Tensor], nn.Module]
+    untrained: Callable[[], nn.Module]
+    augment: Callable[[Tensor, torch.Generator], Tensor]
+    classes_per_batch: int
+    steps: int
+    about: str
+    examples_per_class: int = 4
+    learning_rate: float = 1e-3
+
+
+def _root(data_root: str | None) -> Path:
+    root = data_root or os.environ.get(DATA_ROOT_VARIABLE)
+    if not root or not Path(root).is_dir():
+        raise SystemExit(
+            f"expected a folder with the data in --data-root or {DATA_ROOT_VARIABLE}, got {root!r}"
+        )
+    return Path(root)
+
+
+def part_of_classes(names: Sequence[str], part: str) -> list[str]:
+    """The classes of a part, from all classes: a third for `test`, a quarter of the rest held out.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    names = [sorted(names)[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(names))]
+    test, training = names[: len(names) // 3], names[len(names) // 3 :]
+    held_out = round(VALIDATION_SHARE * len(training))
+    parts = {
+        "test": test,
+        "training": training,
+        "validation": training[:held_out],
+        "fit": training[held_out:],
+    }
+    if part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
+    return sorted(parts[part])
+
+
+# --- CLINC150 -------------------------------------------------------------------------------
+
+
+def _clinc150(part: str, data_root: str | None) -> Part:
+    folder = _root(data_root) / "clinc150"
+    with np.load(folder / "minilm-features.npz") as file:
+        features, labels = file["features"].astype(np.float32), file["labels"]
+        intents = [str(x) for x in file["intents"]]
+    domains = json.loads((folder / "domains.json").read_text())
+    domain_of = {x.replace(" ", "_"): d for d, xs in domains.items() for x in xs}
+    classes = part_of_classes(intents, part)
+    number = {x: i for i, x in enumerate(classes)}
+    of_label = np.array([number.get(x, -1) for x in intents])[labels]
+    kept = of_label >= 0
+    coarse_names = sorted(domains)
+    coarse = np.array([coarse_names.index(domain_of[x]) for x in classes])
+    return Part(
+        torch.from_numpy(features[kept]),
+        torch.from_numpy(of_label[kept]),
+        tuple(classes),
+        torch.from_numpy(coarse[of_label[kept]]),
+    )
+
+
+@cache
+def _eigenvectors(inputs: Tensor) -> Tensor:
+    """Of their uncentred second moments, by falling eigenvalue: (d, d), one a row."""
+    return torch.linalg.eigh(inputs.T @ inputs).eigenvectors.T.flip(0)
+
+
+def _principal_components(inputs: Tensor) -> nn.Linear:
+    """A linear layer that keeps as much of the inputs as it can.
+
+    Features of a pretrained model serve already; from random weights, training would first have to
+    recover what they lose of them.
+    """
+    layer = nn.Linear(inputs.shape[1], EMBEDDING_SIZE)
+    with torch.no_grad():
+        layer.weight.copy_(_eigenvectors(inputs)[:EMBEDDING_SIZE])
+        layer.bias.zero_()
+    return layer
+
+
+def _as_it_is(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return inputs
+
+
+# --- images ---------------------------------------------------------------------------------
+
+
+@cache
+def _splits(name: str, data_root: str):
+    return load_splits(name, data_root, VALIDATION_SHARE, SPLIT_SEED)
+
+
+def _reader_of_images(
+    name: str, size: int, mode: str, coarse_of: Callable[[Sample], str]
+) -> Callable[[str, str | None], Part]:
+    transform = SmallTransform(size, mode)
+
+    def read(part: str, data_root: str | None) -> Part:
+        splits = _splits(name, str(_root(data_root)))
+        chosen = {
+            "fit": (splits.train,),
+            "validation": (splits.val,),
+            "training": (splits.train, splits.val),
+            "test": (splits.test,),
+        }
+        if part not in chosen:
+            raise ValueError(f"part must be one of {', '.join(chosen)}, got {part!r}")
+        samples = [s for split in chosen[part] for s in split.samples]
+        classes = sorted({s.label for s in samples})
+        number = {x: i for i, x in enumerate(classes)}
+        coarse = [coarse_of(s) for s in samples]
+        coarse_names = sorted(set(coarse))
+        inputs = torch.stack([transform(s.open()) for s in samples])
+        return Part(
+            inputs.contiguous(memory_format=torch.channels_last),
+            torch.tensor([number[s.label] for s in samples]),
+            tuple(classes),
+            torch.tensor([coarse_names.index(x) for x in coarse]),
+        )
+
+    return read
+
+
+def _kind_of_grocery(sample: Sample) -> str:
+    """As the data set's coarse classes; mushrooms lie in two folders."""
+    return Path(sample.name).parts[2].replace("Brown-Cap-", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Warp:
+    """Turn, scale and shift every image of a batch at random, and mirror it if wished.
+
+    Attributes:
+        turn: largest angle, in radians.
+        scale: largest change of the size, as a share.
+        shift: largest shift, as a share of half the side.
+        mirror: mirror every other image.
+    """
+
+    turn: float
+    scale: float
+    shift: float
+    mirror: bool
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (N, channels, side, side) to as many; what lies outside repeats the border."""
+
+        def between(most: float) -> Tensor:
+            return (2 * torch.rand(len(images), generator=generator) - 1) * most
+
+        angle, size = between(self.turn), 1 + between(self.scale)
+        cos, sin = size * angle.cos(), size * angle.sin()
+        flip = between(1).sign() if self.mirror else torch.ones(len(images))
+        right, down = between(self.shift), between(self.shift)
+        matrix = torch.stack([cos * flip, -sin, right, sin * flip, cos, down], 1).view(-1, 2, 3)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        warped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return warped.contiguous(memory_format=torch.channels_last)
+
+
+def _small_net(channels: int) -> nn.Module:
+    trunk = SmallConvNet(channels, (32, 32, 64, 64))
+    net = nn.Sequential(trunk, nn.Linear(trunk.num_features, EMBEDDING_SIZE))
+    return net.to(memory_format=torch.channels_last)
+
+
+DATA_SETS = {
+    "clinc150": DataSet(
+        "clinc150",
+        _clinc150,
+        _principal_components,
+        nn.Identity,
+        _as_it_is,
+        classes_per_batch=55,
+        steps=200,
+        about="CLINC150: requests in 150 intents, as frozen features of all-MiniLM-L6-v2 under a "
+        "linear layer 384 -> 128 that starts as their principal components",
+    ),
+    "omniglot": DataSet(
+        "omniglot",
+        _reader_of_images("omniglot", 28, "L", lambda s: s.label.split("/")[0]),
+        lambda inputs: _small_net(1),
+        lambda: _small_net(1),
+        Warp(turn=0.25, scale=0.15, shift=0.15, mirror=False),
+        classes_per_batch=28,
+        steps=300,
+        about="Omniglot small: handwritten characters at 28 x 28, a net of four convolutions "
+        "trained from scratch",
+    ),
+    "grocery": DataSet(
+        "grocery",
+        _reader_of_images("grocery", 32, "RGB", _kind_of_grocery),
+        lambda inputs: _small_net(3),
+        lambda: _small_net(3),
+        Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
+        classes_per_batch=28,
+        steps=300,
+        about="Grocery 64: photographs from shop shelves at 32 x 32, a net of four convolutions "
+        "trained from scratch",
+    ),
+}

@@ -1,0 +1,139 @@
+"""The rows of the study: a CSV file for each data set, one line for each run, added as it ends.
+
+They are all that a later session needs to carry on: what has a row is not run again, and the trials
+of the tuning are made of them where the SQLite file is missing.
+"""
+
+import csv
+import datetime
+import io
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fitting import Outcome
+from study_data import DataSet
+
+RESULTS = Path(__file__).parents[1] / "results" / "retrieval_study"
+PACKAGES = ("torch", "pytorch-metric-learning", "optuna")
+# What tells one run from another; the other columns are what came of it and where.
+KEY = ("stage", "loss", "setting", "seed")
+Row = dict[str, str]
+
+
+def path_of(dataset: str, folder: Path = RESULTS) -> Path:
+    """Where the rows of a data set are."""
+    return folder / f"{dataset}.csv"
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file; none if it is not there. A line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [r for r in csv.DictReader(io.StringIO(whole, newline="")) if None not in r.values()]
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Append a row in one write, so that two processes can share the file.
+
+    A new file gets the row's keys as its header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_unfinished_line(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerow(row)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, text.getvalue().encode())
+    finally:
+        os.close(file)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    if path.exists():
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells the run of a row from another."""
+    return tuple(str(row[k]) for k in KEY)
+
+
+def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
+    """The keys of all runs that have a row."""
+    return {key(r) for r in rows}
+
+
+def row_of(
+    data: DataSet,
+    stage: str,
+    loss: str,
+    setting: str,
+    seed: int,
+    measured_on: str,
+    parameters: dict[str, Any],
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """The row of a run that just ended, on this machine.
+
+    Args:
+        data: what it ran on.
+        stage: of the study.
+        loss: the candidate.
+        setting: tells runs of a stage, loss and seed apart: the number of the trial, or what a
+            probe changes.
+        seed: of the run.
+        measured_on: the part of the data.
+        parameters: of the candidate.
+        outcome: of the run.
+    """
+    return {
+        "dataset": data.name,
+        "stage": stage,
+        "loss": loss,
+        "setting": setting,
+        "seed": seed,
+        "measured_on": measured_on,
+        **{k: f"{v:.6f}" for k, v in outcome.metrics.items()},
+        "parameters": json.dumps(parameters, sort_keys=True),
+        "steps": data.steps,
+        "batch_size": data.classes_per_batch * data.examples_per_class,
+        "train_seconds": f"{outcome.train_seconds:.2f}",
+        "evaluation_seconds": f"{outcome.evaluation_seconds:.2f}",
+        **_here(),
+    }
+
+
+def _here() -> dict[str, str]:
+    script = Path(sys.argv[0])
+    root = Path(__file__).parents[2]
+    name = script.resolve().relative_to(root) if root in script.resolve().parents else script.name
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{p: metadata.version(p) for p in PACKAGES},
+        "pml_pnp": metadata.version("pml_pnp"),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", str(name), *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")

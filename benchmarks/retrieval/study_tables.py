@@ -1,0 +1,305 @@
+"""Make the tables of docs/retrieval.md of the rows in benchmarks/results/retrieval_study.
+
+    python benchmarks/retrieval/study_tables.py            # write them
+    python benchmarks/retrieval/study_tables.py --check    # only whether the page has them
+
+A cell of a metric is its mean over the seeds, in percent, and half of the 95 % interval by
+Student's t. The last columns compare with the best peer (the loss of another paper with the highest
+mean in the table), over the seeds that both have: the mean difference, its 95 % interval and p by a
+paired t test.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "retrieval_study"
+PAGE = ROOT / "docs" / "retrieval.md"
+END = "<!-- end -->"
+METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
+OURS = "PNP"  # the names of this package's losses start so
+UNTUNED, TUNED = "untuned", "tuned"
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    made = page(text)
+    if args.check:
+        sys.exit(0 if made == text else f"{PAGE.name} is not what the rows say")
+    PAGE.write_text(made, encoding="utf-8")
+
+
+def page(text: str, folder: Path = RESULTS) -> str:
+    """The page with every part made anew that it has markers for."""
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem == "signal":
+            text = _with(text, "signal", signal(read(path)))
+            continue
+        rows = read(path)
+        for part, make in PARTS.items():
+            text = _with(text, f"{path.stem} {part}", make(rows))
+    return text
+
+
+def _with(text: str, name: str, made: str) -> str:
+    begin = f"<!-- {name}, of study_tables.py -->"
+    before, found, rest = text.partition(begin)
+    if not found:
+        return text
+    _, _, after = rest.partition(END)
+    return f"{before}{begin}\n{made}\n{END}{after}"
+
+
+def read(path: Path) -> list[Row]:
+    """All whole lines of a file."""
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+# --- a number and how sure it is ----------------------------------------------------------------
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of a mean, by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def paired(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, float, float] | None:
+    """Mean difference over the common seeds, half of its 95 % interval, and p; None below two."""
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) < 2:
+        return None
+    difference = [ours[s] - theirs[s] for s in common]
+    if np.ptp(difference) == 0:
+        return difference[0], 0.0, 1.0 if difference[0] == 0 else 0.0
+    p = stats.ttest_rel([ours[s] for s in common], [theirs[s] for s in common]).pvalue
+    return float(np.mean(difference)), half_width(difference), float(p)
+
+
+def _cell(values: Iterable[float]) -> str:
+    values = list(values)
+    half = half_width(values)
+    return f"{100 * np.mean(values):.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+# --- the tables ---------------------------------------------------------------------------------
+
+
+def by_loss(rows: Iterable[Row], metric: str) -> dict[str, dict[str, float]]:
+    """{loss: {seed: value}}."""
+    values: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        values[row["loss"]][row["seed"]] = float(row[metric])
+    return values
+
+
+def final(stage: str) -> Callable[[list[Row]], str]:
+    """Makes the table of the runs at the defaults, or of the tuned ones."""
+
+    def make(rows: list[Row]) -> str:
+        of_stage = [r for r in rows if r["stage"] == stage]
+        if not of_stage:
+            return "No runs yet."
+        values = {m: by_loss(of_stage, m) for m in METRICS}
+        main = values["map_at_r"]
+        order = sorted(main, key=lambda x: -np.mean([*main[x].values()]))
+        best = next((x for x in order if not x.startswith(OURS)), None)
+        lines = [
+            f"{conditions(of_stage)}{_untrained(rows)}:",
+            "",
+            "| loss | "
+            + " | ".join(METRICS.values())
+            + f" | seeds | MAP@R minus that of {best} | p |"
+            + (" setting |" if stage == TUNED else ""),
+            "|---" * (len(METRICS) + 4 + (stage == TUNED)) + "|",
+        ]
+        parameters = {r["loss"]: r["parameters"] for r in of_stage}
+        for loss in order:
+            name = f"**{loss}**" if loss.startswith(OURS) else loss
+            cells = [name, *(_cell(values[m][loss].values()) for m in METRICS)]
+            cells += [str(len(main[loss])), *_against(main[loss], main.get(best, {}), loss == best)]
+            if stage == TUNED:
+                cells.append(_setting(parameters[loss]))
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    return make
+
+
+def _untrained(rows: list[Row]) -> str:
+    found = [r for r in rows if r["stage"] == "untrained"]
+    if not found:
+        return ""
+    values = ", ".join(f"{name} {_cell([float(found[0][m])])}" for m, name in METRICS.items())
+    return f"; without training {values}"
+
+
+def _against(ours: dict[str, float], best: dict[str, float], is_best: bool) -> tuple[str, str]:
+    test = None if is_best else paired(ours, best)
+    if test is None:
+        return "", ""
+    difference, half, p = test
+    return f"{100 * difference:+.2f} ± {100 * half:.2f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _setting(parameters: str) -> str:
+    return ", ".join(
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in json.loads(parameters).items()
+    )
+
+
+def conditions(rows: list[Row]) -> str:
+    """Versions, machine and command of some rows."""
+    first = rows[-1]
+    dates = sorted({r["date"] for r in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"{first['steps']} steps of {first['batch_size']}, {first['machine']}, torch "
+        f"{first['torch']}, PML {first['pytorch-metric-learning']}, {when}, "
+        f"`{first['command'].partition(' --stages')[0]}`"
+    )
+
+
+def trials(rows: list[Row]) -> str:
+    """How many trials each loss has had, and the best of them on the validation classes."""
+    of_stage = [r for r in rows if r["stage"] == "tune"]
+    if not of_stage:
+        return "No trials yet."
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in sorted(of_stage, key=lambda r: int(r["setting"])):
+        found[row["loss"]].append(float(row["map_at_r"]))
+    lines = [
+        "| loss | trials | MAP@R of the default | of the best trial |",
+        "|---|---|---|---|",
+    ]
+    for loss, values in sorted(found.items(), key=lambda x: -max(x[1])):
+        name = f"**{loss}**" if loss.startswith(OURS) else loss
+        lines.append(
+            f"| {name} | {len(values)} | {100 * values[0]:.2f} | {100 * max(values):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def grid(stage: str) -> Callable[[list[Row]], str]:
+    """Makes the table of a probe: a line for each loss, a column for each setting."""
+
+    def make(rows: list[Row]) -> str:
+        of_stage = [r for r in rows if r["stage"] == stage]
+        if not of_stage:
+            return "No runs yet."
+        cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in of_stage:
+            prefix, _, setting = row["setting"].rpartition(", ")
+            loss, auto, _ = row["loss"].partition(" auto")
+            name = f"{loss} {prefix}".strip() + (", of the batch" if auto else "")
+            column = f"{setting} σ" if auto else setting
+            cells[name][column].append(float(row["map_at_r"]))
+        columns = list(dict.fromkeys(c for x in cells.values() for c in x))
+        if stage == "temperature":
+            columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
+        lines = [
+            f"{conditions_of_probe(of_stage)}:",
+            "",
+            "| loss | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for name, values in cells.items():
+            texts = (_cell(values[c]) if c in values else "" for c in columns)
+            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+        return "\n".join(lines)
+
+    return make
+
+
+def coarse(rows: list[Row]) -> str:
+    """The table of training with coarse labels, a line for each loss."""
+    of_stage = [r for r in rows if r["stage"] == "coarse"]
+    if not of_stage:
+        return "No runs yet."
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in of_stage:
+        name = row["loss"] + (f", {row['setting']}" if row["setting"] else "")
+        for metric in METRICS:
+            cells[name][metric].append(float(row[metric]))
+    order = sorted(cells, key=lambda x: -np.mean(cells[x]["map_at_r"]))
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | " + " | ".join(METRICS.values()) + " |",
+        "|---" * (len(METRICS) + 1) + "|",
+        *(f"| {x} | " + " | ".join(_cell(cells[x][m]) for m in METRICS) + " |" for x in order),
+    ]
+    return "\n".join(lines)
+
+
+def conditions_of_probe(rows: list[Row]) -> str:
+    """The same of a probe, with the number of its seeds."""
+    seeds = len({r["seed"] for r in rows})
+    last = rows[-1]
+    command = f"{last['command'].partition(' --stages')[0]} --stages {last['stage']}"
+    return (
+        f"MAP@R in percent on {last['measured_on']}, {seeds} seeds, {last['steps']} steps, "
+        f"{last['date']}, `{command}`"
+    )
+
+
+def signal(rows: list[Row]) -> str:
+    """Saturated sigmoids and gradient over the temperature, at the first and the last step."""
+    names = ("saturated", "gradient_norm", "std_of_negatives")
+    cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        for name in names:
+            key = (row["dataset"], row["loss"], row["setting"], row["step"], name)
+            cells[key].append(float(row[name]))
+    lines = [
+        "| data set | loss | temperature | saturated, first | last | gradient, first | last "
+        "| σ, first | last |",
+        "|---" * 9 + "|",
+    ]
+    for dataset, loss, setting in dict.fromkeys(key[:3] for key in cells):
+        values = [
+            float(np.mean(cells[dataset, loss, setting, step, name]))
+            for name in names
+            for step in ("first", "last")
+        ]
+        share = " σ" if " auto" in loss else ""
+        lines.append(
+            f"| {dataset} | {loss.partition(' auto')[0]} | {setting}{share} | "
+            f"{values[0]:.0%} | {values[1]:.0%} | "
+            + " | ".join(f"{v:.2g}" for v in values[2:])
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[list[Row]], str]] = {
+    UNTUNED: final(UNTUNED),
+    TUNED: final(TUNED),
+    "trials": trials,
+    "temperature": grid("temperature"),
+    "batch": grid("batch"),
+    "coarse": coarse,
+}
+
+
+if __name__ == "__main__":
+    main()

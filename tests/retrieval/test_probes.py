@@ -1,0 +1,84 @@
+"""The probes of the study: what they train on and measure on, and the signal they look at."""
+
+import math
+
+import probes
+import pytest
+import study_rows as rows
+import torch
+from probes import PROBES, Signal, coarse_and_fine, run_probes, saturated_share
+from study import Study
+from torch.nn.functional import normalize
+
+from pml_pnp import losses
+
+
+@pytest.fixture
+def study(shorter, tmp_path):
+    return Study(shorter, None, tmp_path, tmp_path / "unused.db")
+
+
+@pytest.mark.parametrize("stage", PROBES)
+def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
+    monkeypatch.setattr(probes, "TEMPERATURES", (0.01,))
+    monkeypatch.setattr(probes, "SHARES", (0.5,))
+    monkeypatch.setattr(probes, "BATCHES", ((3, 2), (500, 2)))  # the second is more than there are
+    run_probes(study, stage, seeds=1)
+    assert set(study.data.read.parts) <= {"fit", "validation"}
+    found = study.rows(stage)
+    assert len(found) == {"temperature": 7, "batch": 5, "coarse": 12}[stage]
+    assert len(rows.done(found)) == len(found)
+    run_probes(study, stage, seeds=1)
+    assert study.rows(stage) == found
+
+
+def test_the_signal_is_written_beside_the_rows(study, monkeypatch):
+    monkeypatch.setattr(probes, "TEMPERATURES", (0.01, 0.1))
+    study.losses = ["PNP-Ds", "SmoothAP"]
+    run_probes(study, "temperature", seeds=1)
+    signal = rows.read(study.path.with_name("signal.csv"))
+    assert {r["loss"] for r in signal} == {"PNP-Ds"}
+    assert {r["setting"] for r in signal} == {"0.01", "0.1"}
+    saturated = {r["setting"]: float(r["saturated"]) for r in signal}
+    assert saturated["0.01"] > saturated["0.1"]
+
+
+def test_saturated_sigmoids_are_those_without_slope():
+    x, labels = normalize(torch.randn(9, 3)), torch.arange(9) // 3
+    s = x @ x.T
+    flat = count = 0
+    for a in range(9):
+        for p in range(9):
+            for n in range(9):
+                if p != a and labels[p] == labels[a] != labels[n]:
+                    y = 1 / (1 + math.exp(-(s[a, n] - s[a, p]) / 0.1))
+                    flat += y * (1 - y) < 0.01 * 0.25
+                    count += 1
+    assert 0 < flat < count
+    assert saturated_share(x, labels, 0.1) == pytest.approx(flat / count)
+
+
+def test_the_signal_leaves_the_training_alone():
+    x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) // 2
+    signal = Signal(steps=3)
+    signal.objective = losses.PNPLoss(variant="Ds")
+    for step in range(3):
+        signal(step, x, labels)
+    assert x.grad is None
+    assert [m["step"] for m in signal.measurements] == ["first", "middle", "last"]
+    assert all(float(m["gradient_norm"]) > 0 for m in signal.measurements)
+
+
+def test_coarse_labels_train_and_fine_ones_are_found(tiny):
+    part = tiny.read("fit", None)
+    train, measured = coarse_and_fine(part)
+    assert len(train.labels) + len(measured.labels) == len(part.labels)
+    assert train.labels.equal(train.coarse)
+    assert len(train.classes) == len(part.coarse.unique()) < len(part.classes)
+    assert measured.labels.bincount().tolist() == [2] * 12  # the fourth and the eighth of eight
+    fine, also_measured = coarse_and_fine(part, fine=True)
+    assert fine.inputs.equal(train.inputs)
+    assert also_measured.labels.equal(measured.labels)
+    assert fine.classes == part.classes
+    both = {x.numpy().tobytes() for x in torch.cat([train.inputs, measured.inputs])}
+    assert len(both) == len(part.labels)

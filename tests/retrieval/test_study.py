@@ -1,0 +1,323 @@
+"""The stages of the study, on a tiny data set: what is run, read, written and not run again."""
+
+import json
+import os
+import sqlite3
+
+import optuna
+import pytest
+import study as study_module
+import study_rows as rows
+import torch
+from candidates import CANDIDATES, LEARNING_RATE, NTXentInRows, TemperatureOfBatch, objective
+from fitting import METRICS, batches, retrieval_metrics, run
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from study import Study
+from study_data import DATA_SETS, Warp, part_of_classes
+
+from pml_pnp import losses
+
+SOME = ["PNP-Ds", "ProxyAnchor", "PNP-Ds at .05"]  # the last is never tuned
+
+
+@pytest.fixture
+def study_of(tmp_path):
+    def make(data, names=SOME, folder="results"):
+        return Study(data, None, tmp_path / folder, tmp_path / f"{folder}.db", names)
+
+    return make
+
+
+def settings(study, stage):
+    return [(r["loss"], r["setting"], r["parameters"], r["map_at_r"]) for r in study.rows(stage)]
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_pml():
+    labels = torch.randint(0, 40, (300,))
+    labels = labels[torch.bincount(labels, minlength=40)[labels] > 1]
+    embeddings = torch.randn(40, 8)[labels] + torch.randn(len(labels), 8)
+    names = ("mean_average_precision_at_r", "precision_at_1", "r_precision")
+    calculator = AccuracyCalculator(include=names, device=torch.device("cpu"))
+    unit = torch.nn.functional.normalize(embeddings)
+    expected = calculator.get_accuracy(unit, labels)
+    got = retrieval_metrics(embeddings, labels)
+    for name, theirs in zip(METRICS, names, strict=True):
+        assert got[name] == pytest.approx(expected[theirs], abs=1e-9)
+
+
+def test_metrics_do_not_depend_on_how_many_are_evaluated_at_a_time(monkeypatch):
+    labels = torch.arange(60) % 12
+    embeddings = torch.randn(60, 8)
+    expected = retrieval_metrics(embeddings, labels)
+    monkeypatch.setattr("fitting.EVALUATED_AT_A_TIME", 7)
+    assert retrieval_metrics(embeddings, labels) == pytest.approx(expected)
+
+
+def test_embeddings_that_are_not_finite_find_nothing():
+    embeddings = torch.ones(4, 2)
+    embeddings[1, 1] = float("nan")
+    assert set(retrieval_metrics(embeddings, torch.tensor([0, 0, 1, 1])).values()) == {0.0}
+
+
+def test_a_class_of_one_example_is_refused():
+    with pytest.raises(ValueError, match="at least two examples of each class"):
+        retrieval_metrics(torch.randn(3, 2), torch.tensor([0, 0, 1]))
+
+
+def test_batches_hold_four_of_each_class(tiny):
+    labels = tiny.read("fit", None).labels
+    for batch in batches(labels, tiny, seed=3):
+        assert labels[batch].bincount().tolist().count(4) == 6
+        assert len(batch.unique()) == len(batch)
+
+
+def test_losses_of_one_seed_see_the_same_batches_and_start_alike(tiny):
+    def seen(name, seed):
+        first = []
+
+        def keep(step, embeddings, labels):
+            first.append((embeddings.detach().clone(), labels))
+
+        make = lambda classes: objective(name, CANDIDATES[name].defaults, classes)  # noqa: E731
+        fit, validation = tiny.read("fit", None), tiny.read("validation", None)
+        run(tiny, fit, validation, make, 1e-3, 1e-2, seed, keep)
+        return first
+
+    one, other, third = seen("PNP-O", 1), seen("ArcFace", 1), seen("PNP-O", 2)
+    assert one[0][0].equal(other[0][0])
+    assert all(a[1].equal(b[1]) for a, b in zip(one, other, strict=True))
+    assert not one[0][0].equal(third[0][0])
+
+
+# --- candidates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_candidate_trains_at_its_defaults_and_within_its_space(name):
+    candidate = CANDIDATES[name]
+    labels = torch.arange(24) // 4
+    for params in (
+        candidate.defaults,
+        *(
+            {**candidate.defaults, **{k: v for k, v in edge.items() if k in candidate.defaults}}
+            for edge in (_edges(candidate, low=True), _edges(candidate, low=False))
+        ),
+    ):
+        embeddings = torch.randn(24, 128, requires_grad=True)
+        loss = objective(name, params, 6)(embeddings, labels)
+        loss.backward()
+        assert loss.isfinite()
+        assert embeddings.grad.isfinite().all()
+
+
+def _edges(candidate, low):
+    return {
+        k: (d.choices[0 if low else -1] if hasattr(d, "choices") else d.low if low else d.high)
+        for k, d in candidate.space.items()
+    }
+
+
+@pytest.mark.parametrize("name", [n for n, c in CANDIDATES.items() if c.tuned])
+def test_defaults_lie_within_the_space(name):
+    candidate = CANDIDATES[name]
+    own = {k: d for k, d in candidate.space.items() if k != "proxy_learning_rate"}
+    assert own.keys() == candidate.defaults.keys()
+    # Raises if a value lies outside.
+    optuna.trial.create_trial(params=candidate.defaults, distributions=own, value=0.0)
+
+
+def test_ntxent_in_rows_is_that_of_pml():
+    x = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (30,))
+    got, expected = NTXentInRows(0.2)(x, labels), pml_losses.NTXentLoss(0.2)(x, labels)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
+
+
+def test_the_temperature_of_a_batch_is_a_share_of_the_spread_of_its_negatives():
+    x, labels = torch.randn(12, 4), torch.arange(12) // 3
+    unit = torch.nn.functional.normalize(x)
+    negatives = [
+        (unit[i] @ unit[j]).item() for i in range(12) for j in range(12) if labels[i] != labels[j]
+    ]
+    share = 0.5 * torch.tensor(negatives).std().item()
+    got = TemperatureOfBatch(losses.PNPLoss(variant="Ds"), 0.5)(x, labels)
+    expected = losses.PNPLoss(variant="Ds", anneal=share)(x, labels)
+    torch.testing.assert_close(got, expected)
+
+
+# --- splits ---------------------------------------------------------------------------------
+
+
+def test_parts_of_classes_share_none():
+    names = [f"class {i}" for i in range(30)]
+    parts = {p: set(part_of_classes(names, p)) for p in ("fit", "validation", "test", "training")}
+    assert {p: len(x) for p, x in parts.items()} == {
+        "fit": 15,
+        "validation": 5,
+        "test": 10,
+        "training": 20,
+    }
+    assert parts["fit"] | parts["validation"] == parts["training"]
+    assert parts["training"] | parts["test"] == set(names)
+    with pytest.raises(ValueError, match="part must be one of test, training, validation, fit"):
+        part_of_classes(names, "all")
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_parts_of_a_data_set_share_no_class(name):
+    if not os.environ.get("PML_PNP_DATA"):
+        pytest.skip("PML_PNP_DATA names no folder with the data sets")
+    data = DATA_SETS[name]
+    parts = {p: data.read(p, None) for p in ("fit", "validation", "test")}
+    names = [set(p.classes) for p in parts.values()]
+    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+    inputs = [{x.numpy().tobytes() for x in p.inputs} for p in parts.values()]
+    assert len(inputs[0] & inputs[2]) <= len(inputs[2]) // 1000  # CLINC150 repeats a request
+    for part in parts.values():
+        assert part.labels.bincount().min() > 1
+        assert len(part.classes) == part.labels.max() + 1
+        # A class has one coarse label.
+        assert len({*zip(part.labels.tolist(), part.coarse.tolist(), strict=True)}) == len(
+            part.classes
+        )
+
+
+def test_the_linear_layer_starts_as_the_principal_components():
+    inputs = torch.randn(200, 100) @ torch.randn(100, 384) / 20  # of rank 100, below 128
+    kept = DATA_SETS["clinc150"].network(inputs)(inputs)
+    torch.testing.assert_close(kept @ kept.T, inputs @ inputs.T, rtol=1e-3, atol=1e-3)
+
+
+def test_an_image_is_warped_and_stays_in_range():
+    images = torch.rand(8, 3, 16, 16)
+    warp = Warp(turn=0.2, scale=0.2, shift=0.1, mirror=True)
+    got = warp(images, torch.Generator().manual_seed(0))
+    assert got.shape == images.shape
+    assert not got.equal(images)
+    assert got.min() >= 0
+    assert got.max() <= 1
+    assert warp(images, torch.Generator().manual_seed(0)).equal(got)
+    same = Warp(0.0, 0.0, 0.0, mirror=False)(images, torch.Generator())
+    torch.testing.assert_close(same, images)
+
+
+# --- stages ---------------------------------------------------------------------------------
+
+
+def test_tuning_never_reads_the_test_classes(shorter, study_of):
+    study_of(shorter).tune(trials=3)
+    assert set(shorter.read.parts) == {"fit", "validation"}
+    assert {r["measured_on"] for r in study_of(shorter).rows()} == {"validation"}
+
+
+def test_final_runs_train_on_all_training_classes_and_measure_on_test(shorter, study_of):
+    study = study_of(shorter)
+    study.untuned(seeds=1)
+    assert set(shorter.read.parts) == {"training", "test"}
+    assert {r["measured_on"] for r in study.rows()} == {"test"}
+
+
+def test_what_is_without_training_is_measured_once(shorter, study_of):
+    study = study_of(shorter)
+    study.untrained()
+    study.untrained()
+    (row,) = study.rows()
+    test = shorter.read("test", None)
+    assert float(row["map_at_r"]) == pytest.approx(
+        retrieval_metrics(test.inputs, test.labels)["map_at_r"], abs=1e-6
+    )
+
+
+def test_the_best_trial_is_run_with_every_seed(shorter, study_of):
+    study = study_of(shorter, ["PNP-Ds"])
+    study.tune(trials=3)
+    trials = study.rows("tune")
+    assert [r["setting"] for r in trials] == ["0", "1", "2"]
+    first = json.loads(trials[0]["parameters"])
+    assert first == {"anneal": 0.01, "learning_rate": shorter.learning_rate}
+    study.tuned(seeds=2, trials=3)
+    best = max(trials, key=lambda r: float(r["map_at_r"]))["parameters"]
+    assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
+
+
+def test_a_loss_whose_trials_are_not_complete_is_not_run_tuned(shorter, study_of):
+    study = study_of(shorter, ["PNP-Ds"])
+    study.tune(trials=2)
+    study.tuned(seeds=1, trials=3)
+    assert study.rows("tuned") == []
+
+
+def test_what_has_a_row_is_not_run_again(shorter, study_of):
+    study = study_of(shorter)
+    study.untuned(seeds=1)
+    before = study.rows()
+    study.untuned(seeds=2)
+    assert study.rows()[: len(before)] == before
+    assert len(study.rows()) == 2 * len(before) == 2 * len(SOME)
+
+
+@pytest.mark.parametrize("database_is_lost", [False, True], ids=["database", "rows alone"])
+def test_a_killed_study_goes_on_as_if_it_had_not_been(
+    shorter, study_of, monkeypatch, database_is_lost
+):
+    monkeypatch.setattr(study_module, "TRIALS_AT_RANDOM", 2)
+    whole = study_of(shorter, ["PNP-Dq"], "whole")
+    whole.tune(trials=5)
+
+    killed = study_of(shorter, ["PNP-Dq"], "killed")
+    tell, told = study_module.optuna.Study.tell, []
+
+    def killed_at_the_fourth(self, *args):
+        told.append(args)
+        if len(told) == 4:
+            raise KeyboardInterrupt
+        return tell(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module.optuna.Study, "tell", killed_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            killed.tune(trials=5)
+    with killed.path.open("a") as file:
+        file.write("tiny,tune,PNP-Dq,0,1")  # a line that the kill cut short
+    if database_is_lost:
+        killed.database.unlink()
+    study_of(shorter, ["PNP-Dq"], "killed").tune(trials=5)
+    assert settings(killed, "tune") == settings(whole, "tune")
+
+
+def test_trials_are_kept_by_optuna(shorter, study_of):
+    study = study_of(shorter, ["PNP-Ds"])
+    study.tune(trials=2)
+    with sqlite3.connect(study.database) as database:
+        assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (2,)
+
+
+def test_every_loss_searches_the_learning_rate_over_the_same_range(shorter, study_of):
+    study = study_of(shorter, ["SupCon", "ArcFace"])
+    study.tune(trials=4)
+    rates = [json.loads(r["parameters"])["learning_rate"] for r in study.rows("tune")]
+    assert all(LEARNING_RATE.low <= x <= LEARNING_RATE.high for x in rates)
+    assert len(set(rates)) > 4
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_was_run_and_where(shorter, study_of):
+    study = study_of(shorter, ["PNP-Ds"])
+    study.untuned(seeds=1)
+    (row,) = study.rows()
+    assert {*rows.KEY, *METRICS, "parameters", "machine", "torch", "date", "command"} <= set(row)
+    assert all(row[k] for k in set(row) - {"setting"})
+    assert row["batch_size"] == "24"
+    assert row["command"].startswith("python ")
+    assert not row["command"].split()[1].startswith("/")
+
+
+def test_no_file_is_no_rows(tmp_path):
+    assert rows.read(tmp_path / "none.csv") == []

@@ -1,0 +1,118 @@
+"""The tables of docs/retrieval.md: what the numbers are, and that the page has them."""
+
+import csv
+import json
+import math
+
+import pytest
+import study_tables
+from scipy import stats
+
+
+def row(stage, loss, seed, value, setting="", **parameters):
+    return {
+        "dataset": "tiny",
+        "stage": stage,
+        "loss": loss,
+        "setting": setting,
+        "seed": str(seed),
+        "measured_on": "validation",
+        "map_at_r": str(value),
+        "precision_at_1": "0.9",
+        "r_precision": "0.8",
+        "parameters": json.dumps(parameters),
+        "steps": "3",
+        "batch_size": "24",
+        "machine": "a machine",
+        "torch": "2.13.0",
+        "pytorch-metric-learning": "2.9.0",
+        "date": "2026-11-25",
+        "command": "python benchmarks/retrieval/run.py --dataset tiny --stages x",
+    }
+
+
+def cells(table, loss):
+    line = next(x for x in table.splitlines() if x.replace("*", "").startswith(f"| {loss} |"))
+    return [x.strip() for x in line.strip("|").split("|")]
+
+
+def test_the_interval_is_students():
+    values = [0.1, 0.2, 0.4]
+    interval = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
+    assert study_tables.half_width(values) == pytest.approx((interval[1] - interval[0]) / 2)
+    assert study_tables.half_width([0.1]) is None
+
+
+def test_losses_are_paired_by_seed():
+    ours = {"1": 0.50, "2": 0.60, "3": 0.70, "4": 0.99}
+    theirs = {"1": 0.49, "2": 0.57, "3": 0.68, "5": 0.0}
+    difference, half, p = study_tables.paired(ours, theirs)
+    test = stats.ttest_1samp([0.01, 0.03, 0.02], 0)
+    assert difference == pytest.approx(0.02)
+    assert half == pytest.approx(test.confidence_interval(0.95).high - 0.02)
+    assert p == pytest.approx(test.pvalue)
+    assert study_tables.paired(ours, {"1": 0.1}) is None
+    assert study_tables.paired({"1": 0.5, "2": 0.6}, {"1": 0.5, "2": 0.6}) == (0, 0, 1)
+
+
+def test_a_final_table_compares_with_the_best_peer():
+    rows = [row("untuned", "PNP-Ds", s, 0.5 + s / 100) for s in (1, 2, 3)]
+    rows += [row("untuned", "SupCon", s, 0.4 + s / 50) for s in (1, 2, 3)]
+    rows += [row("untuned", "Triplet", s, 0.1) for s in (1, 2, 3)]
+    rows += [row("tuned", "SupCon", 1, 0.9)]
+    table = study_tables.final("untuned")(rows)
+    assert "MAP@R minus that of SupCon" in table
+    half = 100 * stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    assert cells(table, "PNP-Ds")[1] == f"52.00 ± {half:.2f}"
+    assert cells(table, "PNP-Ds")[4:6] == ["3", f"+8.00 ± {half:.2f}"]
+    assert cells(table, "SupCon")[5:] == ["", ""]
+    positions = [table.index(f"| {x} ") for x in ("**PNP-Ds**", "SupCon", "Triplet")]
+    assert positions == sorted(positions)
+
+
+def test_what_is_without_training_stands_beside_the_table():
+    rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
+    assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
+        rows
+    )
+
+
+def test_the_tuned_table_has_the_setting():
+    rows = [row("tuned", "PNP-Ds", 1, 0.5, anneal=0.0512345, memory_size=1024)]
+    table = study_tables.final("tuned")(rows)
+    assert cells(table, "PNP-Ds")[-1] == "anneal 0.0512, memory_size 1024"
+
+
+def test_trials_are_counted_and_the_first_is_the_default():
+    rows = [row("tune", "PNP-Ds", 0, v, str(i)) for i, v in ((1, 0.3), (0, 0.2), (2, 0.1))]
+    assert cells(study_tables.trials(rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
+
+
+def test_a_grid_has_a_column_for_each_setting():
+    rows = [row("temperature", "PNP-Dq", s, 0.5, "alpha 4, 0.05") for s in (1, 2)]
+    rows += [row("temperature", "PNP-Dq", 1, 0.4, "0.01")]
+    rows += [row("temperature", "PNP-Dq auto 1/2", 1, 0.3, "0.25")]
+    table = study_tables.grid("temperature")(rows)
+    assert "| loss | 0.01 | 0.05 | 0.25 σ |" in table
+    assert cells(table, "PNP-Dq alpha 4") == ["PNP-Dq alpha 4", "", "50.00 ± 0.00", ""]
+    assert cells(table, "PNP-Dq, of the batch") == ["PNP-Dq, of the batch", "", "", "30.00"]
+
+
+def test_no_rows_say_so():
+    assert all(make([]).startswith("No ") for make in study_tables.PARTS.values())
+
+
+def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
+    rows = [row("untuned", "PNP-Ds", 1, 0.5)]
+    with (tmp_path / "tiny.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write("tiny,untuned,PNP-")  # a run that is being written
+    text = "Before\n<!-- tiny untuned, of study_tables.py -->\nold\n<!-- end -->\nafter\n"
+    made = study_tables.page(text, tmp_path)
+    assert made.startswith("Before\n")
+    assert made.endswith("<!-- end -->\nafter\n")
+    assert "old" not in made
+    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in made
+    assert study_tables.page(made, tmp_path) == made
