@@ -48,14 +48,21 @@ def replacements() -> list[tuple[str, type]]:
 
 def replacements_of_pb() -> list[tuple[str, type]]:
     """Parts of pb to register on a runner: (module type, class)."""
-    from powerful_benchmarker import api_parsers
+    from powerful_benchmarker import aggregators, api_parsers
+
+    def api_parser(cls: type) -> type:
+        return divergence.api_parser(checkpoints.api_parser(cls))
 
     parts = [("factory", cls) for cls in factories.factories()]
-    for name, cls in vars(api_parsers).items():
-        if inspect.isclass(cls) and issubclass(cls, api_parsers.BaseAPIParser):
-            parser = divergence.api_parser(checkpoints.api_parser(cls))
-            parser.__name__ = parser.__qualname__ = name  # by which pb looks for it
-            parts.append(("api_parser", parser))
+    for module_type, module, base, adapt in (
+        ("api_parser", api_parsers, api_parsers.BaseAPIParser, api_parser),
+        ("aggregator", aggregators, aggregators.BaseAggregator, divergence.aggregator),
+    ):
+        for name, cls in vars(module).items():
+            if inspect.isclass(cls) and issubclass(cls, base):
+                part = adapt(cls)
+                part.__name__ = part.__qualname__ = name  # by which pb looks for it
+                parts.append((module_type, part))
     return parts
 
 

@@ -71,3 +71,24 @@ def test_another_error_is_raised_with_its_text(error):
     with pytest.raises(type(error)) as raised:
         run(1.0, error)
     assert raised.value is error
+
+
+class Aggregator:
+    def __init__(self):
+        self.meta_accuracies = {
+            "test": {
+                "untrained_trunk": {"r_precision": {"fold0": 0.1, "fold1": 0.2}},
+                "trained": {"r_precision": {"fold1": 0.3}},
+            },
+            "val": {"trained": {"r_precision": {"fold0": 0.1, "fold1": 0.3}}, "untrained": {}},
+        }
+
+    def record_accuracies(self, *splits):
+        self.recorded = {split: list(self.meta_accuracies[split]) for split in splits}
+
+
+def test_folds_are_averaged_all_or_not_at_all(caplog):
+    aggregator = divergence.aggregator(Aggregator)()
+    aggregator.record_accuracies("test", "val")
+    assert aggregator.recorded == {"test": ["untrained_trunk"], "val": ["trained"]}
+    assert "1 of 2 folds have accuracies of the trained model on test" in caplog.text
