@@ -1,4 +1,4 @@
-"""Measure what a step of DistributedLossWrapper costs a rank, and calculate it for many ranks.
+"""Measure what a step of DistributedLossWrapper costs a rank.
 
     python benchmarks/ranks.py                        # 1, 2 and 4 gloo ranks on this machine
     python benchmarks/ranks.py --ranks 2 --batch 256  # others
@@ -6,8 +6,8 @@
 A step is forward and backward of the loss of a joined batch, 4 per class, of which each rank has
 its share, without a model. The time is that of the processor in a rank's process, which does not
 depend on how many ranks share a core, and leaves out waiting for the others. Bytes are counted at
-the calls of torch.distributed. Rows go to a new file in benchmarks/results/ranks; of these and of
-`calculated` benchmarks/report.py makes the tables of docs/distributed.md.
+the calls of torch.distributed. Rows go to a new file in benchmarks/results/ranks; of these
+benchmarks/report.py makes a table of docs/distributed.md, and another of what it calculates.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -127,32 +126,6 @@ class _Counted:
 
     def end(self) -> None:
         dist.all_gather, dist.all_reduce = self.originals
-
-
-class Calculated(NamedTuple):
-    """What a step with efficient="exact" takes a rank, for cosine similarity in float32."""
-
-    references: int
-    gathered: int  # bytes from the other ranks in forward, and as many of gradient in backward
-    flops: int  # of the three products
-    sigmoids: int
-    kept: int  # bytes: gathered embeddings, their directions and the gradient
-    matrices: int  # bytes of similarities and gradient, where `distance` is not a product
-    differences: int  # bytes of queries minus references, which SNRDistance holds
-
-
-def calculated(ranks: int, rows: int, size: int, per_class: int = PER_CLASS) -> Calculated:
-    """The cost of a step with `rows` queries on each rank, embeddings of length `size`."""
-    references = ranks * rows
-    return Calculated(
-        references=references,
-        gathered=(ranks - 1) * rows * size * 4,
-        flops=3 * 2 * rows * references * size,
-        sigmoids=rows * per_class * references,
-        kept=3 * references * size * 4,
-        matrices=2 * rows * references * 4,
-        differences=rows * references * size * 4,
-    )
 
 
 if __name__ == "__main__":

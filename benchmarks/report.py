@@ -16,8 +16,7 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-
-import ranks as benchmarks_ranks
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -154,6 +153,32 @@ def ranks() -> str:
     return "\n\n".join(parts)
 
 
+class Calculated(NamedTuple):
+    """What a step with efficient="exact" takes a rank, for cosine similarity in float32."""
+
+    references: int
+    gathered: int  # bytes from the other ranks in forward, and as many of gradient in backward
+    flops: int  # of the three products
+    sigmoids: int
+    kept: int  # bytes: gathered embeddings, their directions and the gradient
+    matrices: int  # bytes of similarities and gradient, where `distance` is not a product
+    differences: int  # bytes of queries minus references, which SNRDistance holds
+
+
+def calculated(ranks: int, rows: int, size: int, per_class: int = 4) -> Calculated:
+    """The cost of a step with `rows` queries on each rank, embeddings of length `size`."""
+    references = ranks * rows
+    return Calculated(
+        references=references,
+        gathered=(ranks - 1) * rows * size * 4,
+        flops=3 * 2 * rows * references * size,
+        sigmoids=rows * per_class * references,
+        kept=3 * references * size * 4,
+        matrices=2 * rows * references * 4,
+        differences=rows * references * size * 4,
+    )
+
+
 def many_ranks() -> str:
     """What a step takes a GPU by calculation, and from where on it needs a chunk_size."""
     lines = [
@@ -163,7 +188,7 @@ def many_ranks() -> str:
     ]
     for number in (8, 64, 1024):
         for rows in (64, 384):
-            cost = benchmarks_ranks.calculated(number, rows, 512)
+            cost = calculated(number, rows, 512)
             milliseconds = (f"{2e3 * cost.gathered / speed:.2g}" for speed in (450e9, 50e9))
             cells = [
                 *(f"{number:,}", f"{rows:,}", f"{cost.references:,}"),
@@ -173,7 +198,7 @@ def many_ranks() -> str:
                 f"{cost.differences / 2**30:,.3g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    one = benchmarks_ranks.calculated(1, 384, 512)
+    one = calculated(1, 384, 512)
     matrices, differences = (
         384 * 2**32 // each for each in (one.matrices, one.matrices + one.differences)
     )
