@@ -12,7 +12,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_pnp import losses
+from pml_pnp import GradCache, losses
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 HAS_SYMMETRIC = "symmetric" in inspect.signature(losses.SelfSupervisedLoss).parameters
@@ -106,6 +106,10 @@ CASES = {
     "float32": {"dtype": torch.float32},
     "float16": {"dtype": torch.float16},
     "autocast": {"dtype": torch.float32, "autocast": True},
+    "GradCache": {"cached": "inside"},
+    "GradCache around": {"cached": "around"},
+    "GradCache, lean": {"cached": "inside", "loss": {"chunk_size": 3}},
+    "GradCache, memory": {"cached": "inside", "memory": {}},
     "second derivative": {"twice": True},
     "second derivative, SNR": {"twice": True, "loss": {"distance": distances.SNRDistance}},
 }
@@ -193,7 +197,11 @@ def steps(case, rows, rank=None):
     world = 1 if rank is None else len(rows)
     net, loss_func = model(case), loss_function(case)
     if rank is not None:
+        if case.get("cached") == "inside":
+            net = GradCache(net, chunk_size=3)
         net = DistributedDataParallel(net)
+        if case.get("cached") == "around":
+            net = GradCache(net, chunk_size=3)
         efficient = case.get("efficient", "exact")
         loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
         mine = DistributedMinerWrapper(miner(), efficient=case.get("miner", False))
