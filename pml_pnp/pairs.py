@@ -62,8 +62,11 @@ class Relation(NamedTuple):
         if len(self.number) == 0:
             return 0, 0
         if len(self.number) <= FEW:  # one call of PyTorch instead of three
-            number = self.number.tolist()
-            return min(number), max(number)
+            try:
+                number = self.number.tolist()
+                return min(number), max(number)
+            except RuntimeError:  # in PyTorch 2.4, under torch.func
+                pass
         low, high = self.number.aminmax()
         return int(low), int(high)
 
