@@ -1,12 +1,9 @@
 """DistributedLossWrapper(efficient="exact"): 2, 3 and 4 gloo ranks against one process."""
 
-import os
 import re
-import subprocess
-import sys
 import warnings
 
-import exact_worker as worker
+import exact_cases as cases
 import pytest
 import torch
 from helpers import batch
@@ -17,27 +14,18 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pml_pnp import losses
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
-WORLDS = [2, 3, 4]
+
+@pytest.fixture(params=cases.KINDS, ids=lambda n: f"{n}_ranks")
+def found(request, ranks):
+    """Of each rank, what `results` of exact_cases.py describes, with every number of ranks."""
+    return ranks(cases, request.param)
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"{n}_ranks")
-def ranks(request, tmp_path_factory):
-    """What each rank has saved."""
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={request.param}", worker.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, env=environment, timeout=900)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
-
-
-@pytest.mark.parametrize("kind", worker.ROWS)
-@pytest.mark.parametrize("name", worker.CASES)
-def test_ranks_take_the_same_step_as_one_process(ranks, name, kind):
-    case, world = worker.CASES[name], len(ranks)
-    expected = worker.steps(case, worker.ROWS[kind][:world])
+@pytest.mark.parametrize("world", cases.KINDS)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
+    case, rows, found = cases.CASES[name], cases.ROWS[cases.KINDS[world]], ranks(cases, world)
+    expected = cases.steps(case, rows[:world])
     half = case.get("dtype") is torch.float16 or case.get("autocast")
     tolerance = {"rtol": 1e-2, "atol": 2e-3} if half else {}
     if case.get("efficient") is False:  # as PML returns it
@@ -48,13 +36,13 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, kind):
         assert max(grad.abs().max() for grad in expected[-1][1]) > 1e-5
     for step, (loss, grads, queue) in enumerate(expected):
         if case.get("twice"):  # each rank has the part of its rows, times the number of ranks
-            mean = sum(results[kind, name][step][0] for results in ranks) / world
+            mean = sum(results[name][step][0] for results in found) / world
             torch.testing.assert_close(mean, loss)
-        for results in ranks:
-            got, got_grads, got_queue = results[kind, name][step]
+        for results in found:
+            got, got_grads, got_queue = results[name][step]
             if not case.get("twice"):
                 torch.testing.assert_close(got, loss, **tolerance)
-                assert torch.equal(got, ranks[0][kind, name][step][0])
+                assert torch.equal(got, found[0][name][step][0])
             torch.testing.assert_close(got_grads, grads, **tolerance)
             torch.testing.assert_close(got_queue, queue)
 
@@ -84,27 +72,27 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, kind):
         ("regularizer", "TypeError: .* takes no embedding_regularizer, got LpRegularizer", None),
     ],
 )
-def test_bad_arguments_of_one_rank_are_an_error_on_all(ranks, name, of_rank_1, of_others):
-    for rank, results in enumerate(ranks):
+def test_bad_arguments_of_one_rank_are_an_error_on_all(found, name, of_rank_1, of_others):
+    for rank, results in enumerate(found):
         expected = of_rank_1 if rank == 1 or of_others is None else of_others
         assert re.match(expected, results["errors"][name] or "no error"), results["errors"][name]
 
 
-def test_a_rank_whose_embeddings_have_no_gradient_does_not_stop_the_others(ranks):
-    x = torch.cat([results["without gradient"][2] for results in ranks]).requires_grad_()
-    y = torch.cat([results["without gradient"][3] for results in ranks])
+def test_a_rank_whose_embeddings_have_no_gradient_does_not_stop_the_others(found):
+    x = torch.cat([results["without gradient"][2] for results in found]).requires_grad_()
+    y = torch.cat([results["without gradient"][3] for results in found])
     loss = losses.PNPLoss(variant="Ds", anneal=0.5)(x, y)
     loss.backward()
-    grads = [results["without gradient"][4] for results in ranks]
-    for results in ranks:
+    grads = [results["without gradient"][4] for results in found]
+    for results in found:
         torch.testing.assert_close(results["without gradient"][0], loss.detach())
         torch.testing.assert_close(results["without gradient"][1], loss.detach())
     grads = torch.cat([grad for grad in grads if grad is not None])
-    torch.testing.assert_close(grads / len(ranks), x.grad)
+    torch.testing.assert_close(grads / len(found), x.grad)
 
 
-def test_labels_are_handed_to_the_loss_without_listing_pairs(ranks):
-    assert all(results["listed"] for results in ranks)
+def test_labels_are_handed_to_the_loss_without_listing_pairs(found):
+    assert all(results["listed"] for results in found)
 
 
 # --- one process ----------------------------------------------------------------------------

@@ -1,9 +1,6 @@
-"""One rank of test_distributed_exact.py: python exact_worker.py OUTPUT_FOLDER, under torchrun."""
+"""What test_distributed_exact.py compares: each rank of some against one process with all rows."""
 
 import inspect
-import sys
-import time
-from pathlib import Path
 
 import torch
 from pytorch_metric_learning import distances, miners, reducers, regularizers
@@ -18,6 +15,8 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 HAS_SYMMETRIC = "symmetric" in inspect.signature(losses.SelfSupervisedLoss).parameters
 # Rows of each rank, of which as many are used as there are ranks.
 ROWS = {"equal": [8, 8, 8, 8], "unequal": [8, 5, 9, 4], "none on one rank": [7, 0, 6, 5]}
+# Those that are tried with 2, 3 and 4 ranks.
+KINDS = {2: "equal", 3: "unequal", 4: "none on one rank"}
 STEPS = 3
 
 
@@ -309,18 +308,13 @@ def all_pairs_are_listed_for_no_one():
     return not calls
 
 
-def main():
-    distributed.init_process_group("gloo")
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    results = {"errors": errors(rank), "listed": all_pairs_are_listed_for_no_one()}
-    results["without gradient"] = without_gradient(rank, world)
-    for kind, rows in ROWS.items():
-        for name, case in CASES.items():
-            results[kind, name] = steps(case, rows[:world], rank)
-    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
-    distributed.destroy_process_group()
-    time.sleep(0.5)  # a gloo thread that lets go of a tensor later than this aborts the process
-
-
-if __name__ == "__main__":
-    main()
+def results(rank):
+    """{case: what `steps` returns}, and three of no case."""
+    world = distributed.get_world_size()
+    rows = ROWS[KINDS[world]][:world]
+    return {
+        "errors": errors(rank),
+        "listed": all_pairs_are_listed_for_no_one(),
+        "without gradient": without_gradient(rank, world),
+        **{name: steps(case, rows, rank) for name, case in CASES.items()},
+    }
