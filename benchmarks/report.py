@@ -57,6 +57,7 @@ def main() -> None:
         "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
         "<!-- ranks, of benchmarks/report.py -->": ranks(),
         "<!-- calculated, of benchmarks/report.py -->": many_ranks(),
+        "<!-- recipe, of benchmarks/report.py -->": recipe(),
     }
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
@@ -147,7 +148,7 @@ def ranks() -> str:
         ]
         for row in rows:
             megabytes = (f"{int(row[x]) / 1e6:.1f}" for x in ("gathered_bytes", "reduced_bytes"))
-            cells = row["ranks"], f"`{row['efficient']}`", f"{float(row['median_ms']):.3g}"
+            cells = row["ranks"], f"`{row['efficient']}`", f"{float(row['median_ms']):,.0f}"
             lines.append(f"| {' | '.join([*cells, *megabytes])} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -204,9 +205,29 @@ def many_ranks() -> str:
     )
     return "\n".join(lines) + (
         "\n\nWith 384 queries and 4 GiB for these matrices, a `chunk_size` is needed from "
-        f"{matrices:,} references on with `LpDistance` or a distance of your own, from "
-        f"{differences:,} on with `SNRDistance`."
+        f"{matrices:,} references\non with `LpDistance` or a distance of your own, and from "
+        f"{differences:,} references on with `SNRDistance`."
     )
+
+
+def recipe() -> str:
+    """What a global batch of 16,384 takes each of 8 GPUs beside the model, by calculation."""
+    rows, size, pixels = 2048, 512, 3 * 224 * 224
+    cost = calculated(8, rows, size)
+    lines = [
+        "| on each GPU | MiB |",
+        "|---|---|",
+        f"| {rows:,} images, 3 x 224 x 224, float32 | {rows * pixels * 4 / 2**20:,.0f} |",
+        f"| embeddings of its images, d = {size} | {rows * size * 4 / 2**20:,.0f} |",
+        f"| gathered embeddings, directions, gradient | {cost.kept / 2**20:,.0f} |",
+        f"| {rows:,} x {cost.references:,} similarities, overwritten by their gradient | "
+        f"{cost.matrices / 2 / 2**20:,.0f} |",
+        "| activations | of one chunk, 64 images |",
+        "",
+        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each; products: "
+        f"{cost.flops / 1e9:.0f} GFLOP.",
+    ]
+    return "\n".join(lines)
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
