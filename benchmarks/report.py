@@ -224,8 +224,8 @@ def recipe() -> str:
         f"{cost.matrices / 2 / 2**20:,.0f} |",
         "| activations | of one chunk, 64 images |",
         "",
-        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each; products: "
-        f"{cost.flops / 1e9:.0f} GFLOP.",
+        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each. "
+        f"Products: {cost.flops / 1e9:.0f} GFLOP.",
     ]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,25 @@ class RetrievalTrainer(MetricLossOnly):
             average.update_parameters(unwrap(self.models[name]))
 
 
+class PartOfBatches(MPerClassSampler):
+    """What one process draws of each batch of all processes together; alone it draws all.
+
+    Every process draws the same batches, if numpy is seeded alike, and takes the part that belongs
+    to its rank.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of this process's part of one batch after the other."""
+        drawn = list(super().__iter__())
+        part = self.batch_size // world_size()
+        for start in range(rank() * part, len(drawn), self.batch_size):
+            yield from drawn[start : start + part]
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return super().__len__() // world_size()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
     random.seed(seed)
@@ -119,23 +139,25 @@ def build_trainer(
         for name, module in trained.items()
         if any(True for _ in module.parameters())
     }
-    # The batch size is that of all processes together.
-    local_batch = config["batch_size"] // world_size()
     iterations = max(1, len(splits.train) // config["batch_size"])
-    # From here on every process draws its own batches.
+    # From here on every process augments in its own way; numpy draws the batch of all.
     seed_everything(config["seed"] + rank())
+    np.random.seed(config["seed"] % 2**32)
     return RetrievalTrainer(
         models,
         optimizers,
-        local_batch,
+        config["batch_size"] // world_size(),
         {"metric_loss": loss},
         splits.train,
         mining_funcs=mining,
         data_device=device,
         # As long as an epoch, so that each epoch begins with a new pass: a run that is resumed
         # there draws what the uninterrupted one would have drawn.
-        sampler=MPerClassSampler(
-            splits.train.labels, config["samples_per_class"], local_batch, iterations * local_batch
+        sampler=PartOfBatches(
+            splits.train.labels,
+            config["samples_per_class"],
+            config["batch_size"],
+            iterations * config["batch_size"],
         ),
         iterations_per_epoch=iterations,
         freeze_trunk_batchnorm=config["freeze_batchnorm"],
