@@ -1,7 +1,5 @@
 """The loss over the embeddings of all ranks: PML's DistributedLossWrapper with a third mode."""
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from pytorch_metric_learning import losses as pml_losses
@@ -10,14 +8,9 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.checks import check_inputs, check_tuple
+from pml_pnp.joined import Joined, with_gradient
 from pml_pnp.loss import PNPLoss
-from pml_pnp.memory import (
-    CrossBatchMemory,
-    check_enqueue_mask,
-    takes_query_columns,
-    without_self_pairs,
-)
+from pml_pnp.memory import CrossBatchMemory, takes_query_columns, without_self_pairs
 from pml_pnp.pairs import QueryColumns, Relation, plain
 from pml_pnp.precision import at_least_float32
 
@@ -53,7 +46,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         labels: (N,).
         indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
             DistributedMinerWrapper makes them. With "exact" those of this rank's queries count.
-            Not with a CrossBatchMemory, which may have a miner of its own.
+            Not with a CrossBatchMemory, which may have a miner of its own, or a SelfSupervisedLoss.
         ref_emb, ref_labels: references of this rank. With a SelfSupervisedLoss the views of
             `embeddings`, which may also come second, as in its own call.
         enqueue_mask: (N,), bool, with a CrossBatchMemory.
@@ -107,29 +100,30 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     ):
         """Compute the loss of the joined batch; the class docstring describes the arguments."""
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        has_memory = isinstance(self.loss, pml_losses.CrossBatchMemory)
-        if self.efficient != EXACT and not has_memory:
-            return super().forward(*arguments)
-        if has_memory and (ref_emb is not None or ref_labels is not None):
-            raise ValueError(
-                "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
-                "ref_labels"
-            )
-        if not has_memory and enqueue_mask is not None:
-            raise ValueError("enqueue_mask needs a CrossBatchMemory, got one without it")
         is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
-        if has_memory:
+        if isinstance(self.loss, pml_losses.CrossBatchMemory):
+            if ref_emb is not None or ref_labels is not None:
+                raise ValueError(
+                    "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
+                    "ref_labels"
+                )
             if is_alone:
                 return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
             return self._with_memory(embeddings, labels, indices_tuple, enqueue_mask)
+        if enqueue_mask is not None:
+            raise ValueError("enqueue_mask needs a CrossBatchMemory, got one without it")
+        if self.efficient != EXACT:
+            return super().forward(*arguments)
         loss, error = self.loss, None
         if isinstance(loss, pml_losses.SelfSupervisedLoss):
             views = labels if ref_emb is None else ref_emb
-            if is_alone:
+            if is_alone and indices_tuple is None:
                 return loss(embeddings, views)
             try:
-                arguments = self._of_views(embeddings, views)
+                arguments = self._of_views(embeddings, views, indices_tuple)
             except (TypeError, ValueError) as caught:
+                if is_alone:
+                    raise
                 arguments, error = (embeddings, None, None, None, None), caught
             loss = loss.loss
         if is_alone:
@@ -146,7 +140,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             )
         elif labels is None:
             error = TypeError("labels must be a tensor, got NoneType")
-        joined = _Joined(embeddings, labels, mask=enqueue_mask, error=error)
+        joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
         with torch.no_grad():
             parts = joined.gather(embeddings)
             if enqueue_mask is not None:
@@ -159,11 +153,13 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         arguments = self.loss.loss_arguments(*batch, rows=joined.own_rows)
         return _of_all_ranks(self.loss.loss, *arguments)
 
-    def _of_views(self, embeddings, views) -> tuple:
+    def _of_views(self, embeddings, views, indices_tuple) -> tuple:
         """What SelfSupervisedLoss calls its loss with.
 
         A row and its view have a label that no other row of any rank has.
         """
+        if indices_tuple is not None:
+            raise ValueError("SelfSupervisedLoss takes no indices_tuple, got one")
         for name, x in (("embeddings", embeddings), ("ref_emb", views)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -193,7 +189,7 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
         """Mine the joined batch."""
         if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
             return self.miner(emb, labels, ref_emb, ref_labels)
-        joined = _Joined(emb, labels, ref_emb, ref_labels)
+        joined = Joined(emb, labels, ref_emb, ref_labels)
         with torch.no_grad():
             references = torch.cat(joined.own_first(joined.gather(emb)))
             all_labels = torch.cat(joined.own_first(joined.labels))
@@ -240,7 +236,7 @@ def _exact_arguments(
     """What a rank calls its loss with: own queries, all references, this rank's first."""
     if ref_emb is embeddings and ref_labels is labels:
         ref_emb = ref_labels = None
-    joined = _Joined(
+    joined = Joined(
         embeddings, labels, ref_emb, ref_labels, has_tuple=indices_tuple is not None, error=error
     )
     n = len(embeddings)
@@ -251,15 +247,15 @@ def _exact_arguments(
     # The gradient is summed over the ranks in the dtype that is gathered.
     dtype = at_least_float32(embeddings.dtype)
     if ref_emb is None:
-        embeddings = joined.with_gradient(embeddings, joined.needs_grad)
+        embeddings = with_gradient(embeddings, joined.needs_grad)
         references = joined.gather(embeddings.to(dtype))
     else:
-        ref_emb = joined.with_gradient(ref_emb, joined.ref_needs_grad)
+        ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
         references = joined.gather_references(ref_emb.to(dtype))
     references = torch.cat(joined.own_first(references))
     columns = torch.arange(n, device=embeddings.device) if ref_emb is None else None
     if indices_tuple is not None:
-        check_tuple(indices_tuple, sum(joined.rows), len(references))
+        joined.check_tuple(indices_tuple, len(references))
         indices_tuple = _of_queries(indices_tuple, n, embeddings.device)
         if columns is not None:
             indices_tuple = without_self_pairs(indices_tuple, columns)
@@ -315,176 +311,6 @@ def _number_of_counted(n: int, labels, indices_tuple, ref_labels, like: Tensor) 
     counted = like.new_zeros(n)
     counted[indices_tuple[0]] = 1
     return counted.sum()
-
-
-class _Part(NamedTuple):
-    """What a rank says about its arguments, in integers."""
-
-    is_bad: int = 0
-    given: int = 0  # one bit for each of GIVEN
-    rows: int = 0
-    size: int = 0
-    dtype: int = 0  # place in DTYPES
-    ref_rows: int = 0
-    floating_labels: int = 0
-    floating_ref_labels: int = 0
-    needs_grad: int = 0
-    ref_needs_grad: int = 0
-
-    def __str__(self) -> str:
-        """What must be the same on every rank."""
-        names = [name for bit, name in enumerate(GIVEN) if self.given >> bit & 1]
-        return f"embeddings of size {self.size} in {DTYPES[self.dtype]} with {' and '.join(names)}"
-
-
-GIVEN = ["labels", "ref_emb", "ref_labels", "enqueue_mask", "indices_tuple"]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-NO_TRIPLETS = (torch.empty(0, dtype=torch.int64),) * 3
-
-
-class _Joined:
-    """The batch of all ranks.
-
-    Made on every rank at a time: the first thing that is exchanged is whether the arguments are
-    good, so that all ranks raise if those of one are bad, instead of waiting for it.
-    """
-
-    def __init__(
-        self,
-        embeddings,
-        labels,
-        ref_emb=None,
-        ref_labels=None,
-        *,
-        mask=None,
-        has_tuple: bool = False,
-        error: Exception | None = None,
-    ) -> None:
-        if not isinstance(embeddings, Tensor):  # there is no device on which to tell the others
-            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
-        self.rank = dist.get_rank()
-        device = embeddings.device
-        own = _Part(is_bad=1)
-        try:
-            if error is not None:
-                raise error
-            # The tuple is over the joined batch, whose size is not known yet.
-            check_inputs(
-                embeddings, labels, NO_TRIPLETS if has_tuple else None, ref_emb, ref_labels
-            )
-            if mask is not None:
-                check_enqueue_mask(mask, len(embeddings))
-            own = _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple)
-        except (TypeError, ValueError) as caught:
-            error = caught
-        parts = [_Part(*x) for x in _gather(torch.tensor(own, device=device)).tolist()]
-        if error is not None:
-            raise error
-        bad = [rank for rank, part in enumerate(parts) if part.is_bad]
-        if bad:
-            raise RuntimeError(f"bad arguments on rank {bad[0]}; the error there says which")
-        if len({str(part) for part in parts}) > 1:
-            said = "; ".join(f"rank {rank}: {part}" for rank, part in enumerate(parts))
-            raise ValueError(f"all ranks must be given the same arguments, got {said}")
-        self.rows, self.ref_rows = [x.rows for x in parts], [x.ref_rows for x in parts]
-        self.needs_grad = any(x.needs_grad for x in parts)
-        self.ref_needs_grad = any(x.ref_needs_grad for x in parts)
-        self.labels = self.ref_labels = None
-        if labels is not None:
-            dtype = torch.float64 if any(x.floating_labels for x in parts) else torch.int64
-            self.labels = self.gather(plain(labels).to(device, dtype))
-        if ref_labels is not None:
-            dtype = torch.float64 if any(x.floating_ref_labels for x in parts) else torch.int64
-            self.ref_labels = self.gather_references(plain(ref_labels).to(device, dtype))
-
-    @property
-    def own_rows(self) -> slice:
-        """Rows of this rank where the batch is joined in the order of the ranks."""
-        start = sum(self.rows[: self.rank])
-        return slice(start, start + self.rows[self.rank])
-
-    def own_first(self, parts: list[Tensor]) -> list[Tensor]:
-        """Parts of the ranks, this rank's before those of the others."""
-        return [parts[self.rank], *parts[: self.rank], *parts[self.rank + 1 :]]
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """What belongs to the rows of each rank, differentiable."""
-        return _gather_rows(x, self.rows)
-
-    def gather_references(self, x: Tensor) -> list[Tensor]:
-        """What belongs to the references of each rank, differentiable."""
-        return _gather_rows(x, self.ref_rows)
-
-    @staticmethod
-    def with_gradient(x: Tensor, is_needed: bool) -> Tensor:
-        """The tensor, which takes part in backward if that of another rank does."""
-        return x.detach().requires_grad_() if is_needed and not x.requires_grad else x
-
-
-def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Part:
-    given = [x is not None for x in (labels, ref_emb, ref_labels, mask)] + [has_tuple]
-    if embeddings.dtype not in DTYPES:
-        raise TypeError(f"embeddings must be of one of {DTYPES}, got {embeddings.dtype}")
-    return _Part(
-        given=sum(is_given << bit for bit, is_given in enumerate(given)),
-        rows=len(embeddings),
-        size=embeddings.shape[1],
-        dtype=DTYPES.index(embeddings.dtype),
-        ref_rows=0 if ref_emb is None else len(ref_emb),
-        floating_labels=labels is not None and labels.is_floating_point(),
-        floating_ref_labels=ref_labels is not None and ref_labels.is_floating_point(),
-        needs_grad=torch.is_grad_enabled() and embeddings.requires_grad,
-        ref_needs_grad=torch.is_grad_enabled() and ref_emb is not None and ref_emb.requires_grad,
-    )
-
-
-def _gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
-    """Rows of every rank, as many as `rows` says, in rank order; differentiable."""
-    longest = max(rows)
-    missing = longest - len(x)
-    if missing:
-        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-    gathered = _Gather.apply(x) if longest else x.unsqueeze(0).expand(len(rows), *x.shape)
-    return [part[:number] for part, number in zip(gathered, rows, strict=True)]
-
-
-def _gather(x: Tensor) -> Tensor:
-    """Tensors of every rank, (ranks, *shape of x)."""
-    gathered = x.new_empty(dist.get_world_size(), *x.shape)
-    dist.all_gather(list(gathered), x.contiguous())
-    return gathered
-
-
-# torch.distributed.nn.functional has the same two, but is deprecated from torch 2.13 on, and its
-# successor is not public.
-class _Gather(torch.autograd.Function):
-    """x of every rank; backward sums over the ranks what they have as gradient of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return _gather(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _SumOfOwn.apply(grad)
-
-
-class _SumOfOwn(torch.autograd.Function):
-    """Sum over the ranks of their x[rank of this one]; backward gathers."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        if x.is_cpu:  # not every backend of a CPU can reduce and scatter at a time
-            total = x.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total)
-            return total[dist.get_rank()].clone()
-        own = x.new_empty(x.shape[1:])
-        dist.reduce_scatter_tensor(own, x.contiguous())
-        return own
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _Gather.apply(grad)
 
 
 class _WithValue(torch.autograd.Function):
