@@ -1,8 +1,8 @@
 """One process of torchrun that runs train.py several times: train_worker.py RUNS.
 
-RUNS is JSON, [[port, augmented, arguments], ...]. Every run makes a process group of its own, as if it
-had been launched alone; only the imports are shared. Without a port it takes the store of torchrun,
-which can be used once. The first run that fails ends them.
+RUNS is JSON, [[port, augmented, arguments], ...]. Every run makes a process group of its own, as if
+it had been launched alone; only the imports are shared. Without a port it takes the store of
+torchrun, which can be used once. The first run that fails ends them.
 """
 
 import json
