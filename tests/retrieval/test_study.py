@@ -53,7 +53,7 @@ def test_metrics_do_not_depend_on_how_many_are_evaluated_at_a_time(monkeypatch):
     labels = torch.arange(60) % 12
     embeddings = torch.randn(60, 8)
     expected = retrieval_metrics(embeddings, labels)
-    monkeypatch.setattr("fitting.EVALUATED_AT_A_TIME", 7)
+    monkeypatch.setattr("fitting.QUERIES_AT_A_TIME", 7)
     assert retrieval_metrics(embeddings, labels) == pytest.approx(expected)
 
 
