@@ -57,7 +57,7 @@ def test_what_is_calculated_is_what_is_sent(report, rows):
     """Embeddings and their gradient; labels, and what the ranks say of each other, are less."""
     expected = report.calculated(2, 8, 4)
     assert expected.references == 16 and expected.gathered == 8 * 4 * 4
-    labels, said = 8 * 8, 10 * 8
+    labels, said = 8 * 8, 9 * 8
     assert int(rows['"exact"']["gathered_bytes"]) == expected.gathered + labels + said
     # On a CPU the gradient is summed everywhere; the value and the number of queries as well.
     assert int(rows['"exact"']["reduced_bytes"]) == 2 * expected.gathered + 16

@@ -1,8 +1,11 @@
 """train.py under torchrun: two processes on the CPU, joined by gloo."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from helpers import free_port
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PLAIN = "plain"  # the run whose images are not augmented
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -86,6 +90,32 @@ def test_processes_train_in_chunks(finished, strict_json):
     runs = [finished[1] / name for name in ("in chunks", "at once")]
     chunks, whole = (numbers(run, strict_json)["trained"] for run in runs)
     assert chunks == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(
+    environment, quick, script, tmp_path, strict_json
+):
+    command = [sys.executable, *LAUNCHER, str(EXAMPLES / "train.py"), "--output-dir", str(tmp_path)]
+    command += [str(x) for x in quick] + ["--name", "killed", "--epochs", "8"]
+    launcher = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = tmp_path / "killed"
+    try:
+        end = time.monotonic() + 120
+        while not (run / "checkpoints" / "last.pt").exists():
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    finally:
+        launcher.kill()
+    assert not (run / "metrics.json").exists()
+    result = script("--resume", run, launcher=LAUNCHER)
+    assert result.returncode == 0, result.stderr
+    assert strict_json(run / "metrics.json")["epochs_trained"] == 8
 
 
 def test_mistake_is_said_once(finished):
