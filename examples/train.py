@@ -61,8 +61,8 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "workers": 0,
 }
-# What to start from with PNPLoss: ahead in validation on digits and omniglot, from scratch.
-PNP_ARGS = {"variant": "Ds", "anneal": 0.05}
+# What docs/retrieval.md says to start with.
+PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
 PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
 # An untested starting point with the paper's trunk.
