@@ -257,7 +257,8 @@ class PNPLoss(BaseMetricLossFunction):
                 )
             raise
         if self.collect_stats:
-            before, behind, positives = counts.view(-1, 3).sum(dim=0).tolist()
+            # torch 2.4 makes no list of what torch.func wraps.
+            before, behind, positives = map(float, counts.view(-1, 3).sum(dim=0).cpu())
             self.negatives_before_positive = before / max(1, positives)
             self.positives_behind_negatives = behind / max(1, positives)
         if takes_mean:

@@ -2,7 +2,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 # Each of several processes of pytest-xdist, and what it starts, gets its share of the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -12,7 +11,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, free_port
+from filelock import FileLock
+from helpers import DEVICE, DTYPES
 
 from pml_pnp.ops import eager
 
@@ -46,21 +46,40 @@ def _seed():
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
-    """What each of two gloo ranks found, by the name of the module in tests that says how."""
+def once(tmp_path_factory):
+    """`once(name, make)`: a folder that make(folder) fills, in one process of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name, make):
+        with FileLock(root / f"{name}.lock"):
+            folder = root / name
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def ranks(once):
+    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
-    }
-    command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(folder)]
-    processes = [subprocess.Popen(command, env={**environment, "RANK": str(r)}) for r in range(2)]
-    try:
-        assert [process.wait(timeout=600) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    import rank_processes
+
+    def start(folder):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, rank_processes.__file__, str(folder)]
+        subprocess.run(command, check=True, timeout=900, env=environment)
+
+    def found(module, world):
+        files = [
+            rank_processes.file_of(once("ranks", start), module, world, r) for r in range(world)
+        ]
+        return [torch.load(file) for file in files]
+
+    return found

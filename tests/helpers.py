@@ -28,6 +28,7 @@ VARIANTS = list(TABLE)
 VARIANTS_OF_THE_PAPER = {"O": 5, "Iu": 7, "Ib": 9, "Ds": 12, "Dq": 13}  # and their equations
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
+IS_TORCH_2_4 = torch.__version__.startswith("2.4.")
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
 
 

@@ -12,7 +12,7 @@ JOINED = [name for name in cases.CASES if name not in EFFICIENT]
 @pytest.fixture
 def found(ranks):
     """Of each rank, what `results` of distributed_cases.py describes."""
-    return [of_rank[cases.__name__] for of_rank in ranks]
+    return ranks(cases, 2)
 
 
 def alone(case):

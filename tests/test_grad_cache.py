@@ -8,7 +8,7 @@ from collections import OrderedDict, UserDict, namedtuple
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, IS_TORCH_2_4
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -613,6 +613,7 @@ def test_a_wrapper_in_a_wrapper():
     torch.testing.assert_close(gradients(model, result), gradients(model, model(x)))
 
 
+@pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 cannot compile with GradCache")
 @pytest.mark.parametrize("compiled", ["inner", "outer"])
 def test_torch_compile(compiled):
     torch._dynamo.reset()

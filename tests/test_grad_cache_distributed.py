@@ -8,7 +8,7 @@ import torch
 @pytest.fixture
 def found(ranks):
     """Of each rank, what `results` of grad_cache_cases.py describes."""
-    return [of_rank[cases.__name__] for of_rank in ranks]
+    return ranks(cases, 2)
 
 
 def alone(accumulated=False, **options):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import EMBEDDING_SIZE
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -22,7 +23,6 @@ from pytorch_metric_learning import miners
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
-from study_data import EMBEDDING_SIZE
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -85,6 +85,34 @@ class TemperatureOfBatch(nn.Module):
         """Set the temperature, and compute the loss."""
         self.loss.anneal = self.share * std_of_negatives(embeddings, labels)
         return self.loss(embeddings, labels)
+
+
+class FallingTemperature(nn.Module):
+    """PNPLoss whose temperature falls from one value to another, by the same factor every step."""
+
+    def __init__(self, loss: losses.PNPLoss, first: float, last: float, steps: int):
+        super().__init__()
+        self.loss, self.last, self.steps = loss, last, steps
+        self.loss.anneal = first
+        self.factor = (last / first) ** (1 / max(1, steps - 1))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss, and lower the temperature."""
+        loss = self.loss(embeddings, labels)
+        self.loss.anneal *= self.factor
+        return loss
+
+
+class Rounded(nn.Module):
+    """A loss of embeddings that are rounded to another dtype."""
+
+    def __init__(self, loss: nn.Module, dtype: str):
+        super().__init__()
+        self.loss, self.dtype = loss, getattr(torch, dtype)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Round, and compute the loss."""
+        return self.loss(embeddings.to(self.dtype), labels).float()
 
 
 @torch.no_grad()
@@ -178,6 +206,14 @@ def _auto(variant: str) -> Callable:
     return lambda p, classes: TemperatureOfBatch(losses.PNPLoss(variant=variant), p["share"])
 
 
+def _falling(p: Params, classes: int) -> nn.Module:
+    return FallingTemperature(losses.PNPLoss(variant="Ds"), p["first"], p["last"], p["steps"])
+
+
+def _rounded(p: Params, classes: int) -> nn.Module:
+    return Rounded(losses.PNPLoss(variant="Ds", anneal=p["anneal"]), p["dtype"])
+
+
 def _beside_proxies(p: Params, classes: int) -> nn.Module:
     proxies = losses.ProxyAnchorLoss(num_classes=classes, embedding_size=EMBEDDING_SIZE)
     return Sum(proxies, losses.PNPLoss(variant="Ds", anneal=p["anneal"]), p["weight"])
@@ -222,6 +258,7 @@ CANDIDATES = {
         _loss(_PNP, {"variant": "Dq"}), {"anneal": 0.01, "alpha": 4.0}, {}, "PNP"
     ),
     "PNP-Ds at .05": Candidate(_loss(_PNP, {"variant": "Ds"}), {"anneal": 0.05}, {}, "PNP"),
+    "PNP-Ds at .1": Candidate(_loss(_PNP, {"variant": "Ds"}), {"anneal": 0.1}, {}, "PNP"),
     "PNP-Dq at .05": Candidate(
         _loss(_PNP, {"variant": "Dq"}), {"anneal": 0.05, "alpha": 1.0}, {}, "PNP"
     ),
@@ -229,8 +266,15 @@ CANDIDATES = {
     "PNP-Ds auto 1/2": Candidate(_auto("Ds"), {"share": 0.5}, {}, "PNP"),
     "PNP-Dq auto 1/4": Candidate(_auto("Dq"), {"share": 0.25}, {}, "PNP"),
     "PNP-Dq auto 1/2": Candidate(_auto("Dq"), {"share": 0.5}, {}, "PNP"),
-    "PNP-Ds at .05 + ProxyAnchor": Candidate(
-        _beside_proxies, {"anneal": 0.05, "weight": 1.0}, {}, "PNP"
+    "PNP-Ds + ProxyAnchor": Candidate(
+        _beside_proxies,
+        {"anneal": 0.05, "weight": 1.0},
+        {
+            "anneal": _TEMPERATURE,
+            "weight": _log(0.1, 10),
+            "proxy_learning_rate": _log(1e-3, 1e-1),
+        },
+        "PNP",
     ),
     # Its peers.
     "MultiSimilarity": Candidate(
@@ -350,8 +394,19 @@ CANDIDATES = {
     ),
 }
 
+# What only the probes run.
+PROBED = {
+    "PNP-Ds, falling temperature": Candidate(_falling, {}, {}, "PNP"),
+    "PNP-Ds, rounded": Candidate(_rounded, {}, {}, "PNP"),
+}
+
+
+def candidate(name: str) -> Candidate:
+    """A loss of the comparison or of a probe."""
+    return CANDIDATES[name] if name in CANDIDATES else PROBED[name]
+
 
 def objective(name: str, params: Params, classes: int) -> nn.Module:
     """The module of a candidate, of the parameters that are its own."""
     own = {k: v for k, v in params.items() if not k.endswith("learning_rate")}
-    return CANDIDATES[name].build(own, classes)
+    return candidate(name).build(own, classes)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from networks import embed
 from pytorch_metric_learning.samplers import MPerClassSampler
 from study_data import DataSet, Part
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-EVALUATED_AT_A_TIME = 1024
+QUERIES_AT_A_TIME = 1024
 METRICS = ("map_at_r", "precision_at_1", "r_precision")
 
 
@@ -83,13 +84,6 @@ def batches(labels: Tensor, data: DataSet, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def embed(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Embeddings (N, d) of inputs."""
-    network.eval()
-    return torch.cat([network(x) for x in inputs.split(EVALUATED_AT_A_TIME)])
-
-
-@torch.no_grad()
 def retrieval_metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """MAP@R, precision@1 and R-precision by cosine similarity, each example a query to the others.
 
@@ -107,7 +101,7 @@ def retrieval_metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     unit, most = normalize(embeddings), int(number.max())
     rank = torch.arange(1, most + 1)
     total = torch.zeros(3, dtype=torch.float64)
-    for rows in torch.arange(len(labels)).split(EVALUATED_AT_A_TIME):
+    for rows in torch.arange(len(labels)).split(QUERIES_AT_A_TIME):
         s = unit[rows] @ unit.T
         s[torch.arange(len(rows)), rows] = -2  # the query itself, below every similarity
         # NumPy selects the first R of a long row in a fraction of the time that topk takes.

@@ -1,8 +1,10 @@
-"""What a single setting does: temperature, batch, coarse labels. None looks at the test classes.
+"""What one setting does: temperature, batch, others, coarse labels. None sees the test classes.
 
 `temperature`: a grid of temperatures, and ones taken from the batch, by MAP@R on `validation`; for
 PNPLoss also how many sigmoids are saturated and how large the gradient is, in `signal.csv`.
 `batch`: more classes or more examples per class in a batch, by MAP@R on `validation`.
+`settings`: the other arguments of PNPLoss, the size of a memory, the dtype of the embeddings and a
+temperature that falls, one at a time, at the temperature 0.05, by MAP@R on `validation`.
 `coarse`: train with coarse labels on three quarters of the examples of `fit`, and find the fine
 labels of the others. What fine labels to train with reach, and no training, stand beside it.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import study_rows as rows
 import torch
 import tqdm
-from candidates import Params, TemperatureOfBatch, objective, std_of_negatives
+from candidates import PROBED, Params, TemperatureOfBatch, objective, std_of_negatives
 from fitting import Outcome, run
 from study import UNTRAINED, Study, measure_untrained
 from study_data import DataSet, Part
@@ -26,8 +28,9 @@ from pml_pnp import losses
 SEEDS = 3
 FIRST_SEED = 101  # not those of the tuning or of the final runs
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-SHARES = (0.125, 0.25, 0.5, 1.0)
+SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
 BATCHES = ((7, 4), (14, 4), (28, 4), (56, 4), (14, 2), (14, 8), (14, 16))
+SETTINGS_AT = 0.05  # the temperature of what varies something else
 COARSE_LOSSES = (
     ("PNP-O", {"anneal": 0.05}),
     ("PNP-Iu", {"anneal": 0.05}),
@@ -68,7 +71,7 @@ class Probe:
 def run_probes(study: Study, stage: str, seeds: int = SEEDS) -> None:
     """Run the probes of a stage that have no row yet."""
     done = rows.done(study.rows(stage))
-    wanted = {*study.losses, UNTRAINED}
+    wanted = {*study.losses, *PROBED, UNTRAINED}
     todo = [
         (seed, probe)
         for seed in range(FIRST_SEED, FIRST_SEED + seeds)
@@ -152,13 +155,31 @@ def batch(study: Study) -> Iterator[Probe]:
         ("MultiSimilarity", {}),
         ("SupCon", {}),
     ):
-        for classes, examples in BATCHES:
+        for classes, examples in (*BATCHES, *study.data.large_batches):
             if classes <= fit:
                 data = dataclasses.replace(
                     study.data, classes_per_batch=classes, examples_per_class=examples
                 )
                 setting = f"{classes} x {examples}"
                 yield _held_out(study, loss, setting, params, data)
+
+
+def settings(study: Study) -> Iterator[Probe]:
+    """One argument at a time."""
+    one_at_a_time = (
+        ("PNP-Ds", "include_self", (True, False)),
+        ("PNP-Dq", "alpha", (0.5, 1.0, 2.0, 4.0, 8.0)),
+        ("PNP-Ib", "b", (0.5, 2.0, 8.0)),
+        ("PNP-Ds, memory", "memory_size", (512, 1024, 2048, 4096)),
+        ("PNP-Ds, rounded", "dtype", ("bfloat16", "float16")),
+    )
+    for loss, name, values in one_at_a_time:
+        for value in values:
+            params = {"anneal": SETTINGS_AT, name: value}
+            yield _held_out(study, loss, f"{name} {value}", params)
+    for first, last in ((0.2, 0.05), (0.2, 0.02), (0.1, 0.01), (0.02, 0.2)):
+        params = {"first": first, "last": last, "steps": study.data.steps}
+        yield _held_out(study, "PNP-Ds, falling temperature", f"{first} to {last}", params)
 
 
 def coarse(study: Study) -> Iterator[Probe]:
@@ -182,6 +203,7 @@ def coarse(study: Study) -> Iterator[Probe]:
 PROBES: dict[str, Callable[[Study], Iterable[Probe]]] = {
     "temperature": temperature,
     "batch": batch,
+    "settings": settings,
     "coarse": coarse,
 }
 

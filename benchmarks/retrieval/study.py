@@ -21,8 +21,16 @@ import optuna
 import study_rows as rows
 import torch
 import tqdm
-from candidates import CANDIDATES, LEARNING_RATE, PROXY_LEARNING_RATE, Params, objective
-from fitting import METRICS, Outcome, embed, retrieval_metrics, run
+from candidates import (
+    CANDIDATES,
+    LEARNING_RATE,
+    PROXY_LEARNING_RATE,
+    Params,
+    candidate,
+    objective,
+)
+from fitting import METRICS, Outcome, retrieval_metrics, run
+from networks import embed
 from study_data import DataSet, Part
 
 TRIALS = 20
@@ -98,8 +106,8 @@ class Study:
 
     def defaults(self, name: str) -> Params:
         """The parameters of a candidate's untuned runs."""
-        params = {**CANDIDATES[name].defaults, "learning_rate": self.data.learning_rate}
-        if "proxy_learning_rate" in CANDIDATES[name].space:
+        params = {**candidate(name).defaults, "learning_rate": self.data.learning_rate}
+        if "proxy_learning_rate" in candidate(name).space:
             params["proxy_learning_rate"] = PROXY_LEARNING_RATE
         return params
 

@@ -1,4 +1,6 @@
-"""The three data sets of the study, in memory, split by classes.
+"""The data sets of the study, in memory, split by classes.
+
+Three, and CLINC150 once more with the transformer trained along.
 
 The classes of a data set fall into three parts that share none: `fit`, `validation` and `test`. A
 trial of the tuning trains on `fit` and is judged on `validation`; a final run trains on both
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import networks
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,11 +24,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from retrieval_data import DATA_ROOT_VARIABLE, Sample, load_splits  # noqa: E402
-from trunks import SmallConvNet, SmallTransform  # noqa: E402
+from trunks import SmallTransform  # noqa: E402
 
 SPLIT_SEED = 0
 VALIDATION_SHARE = 0.25  # of the training classes
-EMBEDDING_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DataSet:
     Attributes:
         name: as in the command line.
         read: (part, data root) -> Part; part is fit, validation, training or test.
-        network: inputs to train on -> network, from inputs to embeddings of length 128.
+        network: inputs to train on -> network, to embeddings of length networks.EMBEDDING_SIZE.
         untrained: makes what retrieves without training: the network, or less.
         augment: (inputs, generator) -> inputs, at every step.
         classes_per_batch: of a training step.
@@ -60,6 +62,7 @@ class DataSet:
         about: what it is, for the documentation.
         examples_per_class: of a training step.
         learning_rate: of the untuned runs, Adam's default.
+        large_batches: (classes, examples per class), probed besides those of every data set.
     """
 
     name: str
@@ -72,6 +75,7 @@ class DataSet:
     about: str
     examples_per_class: int = 4
     learning_rate: float = 1e-3
+    large_batches: tuple[tuple[int, int], ...] = ()
 
 
 def _root(data_root: str | None) -> Path:
@@ -105,12 +109,20 @@ def part_of_classes(names: Sequence[str], part: str) -> list[str]:
 
 # --- CLINC150 -------------------------------------------------------------------------------
 
+FEATURES = "minilm-features.npz"
 
-def _clinc150(part: str, data_root: str | None) -> Part:
+
+def _features(folder: Path) -> Tensor:
+    with np.load(folder / FEATURES) as file:
+        return torch.from_numpy(file["features"].astype(np.float32))
+
+
+def _clinc150(
+    part: str, data_root: str | None, inputs_of: Callable[[Path], Tensor] = _features
+) -> Part:
     folder = _root(data_root) / "clinc150"
-    with np.load(folder / "minilm-features.npz") as file:
-        features, labels = file["features"].astype(np.float32), file["labels"]
-        intents = [str(x) for x in file["intents"]]
+    with np.load(folder / FEATURES) as file:
+        labels, intents = file["labels"], [str(x) for x in file["intents"]]
     domains = json.loads((folder / "domains.json").read_text())
     domain_of = {x.replace(" ", "_"): d for d, xs in domains.items() for x in xs}
     classes = part_of_classes(intents, part)
@@ -120,34 +132,31 @@ def _clinc150(part: str, data_root: str | None) -> Part:
     coarse_names = sorted(domains)
     coarse = np.array([coarse_names.index(domain_of[x]) for x in classes])
     return Part(
-        torch.from_numpy(features[kept]),
+        inputs_of(folder)[torch.from_numpy(kept)],
         torch.from_numpy(of_label[kept]),
         tuple(classes),
         torch.from_numpy(coarse[of_label[kept]]),
     )
 
 
-@cache
-def _eigenvectors(inputs: Tensor) -> Tensor:
-    """Of their uncentred second moments, by falling eigenvalue: (d, d), one a row."""
-    return torch.linalg.eigh(inputs.T @ inputs).eigenvectors.T.flip(0)
-
-
-def _principal_components(inputs: Tensor) -> nn.Linear:
-    """A linear layer that keeps as much of the inputs as it can.
-
-    Features of a pretrained model serve already; from random weights, training would first have to
-    recover what they lose of them.
-    """
-    layer = nn.Linear(inputs.shape[1], EMBEDDING_SIZE)
-    with torch.no_grad():
-        layer.weight.copy_(_eigenvectors(inputs)[:EMBEDDING_SIZE])
-        layer.bias.zero_()
-    return layer
-
-
 def _as_it_is(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return inputs
+
+
+@cache
+def _token_ids(folder: Path) -> Tensor:
+    content = json.loads((folder / "data_full.json").read_text())
+    # The order of the features, which leave out what belongs to no intent.
+    return networks.token_ids([x for split in ("train", "val", "test") for x, _ in content[split]])
+
+
+def _clinc150_sentences(part: str, data_root: str | None) -> Part:
+    """Token ids in place of features; of the test, a third of the examples of every class."""
+    whole = _clinc150(part, data_root, _token_ids)
+    if part != "test":
+        return whole
+    kept = torch.arange(len(whole.labels)) % 3 == 0
+    return Part(whole.inputs[kept], whole.labels[kept], whole.classes, whole.coarse[kept])
 
 
 # --- images ---------------------------------------------------------------------------------
@@ -226,43 +235,52 @@ class Warp:
         return warped.contiguous(memory_format=torch.channels_last)
 
 
-def _small_net(channels: int) -> nn.Module:
-    trunk = SmallConvNet(channels, (32, 32, 64, 64))
-    net = nn.Sequential(trunk, nn.Linear(trunk.num_features, EMBEDDING_SIZE))
-    return net.to(memory_format=torch.channels_last)
-
-
 DATA_SETS = {
     "clinc150": DataSet(
         "clinc150",
         _clinc150,
-        _principal_components,
+        networks.linear_of_principal_components,
         nn.Identity,
         _as_it_is,
         classes_per_batch=55,
         steps=200,
+        large_batches=((75, 4), (75, 13), (75, 27)),
         about="CLINC150: requests in 150 intents, as frozen features of all-MiniLM-L6-v2 under a "
         "linear layer 384 -> 128 that starts as their principal components",
+    ),
+    "clinc150_transformer": DataSet(
+        "clinc150_transformer",
+        _clinc150_sentences,
+        networks.sentence_net,
+        networks.SentenceNet,
+        _as_it_is,
+        classes_per_batch=16,
+        steps=200,
+        about="CLINC150: requests in 150 intents, all of all-MiniLM-L6-v2 trained along with the "
+        "same layer",
+        learning_rate=5e-5,
     ),
     "omniglot": DataSet(
         "omniglot",
         _reader_of_images("omniglot", 28, "L", lambda s: s.label.split("/")[0]),
-        lambda inputs: _small_net(1),
-        lambda: _small_net(1),
+        lambda inputs: networks.small_net(1),
+        lambda: networks.small_net(1),
         Warp(turn=0.25, scale=0.15, shift=0.15, mirror=False),
         classes_per_batch=28,
         steps=300,
+        large_batches=((100, 4),),
         about="Omniglot small: handwritten characters at 28 x 28, a net of four convolutions "
         "trained from scratch",
     ),
     "grocery": DataSet(
         "grocery",
         _reader_of_images("grocery", 32, "RGB", _kind_of_grocery),
-        lambda inputs: _small_net(3),
-        lambda: _small_net(3),
+        lambda inputs: networks.small_net(3),
+        lambda: networks.small_net(3),
         Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
         classes_per_batch=28,
         steps=300,
+        large_batches=((28, 14),),
         about="Grocery 64: photographs from shop shelves at 32 x 32, a net of four convolutions "
         "trained from scratch",
     ),

@@ -19,7 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
 from scipy import stats
+
+from pml_pnp import losses
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval_study"
@@ -28,6 +32,17 @@ END = "<!-- end -->"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 OURS = "PNP"  # the names of this package's losses start so
 UNTUNED, TUNED = "untuned", "tuned"
+AUTO_SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
+BATCH_CONTRASTS = (("56 x 4", "7 x 4"), ("28 x 4", "7 x 4"), ("14 x 16", "14 x 4"))
+BLURRING = "PNP-Iu"  # what the losses that keep the fine classes apart are compared with
+GRADIENTS_OF = (
+    {"variant": "O"},
+    {"variant": "Iu"},
+    {"variant": "Ib"},
+    {"variant": "Ds"},
+    {"variant": "Dq"},
+    {"variant": "Dq", "alpha": 4},
+)
 Row = dict[str, str]
 
 
@@ -47,14 +62,13 @@ def main() -> None:
 
 def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every part made anew that it has markers for."""
-    for path in sorted(folder.glob("*.csv")):
-        if path.stem == "signal":
-            text = _with(text, "signal", signal(read(path)))
-            continue
-        rows = read(path)
+    files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+    text = _with(text, "signal", signal(files.pop("signal", [])))
+    for name, rows in files.items():
         for part, make in PARTS.items():
-            text = _with(text, f"{path.stem} {part}", make(rows))
-    return text
+            text = _with(text, f"{name} {part}", make(rows))
+    text = _with(text, "anneal of the batch", anneal_of_the_batch(files))
+    return _with(text, "gradients", gradients())
 
 
 def _with(text: str, name: str, made: str) -> str:
@@ -199,35 +213,55 @@ def trials(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def grid(stage: str) -> Callable[[list[Row]], str]:
-    """Makes the table of a probe: a line for each loss, a column for each setting."""
+def temperature(rows: list[Row]) -> str:
+    """The table of temperatures: a line for each loss, a column for each temperature."""
+    of_stage = [r for r in rows if r["stage"] == "temperature"]
+    if not of_stage:
+        return "No runs yet."
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in of_stage:
+        prefix, _, setting = row["setting"].rpartition(", ")
+        loss, auto, _ = row["loss"].partition(" auto")
+        name = f"{loss} {prefix}".strip() + (", of the batch" if auto else "")
+        column = f"{setting} σ" if auto else setting
+        cells[name][column].append(float(row["map_at_r"]))
+    columns = list(dict.fromkeys(c for x in cells.values() for c in x))
+    columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, values in cells.items():
+        texts = (_cell(values[c]) if c in values else "" for c in columns)
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
-    def make(rows: list[Row]) -> str:
-        of_stage = [r for r in rows if r["stage"] == stage]
-        if not of_stage:
-            return "No runs yet."
-        cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for row in of_stage:
-            prefix, _, setting = row["setting"].rpartition(", ")
-            loss, auto, _ = row["loss"].partition(" auto")
-            name = f"{loss} {prefix}".strip() + (", of the batch" if auto else "")
-            column = f"{setting} σ" if auto else setting
-            cells[name][column].append(float(row["map_at_r"]))
-        columns = list(dict.fromkeys(c for x in cells.values() for c in x))
-        if stage == "temperature":
-            columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
-        lines = [
-            f"{conditions_of_probe(of_stage)}:",
-            "",
-            "| loss | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for name, values in cells.items():
-            texts = (_cell(values[c]) if c in values else "" for c in columns)
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
-        return "\n".join(lines)
 
-    return make
+def batch(rows: list[Row]) -> str:
+    """The table of batches, and what more classes or more examples of each are worth, paired."""
+    of_stage = [r for r in rows if r["stage"] == "batch"]
+    if not of_stage:
+        return "No runs yet."
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in of_stage:
+        found[row["loss"]][row["setting"]][row["seed"]] = float(row["map_at_r"])
+    columns = list(dict.fromkeys(c for x in found.values() for c in x))
+    contrasts = [(x, y) for x, y in BATCH_CONTRASTS if {x, y} <= set(columns)]
+    heads = [*columns, *(f"{x} minus {y} | p" for x, y in contrasts)]
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | " + " | ".join(heads) + " |",
+        "|---" * (1 + len(columns) + 2 * len(contrasts)) + "|",
+    ]
+    for loss, values in found.items():
+        cells = [_cell(values[c].values()) if c in values else "" for c in columns]
+        for x, y in contrasts:
+            cells += _against(values[x], values[y], False)
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def coarse(rows: list[Row]) -> str:
@@ -235,20 +269,106 @@ def coarse(rows: list[Row]) -> str:
     of_stage = [r for r in rows if r["stage"] == "coarse"]
     if not of_stage:
         return "No runs yet."
-    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    values = {metric: defaultdict(dict) for metric in METRICS}
     for row in of_stage:
         name = row["loss"] + (f", {row['setting']}" if row["setting"] else "")
         for metric in METRICS:
-            cells[name][metric].append(float(row[metric]))
-    order = sorted(cells, key=lambda x: -np.mean(cells[x]["map_at_r"]))
+            values[metric][name][row["seed"]] = float(row[metric])
+    main = values["map_at_r"]
+    base = next((x for x in main if x.startswith(BLURRING)), "")
     lines = [
         f"{conditions_of_probe(of_stage)}:",
         "",
-        "| loss | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-        *(f"| {x} | " + " | ".join(_cell(cells[x][m]) for m in METRICS) + " |" for x in order),
+        "| loss | " + " | ".join(METRICS.values()) + f" | MAP@R minus that of {base} | p |",
+        "|---" * (len(METRICS) + 3) + "|",
     ]
+    for name in sorted(main, key=lambda x: -np.mean([*main[x].values()])):
+        cells = [_cell(values[m][name].values()) for m in METRICS]
+        cells += _against(main[name], main.get(base, {}), name == base)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def settings(rows: list[Row]) -> str:
+    """The table of single settings, a line for each, against PNP-Ds as the others have it."""
+    of_stage = [r for r in rows if r["stage"] == "settings"]
+    if not of_stage:
+        return "No runs yet."
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in of_stage:
+        found[row["loss"], row["setting"]][row["seed"]] = float(row["map_at_r"])
+    base = found.get(("PNP-Ds", "include_self True"), {})
+    lines = [
+        f"{conditions_of_probe(of_stage)}:",
+        "",
+        "| loss | setting | MAP@R | minus that of PNP-Ds, include_self True | p |",
+        "|---|---|---|---|---|",
+    ]
+    for (loss, setting), values in found.items():
+        against = " | ".join(_against(values, base, values is base))
+        lines.append(f"| {loss} | {setting} | {_cell(values.values())} | {against} |")
+    return "\n".join(lines)
+
+
+def anneal_of_the_batch(files: dict[str, list[Row]]) -> str:
+    """A temperature taken from the batch minus the best fixed one, over all data sets."""
+    lines = [
+        "| data set | loss | best fixed temperature | MAP@R | "
+        + " | ".join(f"{share} σ minus it | p" for share in AUTO_SHARES)
+        + " |",
+        "|---" * (4 + 2 * len(AUTO_SHARES)) + "|",
+    ]
+    for name, rows in files.items():
+        of_stage = [r for r in rows if r["stage"] == "temperature"]
+        for loss in ("PNP-Ds", "PNP-Dq"):
+            fixed: dict[str, dict[str, float]] = defaultdict(dict)
+            auto: dict[str, dict[str, float]] = defaultdict(dict)
+            for row in of_stage:
+                value = float(row["map_at_r"])
+                if row["loss"] == loss and "," not in row["setting"]:
+                    fixed[row["setting"]][row["seed"]] = value
+                elif row["loss"].startswith(f"{loss} auto"):
+                    auto[row["setting"]][row["seed"]] = value
+            if not fixed or not auto:
+                continue
+            best = max(fixed, key=lambda x: np.mean([*fixed[x].values()]))
+            cells = [name, loss, best, _cell(fixed[best].values())]
+            for share in AUTO_SHARES:
+                cells += _against(auto[str(share)], fixed[best], False)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gradients() -> str:
+    """The gradient that a positive gets with R negatives at its similarity, as PNPLoss gives it.
+
+    In units of the gradient of variant O.
+    """
+    numbers = (2, 4, 8, 20, 60, 200)  # of negatives, each of which counts 1/2
+    lines = [
+        "| variant | " + " | ".join(f"R = {number // 2}" for number in numbers) + " |",
+        "|---" * (len(numbers) + 1) + "|",
+    ]
+    of_o = [_gradient_of_positive({"variant": "O"}, number) for number in numbers]
+    for params in GRADIENTS_OF:
+        values = (
+            _gradient_of_positive(params, number) / o
+            for number, o in zip(numbers, of_o, strict=True)
+        )
+        name = ", ".join(str(v) if k == "variant" else f"{k} {v}" for k, v in params.items())
+        lines.append(f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def _gradient_of_positive(params: Row, negatives: int) -> float:
+    loss_func = losses.PNPLoss(
+        **params, include_self=False, distance=DotProductSimilarity(normalize_embeddings=False)
+    )
+    query = torch.ones(1, 1, dtype=torch.float64)
+    references = torch.full((1 + negatives, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0] + [1] * negatives)
+    loss = loss_func(query, labels[:1], ref_emb=references, ref_labels=labels)
+    return -torch.autograd.grad(loss, references)[0][0].item()
 
 
 def conditions_of_probe(rows: list[Row]) -> str:
@@ -295,8 +415,9 @@ PARTS: dict[str, Callable[[list[Row]], str]] = {
     UNTUNED: final(UNTUNED),
     TUNED: final(TUNED),
     "trials": trials,
-    "temperature": grid("temperature"),
-    "batch": grid("batch"),
+    "temperature": temperature,
+    "batch": batch,
+    "settings": settings,
     "coarse": coarse,
 }
 

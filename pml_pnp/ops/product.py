@@ -201,7 +201,7 @@ def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call)
     z = queries if references is None else references
     if call.normalized:
         queries, z = torch.nn.functional.normalize(queries), torch.nn.functional.normalize(z)
-    total = queries[:0].sum()
+    total = queries[:0].sum() + z[:0].sum()
     for rows in blocks_of(queries, call.height):
         part, relation = queries[rows], call.pairs.of(rows)
         own = None if references is None else _self_similarity(part, relation, call)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("optuna", reason="the retrieval study needs optuna: pip install '.[study]'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "retrieval"))
 
+import networks  # noqa: E402
 import study_data  # noqa: E402
 
 CLASSES = {"fit": range(0, 12), "validation": range(12, 16), "test": range(16, 22)}
@@ -38,7 +39,7 @@ def tiny():
     return study_data.DataSet(
         "tiny",
         Reads(),
-        lambda inputs: torch.nn.Linear(16, study_data.EMBEDDING_SIZE),
+        lambda inputs: torch.nn.Linear(16, networks.EMBEDDING_SIZE),
         torch.nn.Identity,
         lambda inputs, generator: inputs + 0.1 * torch.randn(inputs.shape, generator=generator),
         classes_per_batch=6,

@@ -1,11 +1,13 @@
 """The probes of the study: what they train on and measure on, and the signal they look at."""
 
+import dataclasses
 import math
 
 import probes
 import pytest
 import study_rows as rows
 import torch
+from candidates import objective
 from probes import PROBES, Signal, coarse_and_fine, run_probes, saturated_share
 from study import Study
 from torch.nn.functional import normalize
@@ -26,7 +28,7 @@ def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
     run_probes(study, stage, seeds=1)
     assert set(study.data.read.parts) <= {"fit", "validation"}
     found = study.rows(stage)
-    assert len(found) == {"temperature": 7, "batch": 5, "coarse": 12}[stage]
+    assert len(found) == {"temperature": 7, "batch": 5, "settings": 20, "coarse": 12}[stage]
     assert len(rows.done(found)) == len(found)
     run_probes(study, stage, seeds=1)
     assert study.rows(stage) == found
@@ -41,6 +43,32 @@ def test_the_signal_is_written_beside_the_rows(study, monkeypatch):
     assert {r["setting"] for r in signal} == {"0.01", "0.1"}
     saturated = {r["setting"]: float(r["saturated"]) for r in signal}
     assert saturated["0.01"] > saturated["0.1"]
+
+
+def test_larger_batches_are_probed_where_the_data_set_has_them(shorter, tmp_path):
+    data = dataclasses.replace(shorter, large_batches=((12, 3), (13, 2)))
+    study = Study(data, None, tmp_path, tmp_path / "unused.db", ["PNP-Ds"])
+    settings = [probe.setting for probe in PROBES["batch"](study)]
+    assert "12 x 3" in settings
+    assert "13 x 2" not in settings  # there are twelve classes
+
+
+def test_the_temperature_falls_from_the_first_to_the_last():
+    params = {"first": 0.2, "last": 0.02, "steps": 3}
+    module = objective("PNP-Ds, falling temperature", params, 4)
+    x, labels = torch.randn(8, 4), torch.arange(8) // 2
+    for expected in (0.2, (0.2 * 0.02) ** 0.5, 0.02):
+        assert module.loss.anneal == pytest.approx(expected)
+        fixed = losses.PNPLoss(variant="Ds", anneal=expected)
+        assert module(x, labels).item() == pytest.approx(fixed(x, labels).item())
+
+
+def test_embeddings_are_rounded():
+    module = objective("PNP-Ds, rounded", {"anneal": 0.05, "dtype": "bfloat16"}, 4)
+    x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) // 2
+    rounded = x.detach().bfloat16().float()
+    expected = losses.PNPLoss(variant="Ds", anneal=0.05)(rounded, labels)
+    assert module(x, labels).item() == pytest.approx(expected.item(), rel=2**-8)
 
 
 def test_saturated_sigmoids_are_those_without_slope():

