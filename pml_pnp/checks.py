@@ -88,42 +88,8 @@ def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None
         check_tuple(indices_tuple, len(embeddings), len(ref_emb))
 
 
-<<<<<<< HEAD
-def _check_tuple(indices_tuple, n: int, m: int) -> None:
-=======
-def _check_embeddings(name: str, embeddings) -> None:
-    if not isinstance(embeddings, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(embeddings).__name__}")
-    if not embeddings.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (batch size, embedding size), got {tuple(embeddings.shape)}"
-        )
-
-
-def _check_labels(name: str, labels, embeddings_name: str, embeddings: Tensor) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
-    check_real(name, labels)
-    if labels.shape != (len(embeddings),):
-        raise ValueError(
-            f"{name} must have shape ({len(embeddings)},), one per row of {embeddings_name}, "
-            f"got {tuple(labels.shape)}"
-        )
-
-
-def check_real(name: str, labels: Tensor) -> None:
-    """Raise TypeError if labels are complex."""
-    if labels.is_complex():
-        raise TypeError(f"{name} must be real, got {labels.dtype}")
-
-
 def check_tuple(indices_tuple, n: int, m: int) -> None:
     """Raise TypeError or ValueError unless it is a tuple of a miner for n queries, m references."""
->>>>>>> main
     expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
     if not isinstance(indices_tuple, (tuple, list)):
         raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")

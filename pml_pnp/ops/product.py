@@ -45,6 +45,7 @@ class _Call(NamedTuple):
     with_gradient: bool
     with_grad_references: bool
     with_counts: bool
+    kept: "_Kept"
 
 
 def mean_of_losses(
@@ -72,7 +73,7 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding, or its length, is NaN or infinite; and (3,) counts, or None.
     """
-    height = len(queries) if chunk_size is None else chunk_size
+    height, kept = len(queries) if chunk_size is None else chunk_size, _Kept()
     if references is not None:
         height = min(height, REFERENCES_BLOCK // max(1, len(references)))
     with_grad_references = references is not None and references.requires_grad
@@ -80,8 +81,10 @@ def mean_of_losses(
     if with_gradient and references is not None:
         # A tensor of inference mode cannot be saved for backward.
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
+        queries = _Keep.apply(queries, references, kept)
     flags = normalized, with_gradient, with_grad_references, with_counts
-    return _Mean.apply(queries, references, _Call(pairs, settings, max(1, height), *flags))[:2]
+    call = _Call(pairs, settings, max(1, height), *flags, kept)
+    return _Mean.apply(queries, references, call)[:2]
 
 
 class _Mean(torch.autograd.Function):
@@ -126,28 +129,54 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        queries, references, ctx.call = inputs
-        ctx.is_self = references is None
-        _, _, ctx.divisor, *ctx.gradients = output
+        queries, _, ctx.call = inputs
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(queries, references)
+        ctx.save_for_backward(queries, *output[2:])
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None
-        needed, grad = ctx.needs_input_grad[:2], grad / ctx.divisor
-        # PyTorch raises if what is read here has been changed in place. A first gradient needs no
-        # references, which are the rows of a memory that may have moved on.
-        tensors = ctx.saved_tensors if ctx.is_self or torch.is_grad_enabled() else ()
+        queries, divisor, *gradients = ctx.saved_tensors
+        call, needed = ctx.call, ctx.needs_input_grad[:2]
+        grad = grad / divisor
         if torch.is_grad_enabled():
-            total = partial(_differentiable_sum, call=ctx.call)
+            (references,) = call.kept.node.saved_tensors if call.kept.node else (None,)
+            total = partial(_differentiable_sum, call=call)
             with autocast_off(grad.device.type):
-                found = differentiable_gradients(total, tensors, needed, grad)
+                found = differentiable_gradients(total, (queries, references), needed, grad)
             if found is not None:
                 return *found, None
-        return *(g * grad if x else None for g, x in zip(ctx.gradients, needed, strict=True)), None
+        return *(g * grad if x else None for g, x in zip(gradients, needed, strict=True)), None
+
+
+class _Kept:
+    """Finds the node that keeps references; no list, which torch.func would take apart."""
+
+    node = None
+
+
+class _Keep(torch.autograd.Function):
+    """Hands queries on, and keeps references for second derivatives, as long as the graph lives.
+
+    In a node of its own: every backward looks whether a tensor that is saved in its node has been
+    changed in place, as a memory changes before a backward that does not need it.
+    """
+
+    @staticmethod
+    def forward(queries: Tensor, references: Tensor, kept: _Kept) -> Tensor:
+        return queries.view_as(queries)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, references, kept = inputs
+        ctx.save_for_backward(references)
+        kept.node = ctx
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
 
 
 def blocks_of(x: Tensor, height: int) -> list[slice]:
