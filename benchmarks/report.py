@@ -5,7 +5,8 @@
 
 Time and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/results; retrieval
 is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval; large
-batches are of those of benchmarks/grad_cache.py, in benchmarks/results/grad_cache.
+batches are of those of benchmarks/grad_cache.py, in benchmarks/results/grad_cache; many processes
+are of those of benchmarks/ranks.py, in benchmarks/results/ranks, and of what it calculates.
 docs/performance.md is made as a whole, other pages between a marker and the next END.
 """
 
@@ -15,12 +16,14 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RETRIEVAL = RESULTS / "retrieval"
 GRAD_CACHE = RESULTS / "grad_cache"
+RANKS = RESULTS / "ranks"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
@@ -52,6 +55,9 @@ def main() -> None:
         "<!-- rows, of benchmarks/report.py -->": summary(rows),
         "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
         "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
+        "<!-- ranks, of benchmarks/report.py -->": ranks(),
+        "<!-- calculated, of benchmarks/report.py -->": many_ranks(),
+        "<!-- recipe, of benchmarks/report.py -->": recipe(),
     }
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
@@ -124,6 +130,104 @@ def grad_cache() -> str:
             lines.append(f"| {int(n):,} | {' | '.join(cells)} | {ratio:.2f} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def ranks() -> str:
+    """Time and bytes of a step of each mode of DistributedLossWrapper, a table for each file."""
+    parts = []
+    for path in sorted(RANKS.glob("*.csv")):
+        rows = read([path])
+        first = rows[0]
+        lines = [
+            f"PNPLoss on {int(first['N']):,} rows of all processes together, d = {first['d']}, "
+            f"{first['dtype']} ({first['hardware']}, gloo, torch {first['torch']}, "
+            f"{first['date']}, `{first['command']}`):",
+            "",
+            "| processes | `efficient` | ms | gathered, MB | reduced, MB |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            megabytes = (f"{int(row[x]) / 1e6:.1f}" for x in ("gathered_bytes", "reduced_bytes"))
+            cells = row["ranks"], f"`{row['efficient']}`", f"{float(row['median_ms']):,.0f}"
+            lines.append(f"| {' | '.join([*cells, *megabytes])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+class Calculated(NamedTuple):
+    """What a step with efficient="exact" takes a rank, for cosine similarity in float32."""
+
+    references: int
+    gathered: int  # bytes from the other ranks in forward, and as many of gradient in backward
+    flops: int  # of the three products
+    sigmoids: int
+    kept: int  # bytes: gathered embeddings, their directions and the gradient
+    matrices: int  # bytes of similarities and gradient, where `distance` is not a product
+    differences: int  # bytes of queries minus references, which SNRDistance holds
+
+
+def calculated(ranks: int, rows: int, size: int, per_class: int = 4) -> Calculated:
+    """The cost of a step with `rows` queries on each rank, embeddings of length `size`."""
+    references = ranks * rows
+    return Calculated(
+        references=references,
+        gathered=(ranks - 1) * rows * size * 4,
+        flops=3 * 2 * rows * references * size,
+        sigmoids=rows * per_class * references,
+        kept=3 * references * size * 4,
+        matrices=2 * rows * references * 4,
+        differences=rows * references * size * 4,
+    )
+
+
+def many_ranks() -> str:
+    """What a step takes a GPU by calculation, and from where on it needs a chunk_size."""
+    lines = [
+        "| GPUs | queries of each | references | MB | ms at 450 GB/s | ms at 50 GB/s | GFLOP | ms "
+        "| kept, MB | two matrices, MiB | SNRDistance, GiB |",
+        "|---" * 11 + "|",
+    ]
+    for number in (8, 64, 1024):
+        for rows in (64, 384):
+            cost = calculated(number, rows, 512)
+            milliseconds = (f"{2e3 * cost.gathered / speed:.2g}" for speed in (450e9, 50e9))
+            cells = [
+                *(f"{number:,}", f"{rows:,}", f"{cost.references:,}"),
+                *(f"{cost.gathered / 1e6:,.3g}", *milliseconds),
+                *(f"{cost.flops / 1e9:,.3g}", f"{1e3 * cost.flops / 50e12:.2g}"),
+                *(f"{cost.kept / 1e6:,.4g}", f"{cost.matrices / 2**20:,.4g}"),
+                f"{cost.differences / 2**30:,.3g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    one = calculated(1, 384, 512)
+    matrices, differences = (
+        384 * 2**32 // each for each in (one.matrices, one.matrices + one.differences)
+    )
+    return "\n".join(lines) + (
+        "\n\nWith 384 queries and 4 GiB for these matrices, a `chunk_size` is needed from "
+        f"{matrices:,} references\non with `LpDistance` or a distance of your own, and from "
+        f"{differences:,} references on with `SNRDistance`."
+    )
+
+
+def recipe() -> str:
+    """What a global batch of 16,384 takes each of 8 GPUs beside the model, by calculation."""
+    rows, size, pixels = 2048, 512, 3 * 224 * 224
+    cost = calculated(8, rows, size)
+    lines = [
+        "| on each GPU | MiB |",
+        "|---|---|",
+        f"| {rows:,} images, 3 x 224 x 224, float32 | {rows * pixels * 4 / 2**20:,.0f} |",
+        f"| embeddings of its images, d = {size} | {rows * size * 4 / 2**20:,.0f} |",
+        f"| gathered embeddings, directions, gradient | {cost.kept / 2**20:,.0f} |",
+        f"| {rows:,} x {cost.references:,} similarities, overwritten by their gradient | "
+        f"{cost.matrices / 2 / 2**20:,.0f} |",
+        "| activations | of one chunk, 64 images |",
+        "",
+        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each. "
+        f"Products: {cost.flops / 1e9:.0f} GFLOP.",
+    ]
+    return "\n".join(lines)
 
 
 def read(paths: Iterable[Path]) -> list[Row]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from errors import UserError
 from processes import unwrap
-from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.trainers import BaseTrainer
 
 STEP = "~iteration~"  # record-keeper's name for the step column
@@ -175,11 +174,9 @@ def shared_state(trainer: BaseTrainer) -> dict[str, Any]:
 
 
 def own_state(trainer: BaseTrainer) -> dict[str, Any]:
-    """What each process has for itself, a CrossBatchMemory's order included."""
-    loss = unwrap(trainer.loss_funcs["metric_loss"])
+    """What each process has for itself."""
     return {
-        "loss": loss.state_dict(),
-        "memories": [(m.queue_idx, m.has_been_filled) for m in _memories(loss)],
+        "loss": unwrap(trainer.loss_funcs["metric_loss"]).state_dict(),
         # MPerClassSampler shuffles its labels in place, each time from where it left them.
         "sampler": [int(x) for x in trainer.sampler.labels],
         "random": _random_state(trainer.data_device),
@@ -195,16 +192,9 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(shared["optimizers"][name])
     trainer.scaler.load_state_dict(shared["scaler"])
-    loss = unwrap(trainer.loss_funcs["metric_loss"])
-    loss.load_state_dict(own["loss"])
-    for memory, (queue_idx, filled) in zip(_memories(loss), own["memories"], strict=True):
-        memory.queue_idx, memory.has_been_filled = queue_idx, filled
+    unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
     trainer.sampler.labels[:] = own["sampler"]
     _set_random_state(own["random"], trainer.data_device)
-
-
-def _memories(loss: torch.nn.Module) -> list[CrossBatchMemory]:
-    return [m for m in loss.modules() if isinstance(m, CrossBatchMemory)]
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -61,8 +61,8 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "workers": 0,
 }
-# What to start from with PNPLoss: ahead in validation on digits and omniglot, from scratch.
-PNP_ARGS = {"variant": "Ds", "anneal": 0.05}
+# What docs/retrieval.md says to start with.
+PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
 PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
 # An untested starting point with the paper's trunk.
@@ -436,14 +436,15 @@ def _check_name(output_dir: Path, name: str | None) -> None:
 
 def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
     """Shrink a default batch to what the classes can fill; refuse one that was typed."""
-    largest = splits.train.num_classes * config["samples_per_class"] * world_size()
+    largest = splits.train.num_classes * config["samples_per_class"]
+    largest -= largest % (world_size() * config["samples_per_class"])
     if config["batch_size"] <= largest:
         return
     if "batch_size" in given or "samples_per_class" in given:
         raise UserError(
             f"--batch-size: {splits.train.num_classes} training classes of "
-            f"{config['samples_per_class']} samples in {world_size()} processes fill a batch of "
-            f"at most {largest}, got {config['batch_size']}"
+            f"{config['samples_per_class']} samples fill a batch of at most {largest} in "
+            f"{world_size()} processes, got {config['batch_size']}"
         )
     config["batch_size"] = largest
 

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,14 @@ from processes import (
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import logging_presets
-from pytorch_metric_learning.utils.distributed import (
-    DistributedLossWrapper,
-    DistributedMinerWrapper,
-)
 from retrieval_data import RetrievalSplits
 from retrieval_metrics import PRIMARY_METRIC, build_tester, metrics_of
 from run_folder import RunFolder, own_state, restore, shared_state
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trunks import Trunk
 
-from pml_pnp import GradCache
+from pml_pnp import GradCache, PNPLoss
+from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 RECORDS_PER_EPOCH = 5
 
@@ -87,6 +85,25 @@ class RetrievalTrainer(MetricLossOnly):
             average.update_parameters(unwrap(self.models[name]))
 
 
+class PartOfBatches(MPerClassSampler):
+    """What one process draws of each batch of all processes together; alone it draws all.
+
+    Every process draws the same batches, if numpy is seeded alike, and takes the part that belongs
+    to its rank.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of this process's part of one batch after the other."""
+        drawn = list(super().__iter__())
+        part = self.batch_size // world_size()
+        for start in range(rank() * part, len(drawn), self.batch_size):
+            yield from drawn[start : start + part]
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return super().__len__() // world_size()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
     random.seed(seed)
@@ -106,6 +123,11 @@ def build_trainer(
         "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
         "embedder": parallel(embedder.to(device), device),
     }
+    mining = {}
+    if miner is not None and config["memory_size"] == 0:
+        if launched_by_torchrun():
+            miner = DistributedMinerWrapper(miner, efficient=is_shared_out(loss))
+        mining = {"tuple_miner": miner}
     loss = _join_processes(loss.to(device), device)
     trained = {**models, "metric_loss": loss}
     optimizers = {
@@ -117,28 +139,25 @@ def build_trainer(
         for name, module in trained.items()
         if any(True for _ in module.parameters())
     }
-    # The batch size is that of all processes together.
-    local_batch = config["batch_size"] // world_size()
     iterations = max(1, len(splits.train) // config["batch_size"])
-    mining = {}
-    if miner is not None and config["memory_size"] == 0:
-        mining = {
-            "tuple_miner": DistributedMinerWrapper(miner) if launched_by_torchrun() else miner
-        }
-    # From here on every process draws its own batches.
+    # From here on every process augments in its own way; numpy draws the batch of all.
     seed_everything(config["seed"] + rank())
+    np.random.seed(config["seed"] % 2**32)
     return RetrievalTrainer(
         models,
         optimizers,
-        local_batch,
+        config["batch_size"] // world_size(),
         {"metric_loss": loss},
         splits.train,
         mining_funcs=mining,
         data_device=device,
         # As long as an epoch, so that each epoch begins with a new pass: a run that is resumed
         # there draws what the uninterrupted one would have drawn.
-        sampler=MPerClassSampler(
-            splits.train.labels, config["samples_per_class"], local_batch, iterations * local_batch
+        sampler=PartOfBatches(
+            splits.train.labels,
+            config["samples_per_class"],
+            config["batch_size"],
+            iterations * config["batch_size"],
         ),
         iterations_per_epoch=iterations,
         freeze_trunk_batchnorm=config["freeze_batchnorm"],
@@ -168,11 +187,18 @@ def build_loss_and_miner(
     return loss, miner
 
 
+def is_shared_out(loss: torch.nn.Module) -> bool:
+    """Whether each process computes the loss of its own part of the joined batch."""
+    return isinstance(getattr(loss, "loss", loss), PNPLoss)
+
+
 def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if not launched_by_torchrun():
         return loss
-    # DistributedLossWrapper multiplies by the number of processes because each sees only the
-    # gradients of its own embeddings; of the loss's own parameters each sees all.
+    if is_shared_out(loss):
+        return parallel(DistributedLossWrapper(loss, efficient="exact"), device)
+    # Each process computes the whole loss. The wrapper multiplies by the number of processes, each
+    # of which sees only the gradients of its own embeddings; of the loss's parameters it sees all.
     for parameter in loss.parameters():
         parameter.register_hook(lambda gradient: gradient / world_size())
     return parallel(DistributedLossWrapper(loss), device)

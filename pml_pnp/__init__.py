@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pml_pnp import functional, losses
+    from pml_pnp import distributed, functional, losses
     from pml_pnp.grad_cache import GradCache
     from pml_pnp.loss import PNPLoss
     from pml_pnp.registration import register, unregister
 
 __version__ = "0.1.0"
-__all__ = ["GradCache", "PNPLoss", "functional", "losses", "register", "unregister"]
+__all__ = ["GradCache", "PNPLoss", "distributed", "functional", "losses", "register", "unregister"]
 
 _MODULE_OF = {
     "GradCache": "pml_pnp.grad_cache",
@@ -22,7 +22,7 @@ _MODULE_OF = {
     "register": "pml_pnp.registration",
     "unregister": "pml_pnp.registration",
 }
-_SUBMODULES = {"functional", "losses"}
+_SUBMODULES = {"distributed", "functional", "losses"}
 
 
 def __getattr__(name: str):

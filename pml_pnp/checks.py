@@ -8,45 +8,36 @@ from torch import Tensor
 
 from pml_pnp.variants import VARIANTS
 
+# What the formulas hold in each dtype without overflow, and without underflow to zero.
+RANGES = {torch.float32: 1e30, torch.float64: 1e300}
 
-def check_hyperparameters(*, b: float, alpha: float, anneal: float, variant) -> None:
-    """Raise TypeError or ValueError unless all four are what PNPLoss accepts."""
+
+def check_hyperparameters(
+    *, b, alpha, anneal, variant, include_self, dtype: torch.dtype | None = None
+) -> None:
+    """Raise TypeError or ValueError unless PNPLoss accepts all, and can compute in `dtype`."""
     for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a positive finite number, got {value!r}")
         if not 0 < _as_float(value) < math.inf:
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    if isinstance(variant, str):
-        if variant not in VARIANTS:
+        if dtype is not None and not 1 / RANGES[dtype] <= value <= RANGES[dtype]:
             raise ValueError(
-                f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
+                f"{name} must be from {1 / RANGES[dtype]:g} to {RANGES[dtype]:g} to be computed in "
+                f"{str(dtype).removeprefix('torch.')}, got {value!r}"
             )
-    elif not callable(variant):
-        raise TypeError(
-            f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}"
-        )
-
-
-# What the formulas hold in each dtype without overflow, and without underflow to zero.
-RANGES = {torch.float32: 1e30, torch.float64: 1e300}
-
-
-def check_range(dtype: torch.dtype, **hyperparameters: float) -> None:
-    """Raise ValueError unless all are within what the dtype of the computation can hold."""
-    largest = RANGES[dtype]
-    for name, value in hyperparameters.items():
-        if not 1 / largest <= value <= largest:
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{name} must be from {1 / largest:g} to {largest:g} to be computed in {kind}, "
-                f"got {value!r}"
-            )
-
-
-def check_include_self(include_self) -> None:
-    """Raise TypeError unless it is a bool."""
+    if not (variant in VARIANTS if isinstance(variant, str) else callable(variant)):
+        error = ValueError if isinstance(variant, str) else TypeError
+        raise error(f"variant must be one of {', '.join(VARIANTS)} or a callable, got {variant!r}")
     if not isinstance(include_self, bool):
         raise TypeError(f"include_self must be True or False, got {include_self!r}")
+
+
+def _as_float(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an int beyond the range of float
+        return math.inf
 
 
 def check_part(name: str, part) -> None:
@@ -67,17 +58,12 @@ def check_chunk_size(chunk_size) -> None:
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size}")
 
 
-def _as_float(number: Real) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an int beyond the range of float
-        return math.inf
-
-
 def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
     """Raise TypeError or ValueError unless these are arguments that PNPLoss can be called with."""
-    _check_embeddings("embeddings", embeddings)
-    _check_labels("labels", labels, "embeddings", embeddings)
+    shape = "(batch size, embedding size)"
+    check_matrix("embeddings", embeddings, shape)
+    if labels is not None:
+        check_labels("labels", labels, len(embeddings), ", one per row of embeddings")
     if ref_emb is None:
         if ref_labels is not None:
             raise ValueError("ref_labels needs ref_emb, got ref_labels alone")
@@ -85,8 +71,9 @@ def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None
             raise ValueError("expected labels or indices_tuple, got neither")
         ref_emb = embeddings
     else:
-        _check_embeddings("ref_emb", ref_emb)
-        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        check_matrix("ref_emb", ref_emb, shape)
+        if ref_labels is not None:
+            check_labels("ref_labels", ref_labels, len(ref_emb), ", one per row of ref_emb")
         if ref_emb.shape[1] != embeddings.shape[1]:
             raise ValueError(
                 "ref_emb must have the embedding size of embeddings, "
@@ -98,40 +85,11 @@ def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None
                 f"ref_emb needs labels and ref_labels, or indices_tuple, got no {missing}"
             )
     if indices_tuple is not None:
-        _check_tuple(indices_tuple, len(embeddings), len(ref_emb))
+        check_tuple(indices_tuple, len(embeddings), len(ref_emb))
 
 
-def _check_embeddings(name: str, embeddings) -> None:
-    if not isinstance(embeddings, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(embeddings).__name__}")
-    if not embeddings.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (batch size, embedding size), got {tuple(embeddings.shape)}"
-        )
-
-
-def _check_labels(name: str, labels, embeddings_name: str, embeddings: Tensor) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
-    check_real(name, labels)
-    if labels.shape != (len(embeddings),):
-        raise ValueError(
-            f"{name} must have shape ({len(embeddings)},), one per row of {embeddings_name}, "
-            f"got {tuple(labels.shape)}"
-        )
-
-
-def check_real(name: str, labels: Tensor) -> None:
-    """Raise TypeError if labels are complex."""
-    if labels.is_complex():
-        raise TypeError(f"{name} must be real, got {labels.dtype}")
-
-
-def _check_tuple(indices_tuple, n: int, m: int) -> None:
+def check_tuple(indices_tuple, n: int, m: int) -> None:
+    """Raise TypeError or ValueError unless it is a tuple of a miner for n queries, m references."""
     expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
     if not isinstance(indices_tuple, (tuple, list)):
         raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
@@ -151,11 +109,7 @@ def _check_tuple(indices_tuple, n: int, m: int) -> None:
             f"got lengths {lengths}"
         )
     sizes = (n, m, m) if len(indices_tuple) == 3 else (n, m, n, m)
-    _check_range(indices_tuple, sizes)
-
-
-def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
-    filled = [position for position, indices in enumerate(indices_tuple) if len(indices)]
+    filled = [position for position in range(len(sizes)) if lengths[position]]
     if not filled:
         return
     # One transfer for all of them; an index left unchecked would end a CUDA process.
@@ -172,32 +126,51 @@ def _check_range(indices_tuple, sizes: tuple[int, ...]) -> None:
             )
 
 
-def check_similarity(similarity: Tensor) -> None:
-    """Raise TypeError or ValueError unless it is a floating point matrix."""
-    if not isinstance(similarity, Tensor):
-        raise TypeError(f"similarity must be a tensor, got {type(similarity).__name__}")
-    if not similarity.is_floating_point():
-        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
-    if similarity.ndim != 2:
-        raise ValueError(f"similarity must have shape (N, M), got {tuple(similarity.shape)}")
+def check_matrix(name: str, matrix, shape: str) -> None:
+    """Raise TypeError or ValueError unless it is a floating point matrix; `shape` describes it."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(matrix).__name__}")
+    if not matrix.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {matrix.dtype}")
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
 
 
-def check_relation(similarity: Tensor, labels, ref_labels, positive_mask, negative_mask) -> None:
+def check_vector(name: str, vector, length: int, meaning: str = "") -> None:
+    """Raise TypeError or ValueError unless it is a tensor of shape (length,)."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},){meaning}, got {tuple(vector.shape)}")
+
+
+def check_labels(name: str, labels, length: int, meaning: str = "") -> None:
+    """Raise TypeError or ValueError unless they are a real tensor of shape (length,)."""
+    check_vector(name, labels, length, meaning)
+    if labels.is_complex():
+        raise TypeError(f"{name} must be real, got {labels.dtype}")
+
+
+def check_relation(similarity: Tensor, **given) -> None:
     """Raise unless labels, with or without ref_labels, or else two fitting masks are given."""
-    given = {
-        "labels": labels is not None,
-        "ref_labels": ref_labels is not None,
-        "positive_mask": positive_mask is not None,
-        "negative_mask": negative_mask is not None,
-    }
-    names = [name for name, is_given in given.items() if is_given]
+    names = [name for name, value in given.items() if value is not None]
+    n, m = similarity.shape
     if names == ["positive_mask", "negative_mask"]:
-        check_masks(similarity, positive_mask, negative_mask)
+        check_masks(similarity, given["positive_mask"], given["negative_mask"])
     elif names not in (["labels"], ["labels", "ref_labels"]):
         raise ValueError(
             "expected either labels (and ref_labels) or both positive_mask and negative_mask, "
             f"got {', '.join(names) or 'none of them'}"
         )
+    else:
+        check_labels("labels", given["labels"], n)
+        if len(names) == 2:
+            check_labels("ref_labels", given["ref_labels"], m)
+        elif n != m:
+            raise ValueError(
+                "without ref_labels, similarity must be square (the references are the queries), "
+                f"got shape {(n, m)}"
+            )
 
 
 def check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor) -> None:
@@ -211,11 +184,3 @@ def check_masks(similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor
                 f"{name} must have the shape of similarity, {tuple(similarity.shape)}, "
                 f"got {tuple(mask.shape)}"
             )
-
-
-def check_vector(name: str, vector: Tensor, length: int) -> None:
-    """Raise TypeError or ValueError unless `vector` is a tensor of shape (length,)."""
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
-    if vector.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")

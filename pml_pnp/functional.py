@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pml_pnp.checks import check_masks, check_real, check_relation, check_similarity, check_vector
+from pml_pnp.checks import check_masks, check_matrix, check_relation, check_vector
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
 from pml_pnp.pairs import Relation, plain
@@ -96,8 +96,8 @@ def pnp_loss(
     Source: Li et al., *Rethinking the Optimization of Average Precision: Only Penalizing Negative
     Instances before Positive Ones is Enough*, AAAI 2022, arXiv 2102.04640.
     """
-    check_similarity(similarity)
-    dtype = at_least_float32(similarity.dtype)
+    check_matrix("similarity", similarity, "(N, M)")
+    dtype, device = at_least_float32(similarity.dtype), similarity.device
     settings = Settings.checked(
         b=b,
         alpha=alpha,
@@ -107,14 +107,31 @@ def pnp_loss(
         is_inverted=is_inverted,
         dtype=dtype,
     )
-    check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
-    s = plain(similarity).to(dtype)
-    if labels is not None:
-        relation = _relation_from_labels(s, labels, ref_labels)
+    check_relation(
+        similarity,
+        labels=labels,
+        ref_labels=ref_labels,
+        positive_mask=positive_mask,
+        negative_mask=negative_mask,
+    )
+    holds_queries = labels is not None and ref_labels is None
+    if labels is None:
+        relation = Relation.from_masks(positive_mask.to(device), negative_mask.to(device))
     else:
-        relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
-    if include_self and not (relation.query_column is not None and self_similarity is None):
-        self_similarity = _checked_self_similarity(s, self_similarity)
+        labels = plain(labels).to(device)
+        references = labels if holds_queries else plain(ref_labels).to(device)
+        column = torch.arange(len(labels), device=device) if holds_queries else None
+        relation = Relation.from_labels(labels, references, column)
+    if include_self and not (holds_queries and self_similarity is None):
+        if self_similarity is None:
+            raise ValueError(
+                f"include_self=True needs self_similarity, one value for each of the "
+                f"{len(similarity)} queries, unless labels say that the references are the "
+                "queries, got None"
+            )
+        check_vector("self_similarity", self_similarity, len(similarity))
+        self_similarity = plain(self_similarity).to(device, dtype)
+    s = plain(similarity).to(dtype)
     losses = query_losses(s, self_similarity, relation, settings)
     return losses.to(similarity.dtype), relation.counted
 
@@ -140,36 +157,9 @@ def ranking_statistics(
         >>> ranking_statistics(similarity, positive, ~positive)
         (tensor(2.), tensor(1.))
     """
-    check_similarity(similarity)
+    check_matrix("similarity", similarity, "(N, M)")
     check_masks(similarity, positive_mask, negative_mask)
     s = plain(similarity).to(at_least_float32(similarity.dtype))
     relation = Relation.from_masks(positive_mask.to(s.device), negative_mask.to(s.device))
     before, behind, positives = ranking_counts(s, relation, is_inverted)
     return before / positives.clamp(min=1), behind / positives.clamp(min=1)
-
-
-def _relation_from_labels(s: Tensor, labels: Tensor, ref_labels: Tensor | None) -> Relation:
-    n, m = s.shape
-    check_vector("labels", labels, n)
-    check_real("labels", labels)
-    labels = plain(labels).to(s.device)
-    if ref_labels is not None:
-        check_vector("ref_labels", ref_labels, m)
-        check_real("ref_labels", ref_labels)
-        return Relation.from_labels(labels, plain(ref_labels).to(s.device), None)
-    if n != m:
-        raise ValueError(
-            "without ref_labels, similarity must be square (the references are the queries), "
-            f"got shape {(n, m)}"
-        )
-    return Relation.from_labels(labels, labels, torch.arange(n, device=s.device))
-
-
-def _checked_self_similarity(s: Tensor, given: Tensor | None) -> Tensor:
-    if given is None:
-        raise ValueError(
-            f"include_self=True needs self_similarity, one value for each of the {len(s)} queries, "
-            "unless labels say that the references are the queries, got None"
-        )
-    check_vector("self_similarity", given, len(s))
-    return plain(given).to(s)

@@ -9,13 +9,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
-from pml_pnp.checks import (
-    check_chunk_size,
-    check_hyperparameters,
-    check_include_self,
-    check_inputs,
-    check_part,
-)
+from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs, check_part
 from pml_pnp.distances import (
     all_modules_are_watched,
     frozen,
@@ -46,24 +40,16 @@ class PNPLoss(BaseMetricLossFunction):
         \qquad
         L(a) = \operatorname*{mean}_{p \in P(a) \cup \{a\}} f(R(a,p))
 
-    ======= ======================= ======== ==========================================
-    variant f(R)                    equation gradient of a positive, as R grows
-    ======= ======================= ======== ==========================================
-    "O"     R                       5        constant
-    "Iu"    (1 + R) log(1 + R)      7        grows without bound
-    "Ib"    (bR - log(1 + bR)) / b² 9        grows to 1/b
-    "Ds"    log(1 + R)              12       falls slowly
-    "Dq"    1 - 1 / (1 + R)^alpha   13       falls quickly; the paper's best
-    ======= ======================= ======== ==========================================
-
     Args:
         b: slope of "Ib", whose gradient grows to 1/b. Default 2, the paper's value.
         alpha: exponent of "Dq". Default 1, as in PML; 4 in the authors' README, 8 in the paper
             according to PML.
         anneal: temperature :math:`\tau`, in units of `distance`. Default 0.01, the paper's. It, `b`
             and `alpha` may be from 1e-30 to 1e30, or to 1e300 either way for float64 embeddings.
-        variant: a name from the table, or a differentiable callable f(R) that maps a tensor to one
-            of the same shape, elementwise. An `nn.Module` with parameters is trained along.
+        variant: f(R) by name, "O": R (the paper's equation 5), "Iu": (1 + R) log(1 + R) (7), "Ib":
+            (bR - log(1 + bR)) / b² (9), "Ds": log(1 + R) (12), "Dq": 1 - 1 / (1 + R)^alpha (13, the
+            paper's best); or a differentiable callable that maps a tensor R to one of the same
+            shape, elementwise. An `nn.Module` with parameters is trained along.
         include_self: whether the query is its own positive, as in the paper's code and in PML.
         chunk_size: number of queries to compare with the references at a time. The N x M
             similarities are then never held at once. Values are the same up to rounding. Default
@@ -140,8 +126,9 @@ class PNPLoss(BaseMetricLossFunction):
         chunk_size: int | None = None,
         **kwargs,
     ) -> None:
-        check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
-        check_include_self(include_self)
+        check_hyperparameters(
+            b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
+        )
         check_chunk_size(chunk_size)
         for name in ("reducer", "embedding_regularizer"):
             check_part(name, kwargs.get(name))
@@ -270,7 +257,8 @@ class PNPLoss(BaseMetricLossFunction):
                 )
             raise
         if self.collect_stats:
-            before, behind, positives = counts.view(-1, 3).sum(dim=0).tolist()
+            # torch 2.4 makes no list of what torch.func wraps.
+            before, behind, positives = map(float, counts.view(-1, 3).sum(dim=0).cpu())
             self.negatives_before_positive = before / max(1, positives)
             self.positives_behind_negatives = behind / max(1, positives)
         if takes_mean:

@@ -192,9 +192,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
                 embeddings, labels, indices_tuple, self.embedding_memory, self.label_memory
             )
         if enqueue_mask is not None:
-            check_vector("enqueue_mask", enqueue_mask, len(embeddings))
-            if enqueue_mask.dtype != torch.bool:
-                raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
+            check_enqueue_mask(enqueue_mask, len(embeddings))
         self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))
 
     def _check_fits(self, batch_size: int) -> None:
@@ -212,6 +210,13 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
         self.label_memory = self.label_memory.to(embeddings.device, dtype)
         return labels.to(embeddings.device, dtype)
+
+
+def check_enqueue_mask(enqueue_mask, n: int) -> None:
+    """Raise TypeError or ValueError unless it is a bool tensor of shape (n,)."""
+    check_vector("enqueue_mask", enqueue_mask, n)
+    if enqueue_mask.dtype != torch.bool:
+        raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
 
 
 def takes_query_columns(loss) -> bool:

@@ -5,9 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# So few numbers are faster looked at in Python.
-FEW = 64
-
 
 class Relation(NamedTuple):
     """Positives and negatives of N queries among M references.
@@ -61,9 +58,6 @@ class Relation(NamedTuple):
         """Smallest and largest number of listed positives of a query; waits for a GPU."""
         if len(self.number) == 0:
             return 0, 0
-        if len(self.number) <= FEW:  # one call of PyTorch instead of three
-            number = self.number.tolist()
-            return min(number), max(number)
         low, high = self.number.aminmax()
         return int(low), int(high)
 

@@ -1,9 +1,17 @@
 import os
 import random
+import subprocess
+import sys
+
+# Each of several processes of pytest-xdist, and what it starts, gets its share of the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import DEVICE, DTYPES
 
 from pml_pnp.ops import eager
@@ -35,3 +43,43 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: a folder that make(folder) fills, in one process of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name, make):
+        with FileLock(root / f"{name}.lock"):
+            folder = root / name
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def ranks(once):
+    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    import rank_processes
+
+    def start(folder):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, rank_processes.__file__, str(folder)]
+        subprocess.run(command, check=True, timeout=900, env=environment)
+
+    def found(module, world):
+        files = [
+            rank_processes.file_of(once("ranks", start), module, world, r) for r in range(world)
+        ]
+        return [torch.load(file) for file in files]
+
+    return found

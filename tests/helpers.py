@@ -4,6 +4,7 @@ As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose d
 """
 
 import os
+import socket
 
 import pytest
 import reference
@@ -27,6 +28,7 @@ VARIANTS = list(TABLE)
 VARIANTS_OF_THE_PAPER = {"O": 5, "Iu": 7, "Ib": 9, "Ds": 12, "Dq": 13}  # and their equations
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
+IS_TORCH_2_4 = torch.__version__.startswith("2.4.")
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
 
 
@@ -150,3 +152,8 @@ def value_and_grad(loss_func, embeddings, *args, **kwargs):
 def recorded(loss_func, kind):
     """What a record-keeper finds: `kind` is "_record_these" or "_record_these_stats"."""
     return {name: getattr(loss_func, name) for name in getattr(loss_func, kind, [])}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -31,8 +31,12 @@ def test_embedding_regularizer_is_added(device):
     torch.testing.assert_close(loss_func(x, y), plain + regularizer)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize("variant", ["Dq", torch.log1p, Scale()], ids=str)
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize(
+    "variant", ["Dq", torch.log1p, Scale()], ids=["name", "function", "module"]
+)
 def test_copies_compute_the_same(clone, variant):
     x, y = batch()
     loss_func = PNPLoss(variant=variant, distance=distances.LpDistance(), anneal=0.03)

@@ -1,36 +1,24 @@
 """Two gloo ranks against one process that holds both halves of the batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import distributed_worker as worker
+import distributed_cases as cases
 import pytest
 import torch
 from pytorch_metric_learning import miners
 
-WORKER = Path(worker.__file__)
-EFFICIENT = [name for name, case in worker.CASES.items() if case.get("efficient")]
-JOINED = [name for name in worker.CASES if name not in EFFICIENT]
+EFFICIENT = [name for name, case in cases.CASES.items() if case.get("efficient")]
+JOINED = [name for name in cases.CASES if name not in EFFICIENT]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """[{case: (loss, gradient of the model)} of each rank]."""
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, str(WORKER), str(folder)], check=True, env=environment)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+@pytest.fixture
+def found(ranks):
+    """Of each rank, what `results` of distributed_cases.py describes."""
+    return ranks(cases, 2)
 
 
 def alone(case):
     """Loss and gradient of the joined batch in this process."""
-    x, y, ref, ref_y = worker.data()
-    net, loss_func, args = worker.model(), worker.loss_function(**case), {}
+    x, y, ref, ref_y = cases.data()
+    net, loss_func, args = cases.model(), cases.loss_function(**case), {}
     embeddings = net(x)
     if case.get("miner"):
         args["indices_tuple"] = miners.MultiSimilarityMiner()(embeddings, y)
@@ -42,18 +30,18 @@ def alone(case):
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_two_ranks_take_the_same_step_as_one_process(ranks, name):
-    loss, grad = alone(worker.CASES[name])
+def test_two_ranks_take_the_same_step_as_one_process(found, name):
+    loss, grad = alone(cases.CASES[name])
     assert grad.abs().max() > 1e-3
-    for results in ranks:
+    for results in found:
         torch.testing.assert_close(results[name][0] / 2, loss)  # the wrapper counts it once a rank
         torch.testing.assert_close(results[name][1], grad)
 
 
 @pytest.mark.parametrize("name", EFFICIENT)
-def test_efficient_ranks_average_to_the_joined_loss(ranks, name):
-    loss, _ = alone(worker.CASES[name])
-    mean = sum(results[name][0] / 2 for results in ranks) / 2
+def test_efficient_ranks_average_to_the_joined_loss(found, name):
+    loss, _ = alone(cases.CASES[name])
+    mean = sum(results[name][0] / 2 for results in found) / 2
     torch.testing.assert_close(mean, loss)
-    assert ranks[0][name][0] != ranks[1][name][0]  # each rank ranks its own queries
-    torch.testing.assert_close(ranks[0][name][1], ranks[1][name][1])
+    assert found[0][name][0] != found[1][name][0]  # each rank ranks its own queries
+    torch.testing.assert_close(found[0][name][1], found[1][name][1])

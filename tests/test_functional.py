@@ -31,44 +31,40 @@ def by_reference(s, positive, negative, own, **kwargs):
     )
 
 
-@pytest.mark.usefixtures("sigmoids")
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("is_inverted", [True, False], ids=["similarity", "distance"])
-@pytest.mark.parametrize("variant", helpers.VARIANTS)
-def test_masks_give_the_losses_of_the_formula(variant, is_inverted, include_self, dtype, device):
-    s, positive, negative, own = random_case(dtype=dtype, device=device)
+def assert_formula(case, variant, is_inverted=True, include_self=True):
+    s, positive, negative, own = case
+    kwargs = {"variant": variant, "alpha": 4, "b": 3, "anneal": 0.05, "include_self": include_self}
     losses, counted = pnp_loss(
         s,
         positive_mask=positive,
         negative_mask=negative,
         self_similarity=own,
-        variant=variant,
-        alpha=4,
-        b=3,
-        anneal=0.05,
-        include_self=include_self,
         is_inverted=is_inverted,
+        **kwargs,
     )
-    expected = by_reference(
-        s,
-        positive,
-        negative,
-        own,
-        variant=variant,
-        alpha=4,
-        b=3,
-        anneal=0.05,
-        k=1 if is_inverted else -1,
-        include_self=include_self,
-    )
-    assert losses.dtype == dtype and losses.device == s.device
+    expected = by_reference(s, positive, negative, own, k=1 if is_inverted else -1, **kwargs)
+    assert losses.dtype == s.dtype and losses.device == s.device
     assert counted.nonzero().flatten().tolist() == sorted(expected)
     assert losses[~counted].eq(0).all()
     want = torch.tensor([expected[a] for a in sorted(expected)], dtype=torch.float64)
     rtol = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}
-    torch.testing.assert_close(
-        losses[counted].double().cpu(), want, rtol=rtol[dtype], atol=rtol[dtype] * 1e-2
-    )
+    rtol = rtol[s.dtype]
+    torch.testing.assert_close(losses[counted].double().cpu(), want, rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.usefixtures("sigmoids")
+@pytest.mark.parametrize("variant", helpers.VARIANTS)
+def test_masks_give_the_losses_of_the_formula(variant, dtype, device):
+    assert_formula(random_case(dtype=dtype, device=device), variant)
+
+
+@pytest.mark.usefixtures("sigmoids")
+@pytest.mark.parametrize(
+    ("is_inverted", "include_self"), [(True, False), (False, True), (False, False)], ids=str
+)
+@pytest.mark.parametrize("variant", helpers.VARIANTS)
+def test_the_formula_of_a_distance_and_without_the_query_itself(variant, is_inverted, include_self):
+    assert_formula(random_case(), variant, is_inverted, include_self)
 
 
 def test_labels_alone_mean_the_batch_against_itself():

@@ -2,15 +2,13 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import weakref
 from collections import OrderedDict, UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, IS_TORCH_2_4
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -615,6 +613,7 @@ def test_a_wrapper_in_a_wrapper():
     torch.testing.assert_close(gradients(model, result), gradients(model, model(x)))
 
 
+@pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 cannot compile with GradCache")
 @pytest.mark.parametrize("compiled", ["inner", "outer"])
 def test_torch_compile(compiled):
     torch._dynamo.reset()
@@ -705,12 +704,3 @@ def test_outputs_that_differ_from_chunk_to_chunk_are_refused(case):
 
     with pytest.raises(ValueError, match=message):
         GradCache(Encoder(counted), 4)(**tokens(12))
-
-
-def test_the_module_needs_no_pml():
-    code = """
-import sys
-from pml_pnp import GradCache
-assert not any(name.startswith("pytorch_metric_learning") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

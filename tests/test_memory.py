@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import batch, expected_mean, value_and_grad
+from helpers import IS_TORCH_2_4, batch, expected_mean, value_and_grad
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -38,7 +38,7 @@ def other_losses():
 @pytest.mark.parametrize("loss", other_losses(), ids=lambda loss: type(loss).__name__)
 def test_other_losses_and_the_queue_are_as_in_pml(loss, miner, device):
     ours, theirs = memory(30, loss, miner=miner), pmls(30, loss, miner=miner)
-    for step in range(5):  # 12 does not divide 30; PML errs where a batch goes over the end
+    for step in range(5):
         x, y = batch(n=10, device=device)
         mask = {"enqueue_mask": torch.arange(10, device=device) < 5} if step == 3 else {}
         torch.testing.assert_close(
@@ -179,7 +179,6 @@ def test_floating_labels_are_kept_in_float64(kind, device):
     torch.testing.assert_close(value, integers(x, y))
     assert halves.label_memory.dtype == torch.float64
     assert halves.label_memory[20] == y[20] + 2**25 + 1
-    # Integers among halves.
     torch.testing.assert_close(halves(x, y + 2**30), integers(x, y + 2**30))
 
 
@@ -201,8 +200,13 @@ def saved(module):
     return torch.load(file, weights_only=True)
 
 
+needs_hook = pytest.mark.skipif(
+    IS_TORCH_2_4, reason="torch 2.4 has no public hook before a state_dict is loaded"
+)
+
+
 @pytest.mark.parametrize("calls", [1, 2, 4])
-@pytest.mark.parametrize("floating", [False, True])
+@pytest.mark.parametrize("floating", [False, pytest.param(True, marks=needs_hook)])
 def test_a_resumed_run_goes_on_with_its_memory(calls, floating):
     ours = memory()
     batches = [batch(n=12) for _ in range(calls + 3)]
@@ -218,6 +222,7 @@ def test_a_resumed_run_goes_on_with_its_memory(calls, floating):
     torch.testing.assert_close(resumed[1].state_dict(), ours.state_dict())
 
 
+@needs_hook
 def test_a_state_of_pmls_memory_loads_and_starts_the_queue_anew():
     x, y = batch()
     theirs = pmls(loss=losses.ContrastiveLoss())
@@ -291,16 +296,17 @@ class Product(torch.nn.Module):
         return x @ (x if y is None else y).T
 
 
+LP = distances.LpDistance(normalize_embeddings=False)
 LOSSES = {
     "cosine": {},
     "dot": {"distance": distances.DotProductSimilarity()},
-    "Lp": {"distance": distances.LpDistance()},
-    "SNR": {"distance": distances.SNRDistance()},
-    "batched": {"distance": distances.BatchedDistance(distances.LpDistance(), batch_size=5)},
+    "Lp": {"distance": LP},
+    "SNR": {"distance": distances.SNRDistance(normalize_embeddings=False)},
+    "batched": {"distance": distances.BatchedDistance(LP, batch_size=5)},
     "own": {"distance": Product()},
     "sum": {"reducer": reducers.SumReducer()},
     "callable": {"variant": torch.log1p},
-    "lean": {"chunk_size": 5, "distance": distances.LpDistance()},
+    "lean": {"chunk_size": 5, "distance": LP},
     "mined": {},
 }
 

@@ -151,6 +151,13 @@ found["unchanged"] = before == [dict(vars(owner)) for owner in owners]
 register()
 heavy = "torchvision", "timm", "triton", "tensorboard", "record_keeper", "faiss"
 found["heavy"] = loaded(*heavy)
+
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("pml_pnp", "pytorch_metric_learning"):
+        del sys.modules[name]
+sys.modules["pytorch_metric_learning"] = None  # an import of it is an error
+from pml_pnp import GradCache
+found["GradCache"] = GradCache(torch.nn.Linear(2, 2), 1)(torch.ones(3, 2)).shape
 print(json.dumps(found))
 """
 
@@ -177,6 +184,10 @@ def test_use_without_register_changes_nothing_in_pml(found):
 
 def test_nothing_heavy_is_imported_by_the_loss(found):
     assert found["heavy"] == []
+
+
+def test_grad_cache_needs_no_pytorch_metric_learning(found):
+    assert found["GradCache"] == [3, 2]
 
 
 def test_unknown_attribute_is_an_attribute_error():

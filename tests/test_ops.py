@@ -63,7 +63,11 @@ def work(n, per_class=4, **kwargs):
     return counted
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"variant": torch.log1p}, {"chunk_size": 64}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"variant": torch.log1p}, {"chunk_size": 64}],
+    ids=["default", "callable variant", "chunks"],
+)
 def test_work_grows_with_the_square(kwargs, monkeypatch):
     monkeypatch.setattr(product, "CPU_TILE", 128)  # both sizes in parts
     small, large = work(256, **kwargs), work(1024, **kwargs)
@@ -277,8 +281,9 @@ def both(monkeypatch, call, *inputs):
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("is_inverted", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "is_inverted"), [*((variant, True) for variant in VARIANTS), ("Dq", False)]
+)
 def test_triton_equals_the_plain_kernel(triton_kernel, monkeypatch, variant, is_inverted):
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 3]).to(DEVICE)
     kwargs = {"variant": variant, "alpha": 4, "b": 3, "anneal": 0.1, "is_inverted": is_inverted}
@@ -290,7 +295,7 @@ def test_triton_equals_the_plain_kernel(triton_kernel, monkeypatch, variant, is_
 
 
 @pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 29), (5, 8), (2, 70)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 19), (5, 8)])
 def test_triton_with_references_and_masks(triton_kernel, monkeypatch, n, m, include_self):
     s, own = 0.2 * torch.randn(n, m), 0.2 * torch.randn(n)
     labels, ref_labels = torch.randint(0, 3, (n,)), torch.randint(1, 4, (m,))

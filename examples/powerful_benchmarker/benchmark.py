@@ -28,6 +28,7 @@ from pml_pnp.benchmarker.requirements import is_pinned
 # Files of configs/config_loss_and_miners, or of the package.
 LOSSES = (
     "with_pnp",
+    "pnp_recommended",
     "pnp_ds",
     "pnp_o",
     "multi_similarity",

@@ -73,12 +73,12 @@ def losses_and_gradient(
         losses (N,), grad_s (N, M) and grad_self (N,). A gradient that is not asked for is empty.
     """
     (n, m), scale, given = s.shape, settings.scale, self_similarity is not None
-    losses = s.new_empty(n)
+    losses = s.new_zeros(n)
     grad_s = s if overwrite else s.new_empty((n, m) if with_gradient else 0)
     grad_self = s.new_empty(n if with_gradient and given else 0)
     smallest, width = relation.sizes()
     if width == 0:
-        return losses.zero_(), grad_s.zero_(), grad_self.zero_()
+        return losses, grad_s.zero_(), grad_self.zero_()
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
     alpha, b = settings.alpha, settings.b
     listed, with_query = relation.query_column is not None, settings.include_self and not given
@@ -94,18 +94,13 @@ def losses_and_gradient(
         factor = (scale * share).unsqueeze(1)
     entries = block_entries(s.device)
     few = n * (width + given) * m < FEW_SIGMOIDS
-    # All columns at once where they are few: a block saves a call or two.
-    at_once = n * width <= entries
-    positives = relation.positives(slice(0, n), width, smallest) if at_once else None
     buffers = None
     for rows, columns in blocks(n, m, width + given, entries):
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x, part, losses_of_rows = buffers[0], s, losses
-        if height < n:
-            x, part, losses_of_rows = x[:height], s[rows], losses[rows]
-        grad_of_rows = part if overwrite else grad_s[rows] if with_gradient else None
+        x, part = buffers[0][:height], s[rows]
+        losses_of_rows, grad_of_rows = losses[rows], grad_s[rows]
         own = self_similarity[rows].unsqueeze(1) if given else None
         middle = None if few else _middle(part, own, scale)
         if middle is None:
@@ -116,7 +111,7 @@ def losses_and_gradient(
             torch.sub(part, middle, out=x).mul_(-scale).exp_()
             own = (own - middle).mul_(-scale).exp_() if given else None
             never, unused = INF, 0.0
-        index = positives[rows] if at_once else relation.positives(rows, width, smallest)
+        index = relation.positives(rows, width, smallest)
         t = x.gather(1, index)
         relation.fill_non_negatives_(x, rows, index, never)
         if not uniform:
@@ -124,9 +119,9 @@ def losses_and_gradient(
         if given:
             own = own.masked_fill(~relation.counted[rows].unsqueeze(1), unused)
             t = torch.cat([t, own], dim=1)
-        x, parts_of_grad_t = x.unsqueeze(1), []
+        x, grad_t = x.unsqueeze(1), torch.empty_like(t)
         for cols in columns:
-            t_of_cols = (t if len(columns) == 1 else t[:, cols]).unsqueeze(2)
+            t_of_cols = t[:, cols].unsqueeze(2)
             y = buffers[1][: height * t_of_cols.shape[1] * m].view(height, -1, m)
             if middle is None:
                 # First the difference, then the scale: large similarities would overflow.
@@ -134,10 +129,7 @@ def losses_and_gradient(
             else:
                 torch.div(t_of_cols, torch.add(x, t_of_cols, out=y), out=y)
             r = y.sum(dim=2)
-            if cols.start == 0:
-                torch.sum(f(r, alpha, b), dim=1, out=losses_of_rows)
-            else:
-                losses_of_rows += f(r, alpha, b).sum(dim=1)
+            losses_of_rows += f(r, alpha, b).sum(dim=1)
             if with_gradient:
                 w = derivative(r, alpha, b) * (factor if uniform else factor[rows])
                 # y = w * y * (1 - y), in one pass.
@@ -146,9 +138,9 @@ def losses_and_gradient(
                     torch.sum(y, dim=1, out=grad_of_rows)
                 else:
                     grad_of_rows += y.sum(dim=1)
-                parts_of_grad_t.append(y.sum(dim=2).neg_())
+                torch.sum(y, dim=2, out=grad_t[:, cols])
         if with_gradient:
-            grad_t = torch.cat(parts_of_grad_t, dim=1) if len(columns) > 1 else parts_of_grad_t[0]
+            grad_t.neg_()
             if given:
                 grad_self[rows], grad_t = grad_t[:, width], grad_t[:, :width]
             grad_of_rows.scatter_add_(1, index, grad_t)

@@ -73,10 +73,9 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding, or its length, is NaN or infinite; and (3,) counts, or None.
     """
-    height, kept = len(queries), _Kept()
+    height, kept = len(queries) if chunk_size is None else chunk_size, _Kept()
     if references is not None:
-        height = min(height, max(1, REFERENCES_BLOCK // max(1, len(references))))
-    height = max(1, height if chunk_size is None else min(height, chunk_size))
+        height = min(height, REFERENCES_BLOCK // max(1, len(references)))
     with_grad_references = references is not None and references.requires_grad
     with_gradient = torch.is_grad_enabled() and (queries.requires_grad or with_grad_references)
     if with_gradient and references is not None:
@@ -84,7 +83,8 @@ def mean_of_losses(
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
         queries = _Keep.apply(queries, references, kept)
     flags = normalized, with_gradient, with_grad_references, with_counts
-    return _Mean.apply(queries, references, _Call(pairs, settings, height, *flags, kept))[:2]
+    call = _Call(pairs, settings, max(1, height), *flags, kept)
+    return _Mean.apply(queries, references, call)[:2]
 
 
 class _Mean(torch.autograd.Function):
@@ -97,24 +97,21 @@ class _Mean(torch.autograd.Function):
             z, z_norm, broken_references = _factor(references, call.normalized)
             broken = broken + broken_references
         whole = is_self and 0 < len(q) <= call.height
-        grad_q = grad_z = None
-        if call.with_gradient and not whole:
-            grad_q = torch.zeros_like(q)
-            grad_z = (
-                grad_q if is_self else torch.zeros_like(z) if call.with_grad_references else None
-            )
+        grad_q = torch.zeros_like(q) if call.with_gradient and not whole else None
+        grad_z = torch.zeros_like(z) if call.with_grad_references else grad_q if is_self else None
+        counts = q.new_zeros(3) if call.with_counts else None
         block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
         kernel = dispatch.kernel_for(q)
-        losses, numbers, counts = [], [], []
+        total = number = broken
         for rows in blocks_of(q, call.height):
             part, relation = q if whole else q[rows], call.pairs.of(rows)
             s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
-                counts.append(ranking_counts(s, relation, settings.scale > 0))
-            own = _self_similarity(part, relation, call) if not is_self else None
+                counts += ranking_counts(s, relation, settings.scale > 0)
+            own = None if is_self else _self_similarity(part, relation, call)
             loss, grad_s, grad_own = kernel(s, own, relation, settings, call.with_gradient, True)
-            losses.append(loss)
-            numbers.append(relation.counted)
+            total = total + loss.sum()
+            number = number + relation.counted.sum()
             if whole and call.with_gradient:
                 grad_q = _times_both(grad_s, z)
             elif call.with_gradient:
@@ -125,12 +122,10 @@ class _Mean(torch.autograd.Function):
                     grad_q[rows].addcmul_(part, grad_own.unsqueeze(1), value=2)
         if call.normalized and call.with_gradient:
             _differentiate_direction_(grad_q, q, q_norm)
-            if grad_z is not None and not is_self:
+            if call.with_grad_references:
                 _differentiate_direction_(grad_z, z, z_norm)
-        divisor = _sum(numbers, q).clamp(min=1) + broken
-        mean = _sum(losses, q) / divisor
-        counts = sum(counts, q.new_zeros(3)) if call.with_counts else None
-        return mean, counts, divisor, grad_q, None if is_self else grad_z
+        divisor = number.clamp(min=1)
+        return total / divisor, counts, divisor, grad_q, None if is_self else grad_z
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -189,11 +184,6 @@ def blocks_of(x: Tensor, height: int) -> list[slice]:
     return [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
 
 
-def _sum(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Sum of all entries of vectors; of one in most cases, of none for an empty batch."""
-    return (parts[0] if len(parts) == 1 else torch.cat([like.new_zeros(0), *parts])).sum()
-
-
 def _factor(x: Tensor, normalized: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """What is multiplied, (N, d); the lengths of x, (N, 1); zero, or NaN if any is not finite."""
     if not normalized:
@@ -219,7 +209,7 @@ def _differentiate_direction_(grad: Tensor, z: Tensor, norm: Tensor) -> None:
 
 
 def _times_both(grad: Tensor, z: Tensor) -> Tensor:
-    """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same numbers."""
+    """(G + G^T) z; on a CPU in squares, of which one and its mirror image are the same."""
     if z.device.type != "cpu" or len(z) <= CPU_TILE:
         return (grad + grad.T) @ z
     parts = blocks_of(z, CPU_TILE)
@@ -237,13 +227,12 @@ def _times_both(grad: Tensor, z: Tensor) -> Tensor:
 
 def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call) -> Tensor:
     """The sum of losses by operations that autograd differentiates."""
-    q = torch.nn.functional.normalize(queries) if call.normalized else queries
-    z = q if references is None else references
-    if call.normalized and references is not None:
-        z = torch.nn.functional.normalize(references)
-    total = q[:0].sum()
-    for rows in blocks_of(q, call.height):
-        part, relation = q[rows], call.pairs.of(rows)
+    z = queries if references is None else references
+    if call.normalized:
+        queries, z = torch.nn.functional.normalize(queries), torch.nn.functional.normalize(z)
+    total = queries[:0].sum() + z[:0].sum()
+    for rows in blocks_of(queries, call.height):
+        part, relation = queries[rows], call.pairs.of(rows)
         own = None if references is None else _self_similarity(part, relation, call)
         total = total + differentiable_losses(part @ z.T, own, relation, call.settings).sum()
     return total

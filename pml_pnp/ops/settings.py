@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pml_pnp.checks import check_hyperparameters, check_include_self, check_range
+from pml_pnp.checks import check_hyperparameters
 
 
 class Settings(NamedTuple):
@@ -25,10 +25,10 @@ class Settings(NamedTuple):
     ) -> "Settings":
         """Settings from the arguments of `pnp_loss`, for similarities of a dtype.
 
-        Raises as `check_hyperparameters`, `check_include_self` and `check_range` do.
+        Raises as `check_hyperparameters` does.
         """
-        check_hyperparameters(b=b, alpha=alpha, anneal=anneal, variant=variant)
-        check_include_self(include_self)
-        check_range(dtype, b=b, alpha=alpha, anneal=anneal)
+        check_hyperparameters(
+            b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self, dtype=dtype
+        )
         scale = (1 if is_inverted else -1) / float(anneal)
         return Settings(scale, variant, float(alpha), float(b), include_self)

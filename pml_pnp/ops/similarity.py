@@ -37,7 +37,10 @@ def query_losses(
         self_similarity = None
     if not isinstance(settings.variant, str):
         return differentiable_losses(s, self_similarity, relation, settings)
-    needs_graph = torch.is_grad_enabled() and _requires_grad(s, self_similarity)
+    requires_grad = s.requires_grad or (
+        self_similarity is not None and self_similarity.requires_grad
+    )
+    needs_graph = torch.is_grad_enabled() and requires_grad
     if needs_graph or torch.compiler.is_compiling():
         return _QueryLosses.apply(s, self_similarity, _Call(relation, settings))[0]
     return dispatch.kernel_for(s)(s, self_similarity, relation, settings, False)[0]
@@ -103,10 +106,6 @@ class _QueryLosses(torch.autograd.Function):
         column = grad.unsqueeze(1)
         grad_s = grad_s.mul_(column) if may_scale else grad_s * column
         return grad_s, None if self_similarity is None else grad_self * grad
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def differentiable_gradients(function, tensors, needed, grad: Tensor):

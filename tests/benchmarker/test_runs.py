@@ -60,9 +60,13 @@ def results(folder):
     return [{k: v for k, v in row.items() if k not in ("date", "command")} for row in rows]
 
 
-def benchmark(folder, epochs=4):
+def benchmark_flags(folder, epochs=4):
     flags = ["--losses", "with_pnp", "--seeds", 0, "--epochs", epochs, "--output", folder]
-    return start("benchmark.py", *flags, "--", *SMALL, start_new_session=True)
+    return [*flags, "--", *SMALL]
+
+
+def benchmark(folder):
+    return start("benchmark.py", *benchmark_flags(folder), start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +104,25 @@ def test_the_logs_hold_the_arguments_and_records_of_this_loss(finished):
         assert list((fold / "tensorboard_logs").glob("events.*"))
 
 
-@pytest.mark.parametrize(("fold", "epoch"), [(0, 4), (1, 1)])
-def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, fold, epoch):
-    """SIGKILL while the checkpoint of an epoch is written."""
-    process = benchmark(tmp_path)
-    models = tmp_path / "digits" / "with_pnp-0"
+def kill_at(process, folder, path):
+    """SIGKILL as soon as a file is there; what the process had printed."""
     end = time.monotonic() + 600
-    while not list(models.glob(f"*_{fold}/saved_models/embedder_{epoch}.pth")):
+    while not list(folder.glob(path)):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return process.communicate()[0]
+
+
+def test_a_run_killed_at_any_time_goes_on_to_the_same_end(finished, tmp_path):
+    """While its configs are written, and the checkpoint of an epoch of either fold."""
+    models = tmp_path / "digits" / "with_pnp-0"
+    (models / "configs").mkdir(parents=True)
+    (models / "configs" / "config_models.yaml").write_text("models: {trunk:")
+    output = kill_at(benchmark(tmp_path), models, "*_0/saved_models/embedder_4.pth")
+    assert "with_pnp-0: training" in output
+    output = kill_at(benchmark(tmp_path), models, "*_1/saved_models/embedder_1.pth")
+    assert "with_pnp-0: continuing" in output
     process = benchmark(tmp_path)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-6000:]
@@ -125,68 +137,81 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, fold, epoch):
         torch.testing.assert_close(weights, torch.load(expected, weights_only=True), rtol=0, atol=0)
 
 
-def test_what_is_finished_is_not_run_again_and_not_mixed(finished):
-    folder, first = finished
-    before = (folder / "results.csv").read_text()
-    output, _ = benchmark(folder.parent).communicate(timeout=900)
-    assert (
-        "with_pnp-0: finished before" in output and (folder / "results.csv").read_text() == before
-    )
-    process = benchmark(folder.parent, epochs=5)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 1 and "was begun with {'epochs': 4" in output
-    assert "Traceback" not in output
+# What ends before training: (script, flags, part of the message). FINISHED and ROOT are folders.
+NEW = ["--experiment_name", "x", "--root_experiment_folder", "ROOT"]
+TAKEN = ["--experiment_name", "with_pnp-0", "--root_experiment_folder", "FINISHED/digits"]
+OMNIGLOT = ["--config_dataset", "[default, omniglot]", "--dataset_root", "ROOT/no"]
+MISTAKES = {
+    "other epochs": (
+        "benchmark.py",
+        benchmark_flags("FINISHED", epochs=5),
+        "error: with_pnp-0 was begun with {'epochs': 4",
+    ),
+    "a folder that is taken": ("run.py", TAKEN, "continue it with --resume_training latest"),
+    "no data to benchmark": (
+        "benchmark.py",
+        ["--dataset", "omniglot", "--dataset-root", "ROOT/no", "--output", "ROOT"],
+        "benchmark.py: error: .*omniglot",
+    ),
+    "no data": ("run.py", [*NEW, *OMNIGLOT], "run.py: error: .*omniglot"),
+    "no loss": (
+        "benchmark.py",
+        ["--output", "ROOT", "--losses", "nope"],
+        "--losses must be of contrastive, .* got nope",
+    ),
+    "no overlay": (
+        "run.py",
+        [*NEW, "--config_loss_and_miners", "[default, nope]"],
+        "no nope.yaml in .* with_pnp,",
+    ),
+    "nothing to resume": (
+        "run.py",
+        [*NEW, "--resume_training", "latest"],
+        "no experiment 'x' in ",
+    ),
+    "nothing to evaluate": ("run.py", [*NEW, "--evaluate"], "no experiment 'x' in "),
+    "reproductions": ("run.py", [*NEW, "--reproductions", "a"], "--reproductions"),
+    "flag": ("run.py", [*NEW, "--sed", "0"], "unknown flag --sed: did you mean --seed"),
+    "nothing to search": (
+        "run.py",
+        [*NEW, "--bayes_opt_iters", "3"],
+        "needs a config with a key that ends in ~BAYESIAN~",
+    ),
+}
 
 
-def test_a_run_that_was_killed_while_its_configs_were_written_begins_anew(finished, tmp_path):
-    configs = tmp_path / "digits" / "with_pnp-0" / "configs"
-    configs.mkdir(parents=True)
-    (configs / "config_models.yaml").write_text("models: {trunk:")
-    output, _ = benchmark(tmp_path).communicate(timeout=900)
-    assert results(tmp_path / "digits") == results(finished[0]), output[-6000:]
+@pytest.fixture(scope="module")
+def said(finished, tmp_path_factory):
+    """{case: exit code, output, files written}, of one process that ran all command lines."""
+    folder = finished[0].parent
+    lines, roots = [], []
+    for script, flags, _ in [("benchmark.py", benchmark_flags("FINISHED"), ""), *MISTAKES.values()]:
+        roots.append(tmp_path_factory.mktemp("root"))
+        flags = [str(x).replace("FINISHED", str(folder)) for x in flags]
+        flags = [x.replace("ROOT", str(roots[-1])) for x in flags]
+        lines.append([str(EXAMPLE / script), flags])
+    worker = Path(__file__).with_name("command_lines.py")
+    command = [sys.executable, str(worker), json.dumps(lines)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr[-6000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    files = [[path for path in root.rglob("*") if path.is_file()] for root in roots]
+    cases = ["finished before", *MISTAKES]
+    return {case: (*x, y) for case, x, y in zip(cases, found, files, strict=True)}
 
 
-def test_a_folder_that_is_taken_is_left_alone(finished):
-    flags = ["--experiment_name", "with_pnp-0", "--root_experiment_folder", finished[0]]
-    process = start("run.py", *flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "continue it with --resume_training latest" in output
+def test_what_is_finished_is_not_run_again(finished, said):
+    code, output, _ = said["finished before"]
+    assert code == 0 and "with_pnp-0: finished before" in output
+    table = [line for line in finished[1].splitlines() if line.startswith("|")]
+    assert table and table == [line for line in output.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("script", ["benchmark.py", "run.py"])
-def test_a_missing_data_set_is_named_before_training(script, tmp_path):
-    flags = ["--dataset", "omniglot", "--dataset-root", tmp_path / "no", "--output", tmp_path / "x"]
-    if script == "run.py":
-        flags = ["--experiment_name", "x", "--config_dataset", "[default, omniglot]"]
-        flags += ["--dataset_root", tmp_path / "no", "--root_experiment_folder", tmp_path]
-    process = start(script, *flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and f"{script}: error: " in output and "omniglot" in output
-    assert "Traceback" not in output and not list(tmp_path.rglob("*.pth"))
-
-
-@pytest.mark.parametrize(
-    ("script", "flags", "message"),
-    [
-        ("benchmark.py", ["--losses", "nope"], "--losses must be of contrastive, .* got nope"),
-        ("run.py", ["--config_loss_and_miners", "[default, nope]"], "no nope.yaml in .* with_pnp,"),
-        ("run.py", ["--resume_training", "latest"], "no experiment 'x' in "),
-        ("run.py", ["--evaluate"], "no experiment 'x' in "),
-        ("run.py", ["--reproductions", "a"], "--reproductions"),
-        ("run.py", ["--sed", "0"], "unknown flag --sed: did you mean --seed"),
-        ("run.py", ["--bayes_opt_iters", "3"], "needs a config with a key that ends in ~BAYESIAN~"),
-    ],
-)
-def test_what_is_not_there_is_named(script, flags, message, tmp_path):
-    if script == "run.py":
-        flags = ["--experiment_name", "x", "--root_experiment_folder", tmp_path, *flags]
-    else:
-        flags = ["--output", tmp_path / "out", *flags]
-    process = start(script, *flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode in (1, 2) and re.search(message, output), output
-    assert "Traceback" not in output
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_before_training(said, case):
+    code, output, files = said[case]
+    assert code in (1, 2) and re.search(MISTAKES[case][2], output), output
+    assert "Traceback" not in output and not files
 
 
 # What a script can do after a plain `prepare`; prints what it found as JSON.
@@ -324,12 +349,7 @@ def test_three_trials_of_a_search_that_is_killed_after_one_that_diverged(tmp_pat
     flags += ["--bayes_opt_iters", 3, "--reproductions", 2, "--num_epochs_train", 1]
     folder = tmp_path / "search"
     process = start("run.py", *flags, *SMALL, start_new_session=True)
-    end = time.monotonic() + 600
-    while not list(folder.glob("search1/*/saved_models/embedder_1.pth")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at(process, folder, "search1/*/saved_models/embedder_1.pth")
     first = sorted((folder / "search0").rglob("*.pth"))
     times = [path.stat().st_mtime for path in first]
     run("run.py", *flags, *SMALL)

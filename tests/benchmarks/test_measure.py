@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import needs_built_in
 
+pytestmark = needs_built_in  # beside which PNPLoss is measured
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

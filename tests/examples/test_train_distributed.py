@@ -1,40 +1,44 @@
 """train.py under torchrun: two processes on the CPU, joined by gloo."""
 
 import json
-import socket
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import free_port
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PLAIN = "plain"  # the run whose images are not augmented
 WORKER = Path(__file__).with_name("train_worker.py")
-
-
-def free_ports(number):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [x.getsockname()[1] for x in sockets]
-    for x in sockets:
-        x.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
 def finished(environment, quick, tmp_path_factory):
-    """Four runs in two processes: what they printed, and the folder that holds their folders."""
+    """Runs in two processes, and a mistake: what they printed, and the folder of their folders."""
     folder = tmp_path_factory.mktemp("distributed")
-    memory = ["--output-dir", folder, *quick, "--memory-size", 96]
+    new = ["--output-dir", folder, *quick]
+    memory = [*new, "--memory-size", 96]
+    frozen = [*new, "--epochs", 1, "--freeze-batchnorm"]
     runs = [
         [*memory, "--name", "whole", "--epochs", 2],
         [*memory, "--name", "parts", "--epochs", 1],
         ["--resume", folder / "parts", "--epochs", 2],
-        ["--output-dir", folder, *quick, "--name", "proxies", "--epochs", 1]
-        + ["--loss", "ProxyAnchorLoss"],
+        [*new, "--name", "proxies", "--epochs", 1, "--loss", "ProxyAnchorLoss"],
+        [*frozen, "--name", PLAIN],
+        [*frozen, "--name", "at once"],
+        [*frozen, "--name", "in chunks", "--grad-cache", 7],
+        ["--batch-size", 33, "--samples-per-class", 3],
     ]
+    ports = [None, *(free_port() for _ in runs[1:])]
+    augmented = [PLAIN not in arguments for arguments in runs]
     runs = [[str(x) for x in arguments] for arguments in runs]
-    runs = json.dumps(list(zip(free_ports(len(runs)), runs, strict=True)))
+    runs = json.dumps(list(zip(ports, augmented, runs, strict=True)))
     process = subprocess.run(
         [sys.executable, *LAUNCHER, str(WORKER), runs],
         env=environment,
@@ -42,8 +46,8 @@ def finished(environment, quick, tmp_path_factory):
         text=True,
         timeout=900,
     )
-    assert process.returncode == 0, process.stderr
-    return process.stdout, folder
+    assert (folder / "in chunks" / "metrics.json").exists(), process.stderr
+    return process, folder
 
 
 def numbers(run, strict_json):
@@ -53,30 +57,68 @@ def numbers(run, strict_json):
 
 
 def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
-    output, folder = finished
-    assert output.count("MAP@R  ") == 4  # one process of two speaks
+    process, folder = finished
+    assert process.stdout.count("MAP@R  ") == 7  # one process of two speaks
     assert strict_json(folder / "whole" / "config.json")["world_size"] == 2
     whole, parts = (numbers(folder / x, strict_json) for x in ("whole", "parts"))
     assert whole == parts and whole["epochs_trained"] == 2
 
 
-def test_processes_draw_different_batches_and_share_weights_and_proxies(finished):
+def test_processes_augment_differently_and_share_batches_weights_and_proxies(finished):
     path = finished[1] / "proxies" / "checkpoints" / "last.pt"
     first, second = torch.load(path, weights_only=True)["own"]
-    assert not torch.equal(first["random"]["numpy"][1], second["random"]["numpy"][1])
+    assert first["random"]["python"] != second["random"]["python"]
+    assert torch.equal(first["random"]["numpy"][1], second["random"]["numpy"][1])
+    assert first["sampler"] == second["sampler"]
     assert torch.equal(first["loss"]["loss.proxies"], second["loss"]["loss.proxies"])
 
 
-def test_processes_train_in_chunks(script, quick, tmp_path, strict_json):
-    settings = ["--output-dir", tmp_path, "--epochs", 1, "--freeze-batchnorm", *quick]
-    for name, arguments in {"chunks": ["--grad-cache", 7], "whole": []}.items():
-        process = script(*settings, "--name", name, *arguments, launcher=LAUNCHER)
-        assert process.returncode == 0, process.stderr
-    chunks, whole = (numbers(tmp_path / x, strict_json)["trained"] for x in ("chunks", "whole"))
+def test_two_processes_are_one_with_the_same_batches(finished, main, quick, tmp_path, monkeypatch):
+    """Without what depends on the process: augmentation, and the statistics of BatchNorm."""
+    monkeypatch.setattr("train.PHOTOGRAPHS", {"mode": "RGB"})
+    new = ["--output-dir", tmp_path, *quick, "--epochs", 1, "--freeze-batchnorm"]
+    assert main(*new, "--name", PLAIN) == 0
+    one, two = (
+        torch.load(folder / PLAIN / "checkpoints" / "last.pt", weights_only=True)["shared"]
+        for folder in (tmp_path, finished[1])
+    )
+    torch.testing.assert_close(two["models"], one["models"], rtol=1e-3, atol=1e-4)
+    assert one["optimizers"]["trunk_optimizer"]["state"][0]["step"] == 11
+
+
+def test_processes_train_in_chunks(finished, strict_json):
+    runs = [finished[1] / name for name in ("in chunks", "at once")]
+    chunks, whole = (numbers(run, strict_json)["trained"] for run in runs)
     assert chunks == pytest.approx(whole, rel=1e-3)
 
 
-def test_mistake_is_said_once(script):
-    process = script("--batch-size", 33, "--samples-per-class", 3, launcher=LAUNCHER)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(
+    environment, quick, script, tmp_path, strict_json
+):
+    command = [sys.executable, *LAUNCHER, str(EXAMPLES / "train.py"), "--output-dir", str(tmp_path)]
+    command += [str(x) for x in quick] + ["--name", "killed", "--epochs", "8"]
+    launcher = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = tmp_path / "killed"
+    try:
+        end = time.monotonic() + 120
+        while not (run / "checkpoints" / "last.pt").exists():
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    finally:
+        launcher.kill()
+    assert not (run / "metrics.json").exists()
+    result = script("--resume", run, launcher=LAUNCHER)
+    assert result.returncode == 0, result.stderr
+    assert strict_json(run / "metrics.json")["epochs_trained"] == 8
+
+
+def test_mistake_is_said_once(finished):
+    process, _ = finished
     assert process.returncode != 0
     assert process.stderr.count("train.py: error: --batch-size: expected a multiple of 6") == 1

@@ -1,7 +1,8 @@
 """One process of torchrun that runs train.py several times: train_worker.py RUNS.
 
-RUNS is JSON, [[port, arguments], ...]. Every run makes a process group of its own at its port, as
-if it had been launched alone; only the imports are shared.
+RUNS is JSON, [[port, augmented, arguments], ...]. Every run makes a process group of its own, as if
+it had been launched alone; only the imports are shared. Without a port it takes the store of
+torchrun, which can be used once. The first run that fails ends them.
 """
 
 import json
@@ -13,8 +14,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     import train
 
-    for port, arguments in json.loads(sys.argv[1]):
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+    photographs = train.PHOTOGRAPHS
+    for port, augmented, arguments in json.loads(sys.argv[1]):
+        train.PHOTOGRAPHS = photographs if augmented else {"mode": photographs["mode"]}
+        if port:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
         if code := train.main(arguments):
             sys.exit(code)

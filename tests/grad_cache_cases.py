@@ -1,12 +1,9 @@
-"""One rank of test_grad_cache_distributed.py: python grad_cache_worker.py FOLDER (torchrun)."""
+"""What test_grad_cache_distributed.py compares: the cases, and what one rank of two does."""
 
 import contextlib
-import sys
-import time
-from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,17 +106,10 @@ def names():
     return [list(m.state_dict()) for m in (plain, *wrapped)]
 
 
-def main():
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    results = {"refused": refused(), "names": names()}
+def results(rank):
+    """{(order, case): state of the model, number of synchronizations}, and two of no case."""
+    found = {"refused": refused(), "names": names()}
     for order in ORDERS:
         for name, case in CASES.items():
-            results[order, name] = train(order, rank, **case)
-    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
-    distributed.destroy_process_group()
-    time.sleep(0.5)  # a gloo thread that lets go of a tensor later than this aborts the process
-
-
-if __name__ == "__main__":
-    main()
+            found[order, name] = train(order, rank, **case)
+    return found

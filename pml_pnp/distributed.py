@@ -1,0 +1,325 @@
+"""The loss over the embeddings of all ranks: PML's DistributedLossWrapper with a third mode."""
+
+import torch
+import torch.distributed as dist
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import reducers
+from pytorch_metric_learning.utils import distributed as pml_distributed
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from pml_pnp.joined import Joined, with_gradient
+from pml_pnp.loss import PNPLoss
+from pml_pnp.memory import CrossBatchMemory, takes_query_columns, without_self_pairs
+from pml_pnp.pairs import QueryColumns, Relation, plain
+from pml_pnp.precision import at_least_float32
+
+EXACT = "exact"
+MEANS = (reducers.MeanReducer, reducers.DivisorReducer, reducers.ClassWeightedReducer)
+SUMS = (reducers.SumReducer,)
+
+
+class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
+    """PML's DistributedLossWrapper, with a mode that is exact and shares the work out.
+
+    The loss to compute is that of one process on the joined batch, the rows of all ranks.
+
+    | efficient | queries of a rank | references | gradient after averaging over the ranks |
+    |---|---|---|---|
+    | False, as in PML | all | all | of the joined batch |
+    | True, as in PML | its own | all, without gradient | without the part of the references |
+    | "exact" | its own | all, with gradient | of the joined batch |
+
+    A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that all hold the
+    same queue; PML's wrapper puts each rank's own rows first.
+
+    Args:
+        loss: any that PML's wrapper takes. With "exact" a PNPLoss, or this package's
+            CrossBatchMemory or a SelfSupervisedLoss around one. Its reducer must be a MeanReducer,
+            DivisorReducer, ClassWeightedReducer or SumReducer, without embedding_regularizer.
+        efficient: False (default), True or "exact".
+
+    Call with what PML's takes, of this rank:
+        embeddings: (N, d). Ranks may pass different numbers of rows with "exact" and with a
+            CrossBatchMemory, also none: then (0, d), from the model, so that it takes part in
+            backward.
+        labels: (N,).
+        indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
+            DistributedMinerWrapper makes them. With "exact" those of this rank's queries count.
+            Not with a CrossBatchMemory, which may have a miner of its own, or a SelfSupervisedLoss.
+        ref_emb, ref_labels: references of this rank. With a SelfSupervisedLoss the views of
+            `embeddings`, which may also come second, as in its own call.
+        enqueue_mask: (N,), bool, with a CrossBatchMemory.
+
+    Returns:
+        False, True: as in PML, the loss of this rank's call times the number of ranks. "exact": the
+        loss of the joined batch, the same number on every rank. Gradients are such that their mean
+        over the ranks, as DistributedDataParallel and FSDP take it, is that of the joined batch,
+        also for parameters of the loss; gradients that are summed must be divided by the number of
+        ranks. Without a process group, or with one rank, what the loss returns.
+
+    Raises:
+        TypeError, ValueError: a loss, reducer or argument that the mode does not take; arguments
+            that do not fit together, on every rank alike.
+        RuntimeError: another rank was given bad arguments.
+
+    Every rank must make the same calls, forward and backward. A rank that ends with an error takes
+    the others along, at the latest after the timeout of the process group.
+
+    Memory: with "exact" the gathered embeddings and their gradient, 2 x (sum of N) x d numbers, and
+    what the loss needs for N queries.
+
+    Example:
+        >>> from pml_pnp import losses
+        >>> from pml_pnp.distributed import DistributedLossWrapper
+        >>> loss_func = DistributedLossWrapper(losses.PNPLoss(), efficient="exact")
+        >>> loss = loss_func(torch.randn(32, 8), torch.arange(32) // 4)
+    """
+
+    def __init__(self, loss, efficient=False):
+        if efficient == EXACT:
+            inner = loss
+            if isinstance(loss, (CrossBatchMemory, pml_losses.SelfSupervisedLoss)):
+                inner = loss.loss
+            _check_loss(inner)
+            super().__init__(inner)
+            self.loss, self.efficient = loss, EXACT
+        elif isinstance(efficient, str):
+            raise ValueError(f'efficient must be False, True or "exact", got {efficient!r}')
+        else:
+            super().__init__(loss, efficient)
+
+    def forward(
+        self,
+        embeddings,
+        labels=None,
+        indices_tuple=None,
+        ref_emb=None,
+        ref_labels=None,
+        enqueue_mask=None,
+    ):
+        """Compute the loss of the joined batch; the class docstring describes the arguments."""
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
+        if isinstance(self.loss, pml_losses.CrossBatchMemory):
+            if ref_emb is not None or ref_labels is not None:
+                raise ValueError(
+                    "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
+                    "ref_labels"
+                )
+            if is_alone:
+                return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
+            return self._with_memory(embeddings, labels, indices_tuple, enqueue_mask)
+        if enqueue_mask is not None:
+            raise ValueError("enqueue_mask needs a CrossBatchMemory, got one without it")
+        if self.efficient != EXACT:
+            return super().forward(*arguments)
+        loss, error = self.loss, None
+        if isinstance(loss, pml_losses.SelfSupervisedLoss):
+            views = labels if ref_emb is None else ref_emb
+            if is_alone and indices_tuple is None:
+                return loss(embeddings, views)
+            try:
+                arguments = self._of_views(embeddings, views, indices_tuple)
+            except (TypeError, ValueError) as caught:
+                if is_alone:
+                    raise
+                arguments, error = (embeddings, None, None, None, None), caught
+            loss = loss.loss
+        if is_alone:
+            return loss(*arguments)
+        return _of_all_ranks(loss, *_exact_arguments(loss, *arguments, error))
+
+    def _with_memory(self, embeddings, labels, indices_tuple, enqueue_mask):
+        """Loss of the joined batch with a CrossBatchMemory."""
+        error = None
+        if indices_tuple is not None:
+            error = ValueError(
+                "with several ranks a CrossBatchMemory takes no indices_tuple, got one: give it a "
+                "miner"
+            )
+        elif labels is None:
+            error = TypeError("labels must be a tensor, got NoneType")
+        joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
+        with torch.no_grad():
+            parts = joined.gather(embeddings)
+            if enqueue_mask is not None:
+                mask = enqueue_mask.to(embeddings.device, torch.uint8)
+                enqueue_mask = torch.cat(joined.gather(mask)).bool()
+        parts[joined.rank] = embeddings
+        batch = torch.cat(parts), torch.cat(joined.labels), None, enqueue_mask
+        if self.efficient != EXACT:
+            return self.loss(*batch) * len(parts)
+        arguments = self.loss.loss_arguments(*batch, rows=joined.own_rows)
+        return _of_all_ranks(self.loss.loss, *arguments)
+
+    def _of_views(self, embeddings, views, indices_tuple) -> tuple:
+        """What SelfSupervisedLoss calls its loss with.
+
+        A row and its view have a label that no other row of any rank has.
+        """
+        if indices_tuple is not None:
+            raise ValueError("SelfSupervisedLoss takes no indices_tuple, got one")
+        for name, x in (("embeddings", embeddings), ("ref_emb", views)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if embeddings.shape != views.shape:
+            raise ValueError(
+                f"ref_emb must have the shape of embeddings, {tuple(embeddings.shape)}, got "
+                f"{tuple(views.shape)}"
+            )
+        labels = torch.arange(len(embeddings), device=embeddings.device) * dist.get_world_size()
+        labels += dist.get_rank()
+        if getattr(self.loss, "symmetric", False):  # PML 2.0 has no other
+            batch = torch.cat([embeddings, views]), torch.cat([labels, labels])
+            return *batch, None, None, None
+        return embeddings, labels, None, views, labels.clone()
+
+
+class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
+    """PML's DistributedMinerWrapper, for ranks that may have different numbers of rows.
+
+    The pairs or triplets are over the joined batch with this rank's rows first: with
+    `efficient=True` those of this rank's queries, else all. For DistributedLossWrapper with
+    `efficient="exact"` use True, which mines what that needs and no more. PML's own also drops,
+    from pairs with `ref_emb`, those of a query and the reference of the same number.
+    """
+
+    def forward(self, emb, labels, ref_emb=None, ref_labels=None):
+        """Mine the joined batch."""
+        if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+            return self.miner(emb, labels, ref_emb, ref_labels)
+        joined = Joined(emb, labels, ref_emb, ref_labels)
+        with torch.no_grad():
+            references = torch.cat(joined.own_first(joined.gather(emb)))
+            all_labels = torch.cat(joined.own_first(joined.labels))
+            if not self.efficient:
+                emb, labels = references, all_labels
+            else:
+                labels = joined.labels[joined.rank]
+            if ref_emb is not None:
+                references = torch.cat(joined.own_first(joined.gather_references(ref_emb)))
+                all_labels = torch.cat(joined.own_first(joined.ref_labels))
+            elif not self.efficient:
+                return self.miner(emb, labels)
+            if len(emb) == 0:
+                return tuple(labels.new_empty(0, dtype=torch.int64) for _ in range(4))
+            indices_tuple = self.miner(emb, labels, references, all_labels)
+        if ref_emb is not None:
+            return indices_tuple
+        return without_self_pairs(indices_tuple, torch.arange(len(emb), device=emb.device))
+
+
+def _check_loss(loss) -> None:
+    """Raise TypeError unless the joined loss can be put together from those of the ranks."""
+    if not isinstance(loss, PNPLoss):
+        raise TypeError(
+            'efficient="exact" needs a PNPLoss, or a CrossBatchMemory of pml_pnp.losses or a '
+            f"SelfSupervisedLoss around one, got {type(loss).__name__}"
+        )
+    if loss.embedding_regularizer is not None:
+        raise TypeError(
+            'efficient="exact" takes no embedding_regularizer, got '
+            f"{type(loss.embedding_regularizer).__name__}: add its loss to that of the wrapper"
+        )
+    if type(loss.reducer) not in MEANS + SUMS:
+        names = ", ".join(cls.__name__ for cls in MEANS + SUMS)
+        raise TypeError(
+            f'efficient="exact" needs a reducer that is a mean or a sum over queries, {names}, '
+            f"got {type(loss.reducer).__name__}"
+        )
+
+
+def _exact_arguments(
+    loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, error: Exception | None
+) -> tuple:
+    """What a rank calls its loss with: own queries, all references, this rank's first."""
+    if ref_emb is embeddings and ref_labels is labels:
+        ref_emb = ref_labels = None
+    joined = Joined(
+        embeddings, labels, ref_emb, ref_labels, has_tuple=indices_tuple is not None, error=error
+    )
+    n = len(embeddings)
+    if joined.labels is not None:
+        labels = joined.labels[joined.rank]
+    all_labels = joined.labels if ref_emb is None else joined.ref_labels
+    all_labels = None if all_labels is None else torch.cat(joined.own_first(all_labels))
+    # The gradient is summed over the ranks in the dtype that is gathered.
+    dtype = at_least_float32(embeddings.dtype)
+    if ref_emb is None:
+        embeddings = with_gradient(embeddings, joined.needs_grad)
+        references = joined.gather(embeddings.to(dtype))
+    else:
+        ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
+        references = joined.gather_references(ref_emb.to(dtype))
+    references = torch.cat(joined.own_first(references))
+    columns = torch.arange(n, device=embeddings.device) if ref_emb is None else None
+    if indices_tuple is not None:
+        joined.check_tuple(indices_tuple, len(references))
+        indices_tuple = _of_queries(indices_tuple, n, embeddings.device)
+        if columns is not None:
+            indices_tuple = without_self_pairs(indices_tuple, columns)
+    elif columns is not None and takes_query_columns(loss):
+        indices_tuple = QueryColumns(columns)
+    elif columns is not None:
+        indices_tuple = lmu.get_all_pairs_indices(labels, all_labels)
+        indices_tuple = without_self_pairs(indices_tuple, columns)
+    return embeddings, labels, indices_tuple, references, all_labels
+
+
+def _of_queries(indices_tuple, n: int, device) -> tuple[Tensor, ...]:
+    """The pairs of the first n queries."""
+    indices_tuple = [plain(i).to(device, torch.int64) for i in indices_tuple]
+    if len(indices_tuple) == 3:
+        a, p, q = indices_tuple
+        indices_tuple = a, p, a, q
+    a1, p, a2, q = indices_tuple
+    return a1[a1 < n], p[a1 < n], a2[a2 < n], q[a2 < n]
+
+
+def _of_all_ranks(loss, queries, labels, indices_tuple, references, ref_labels) -> Tensor:
+    """The loss of the queries of all ranks, from that of this rank's queries.
+
+    The gradient is the number of ranks times this rank's part, so that the mean over the ranks is
+    the whole.
+    """
+    _check_loss(loss)
+    own = loss(queries, labels, indices_tuple, references, ref_labels)
+    if references.requires_grad:
+        # Every rank has to take part in the backward of gathering, also one whose loss is constant.
+        own = own + references[:0].sum().to(own.dtype)
+    dtype = at_least_float32(own.dtype)
+    part = own.to(dtype)
+    number = part.new_ones(())
+    if type(loss.reducer) in MEANS:
+        number = _number_of_counted(len(queries), labels, indices_tuple, ref_labels, part)
+        part = part * number
+    total = torch.stack([part.detach(), number]).double()
+    dist.all_reduce(total)
+    if type(loss.reducer) in MEANS:
+        divisor = total[1].clamp(min=1)
+        total, part = total / divisor, part / divisor.to(dtype)
+    part = part * dist.get_world_size()
+    return _WithValue.apply(part, total[0].to(dtype)).to(own.dtype)
+
+
+def _number_of_counted(n: int, labels, indices_tuple, ref_labels, like: Tensor) -> Tensor:
+    """How many queries have a positive besides themselves, (), on device and of dtype of `like`."""
+    if indices_tuple is None or isinstance(indices_tuple, QueryColumns):
+        columns = None if indices_tuple is None else indices_tuple.columns
+        return Relation.from_labels(labels, ref_labels, columns).counted.sum().to(like)
+    counted = like.new_zeros(n)
+    counted[indices_tuple[0]] = 1
+    return counted.sum()
+
+
+class _WithValue(torch.autograd.Function):
+    """A value with the gradient of another tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

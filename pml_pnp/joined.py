@@ -1,0 +1,193 @@
+"""The batch of all ranks: what they exchange, and checks of it that no rank waits in vain for."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pml_pnp.checks import check_inputs, check_tuple
+from pml_pnp.memory import check_enqueue_mask
+from pml_pnp.pairs import plain
+
+
+class _Part(NamedTuple):
+    """What a rank says about its arguments, in integers."""
+
+    is_bad: int = 0
+    given: int = 0  # one bit for each of GIVEN
+    rows: int = 0
+    size: int = 0
+    dtype: int = 0  # place in DTYPES
+    ref_rows: int = 0
+    floating_labels: int = 0  # of embeddings or references
+    needs_grad: int = 0
+    ref_needs_grad: int = 0
+
+    def __str__(self) -> str:
+        """What must be the same on every rank."""
+        names = [name for bit, name in enumerate(GIVEN) if self.given >> bit & 1]
+        return f"embeddings of size {self.size} in {DTYPES[self.dtype]} with {' and '.join(names)}"
+
+
+GIVEN = ["labels", "ref_emb", "ref_labels", "enqueue_mask", "indices_tuple"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+NO_TRIPLETS = (torch.empty(0, dtype=torch.int64),) * 3
+
+
+class Joined:
+    """The batch of all ranks.
+
+    Made on every rank at a time: the first thing that is exchanged is whether the arguments are
+    good, so that all ranks raise if those of one are bad, instead of waiting for it.
+    """
+
+    def __init__(
+        self,
+        embeddings,
+        labels,
+        ref_emb=None,
+        ref_labels=None,
+        *,
+        mask=None,
+        has_tuple: bool = False,
+        error: Exception | None = None,
+    ) -> None:
+        if not isinstance(embeddings, Tensor):  # there is no device on which to tell the others
+            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
+        self.rank = dist.get_rank()
+        self.device = device = embeddings.device
+        own = _Part(is_bad=1)
+        try:
+            if error is not None:
+                raise error
+            # The tuple is over the joined batch, whose size is not known yet.
+            check_inputs(
+                embeddings, labels, NO_TRIPLETS if has_tuple else None, ref_emb, ref_labels
+            )
+            if mask is not None:
+                check_enqueue_mask(mask, len(embeddings))
+            own = _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple)
+        except (TypeError, ValueError) as caught:
+            error = caught
+        parts = [_Part(*x) for x in _gather(torch.tensor(own, device=device)).tolist()]
+        _raise_if_any(error, [part.is_bad for part in parts])
+        if len({str(part) for part in parts}) > 1:
+            said = "; ".join(f"rank {rank}: {part}" for rank, part in enumerate(parts))
+            raise ValueError(f"all ranks must be given the same arguments, got {said}")
+        self.rows, self.ref_rows = [x.rows for x in parts], [x.ref_rows for x in parts]
+        self.needs_grad = any(x.needs_grad for x in parts)
+        self.ref_needs_grad = any(x.ref_needs_grad for x in parts)
+        self.labels = self.ref_labels = None
+        dtype = torch.float64 if any(x.floating_labels for x in parts) else torch.int64
+        if labels is not None:
+            self.labels = self.gather(plain(labels).to(device, dtype))
+        if ref_labels is not None:
+            self.ref_labels = self.gather_references(plain(ref_labels).to(device, dtype))
+
+    @property
+    def own_rows(self) -> slice:
+        """Rows of this rank where the batch is joined in the order of the ranks."""
+        start = sum(self.rows[: self.rank])
+        return slice(start, start + self.rows[self.rank])
+
+    def own_first(self, parts: list[Tensor]) -> list[Tensor]:
+        """Parts of the ranks, this rank's before those of the others."""
+        return [parts[self.rank], *parts[: self.rank], *parts[self.rank + 1 :]]
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """What belongs to the rows of each rank, differentiable."""
+        return _gather_rows(x, self.rows)
+
+    def gather_references(self, x: Tensor) -> list[Tensor]:
+        """What belongs to the references of each rank, differentiable."""
+        return _gather_rows(x, self.ref_rows)
+
+    def check_tuple(self, indices_tuple, number_of_references: int) -> None:
+        """Raise on all ranks unless each has a tuple over the joined batch."""
+        error = None
+        try:
+            check_tuple(indices_tuple, sum(self.rows), number_of_references)
+        except (TypeError, ValueError) as caught:
+            error = caught
+        is_bad = torch.tensor(error is not None, dtype=torch.int64, device=self.device)
+        _raise_if_any(error, _gather(is_bad).tolist())
+
+
+def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
+    """Raise the error of this rank, or RuntimeError if another rank has one."""
+    if error is not None:
+        raise error
+    if any(is_bad):
+        rank = [bool(bad) for bad in is_bad].index(True)
+        raise RuntimeError(f"bad arguments on rank {rank}; the error there says which")
+
+
+def with_gradient(x: Tensor, is_needed: bool) -> Tensor:
+    """The tensor, which takes part in backward if that of another rank does."""
+    return x.detach().requires_grad_() if is_needed and not x.requires_grad else x
+
+
+def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Part:
+    given = [x is not None for x in (labels, ref_emb, ref_labels, mask)] + [has_tuple]
+    if embeddings.dtype not in DTYPES:
+        raise TypeError(f"embeddings must be of one of {DTYPES}, got {embeddings.dtype}")
+    return _Part(
+        given=sum(is_given << bit for bit, is_given in enumerate(given)),
+        rows=len(embeddings),
+        size=embeddings.shape[1],
+        dtype=DTYPES.index(embeddings.dtype),
+        ref_rows=0 if ref_emb is None else len(ref_emb),
+        floating_labels=any(x.is_floating_point() for x in (labels, ref_labels) if x is not None),
+        needs_grad=torch.is_grad_enabled() and embeddings.requires_grad,
+        ref_needs_grad=torch.is_grad_enabled() and ref_emb is not None and ref_emb.requires_grad,
+    )
+
+
+def _gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
+    """Rows of every rank, as many as `rows` says, in rank order; differentiable."""
+    longest = max(rows)
+    missing = longest - len(x)
+    if missing:
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    gathered = _Gather.apply(x) if longest else x.unsqueeze(0).expand(len(rows), *x.shape)
+    return [part[:number] for part, number in zip(gathered, rows, strict=True)]
+
+
+def _gather(x: Tensor) -> Tensor:
+    """Tensors of every rank, (ranks, *shape of x)."""
+    gathered = x.new_empty(dist.get_world_size(), *x.shape)
+    dist.all_gather(list(gathered), x.contiguous())
+    return gathered
+
+
+# torch.distributed.nn.functional has the same two, but is deprecated from torch 2.13 on, and its
+# successor is not public.
+class _Gather(torch.autograd.Function):
+    """x of every rank; backward sums over the ranks what they have as gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumOfOwn.apply(grad)
+
+
+class _SumOfOwn(torch.autograd.Function):
+    """Sum over the ranks of their x[rank of this one]; backward gathers."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        if x.is_cpu:  # not every backend of a CPU can reduce and scatter at a time
+            total = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total)
+            return total[dist.get_rank()].clone()
+        own = x.new_empty(x.shape[1:])
+        dist.reduce_scatter_tensor(own, x.contiguous())
+        return own
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Gather.apply(grad)

@@ -1,0 +1,83 @@
+"""A run of benchmarks/ranks.py at a size that takes a moment, and what it calculates."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pml_pnp import PNPLoss
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import ranks
+
+    return ranks
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of two ranks with eight embeddings each, by `efficient`."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    path = tmp_path_factory.mktemp("ranks") / "rows.csv"
+    arguments = ["--ranks", "2", "--batch", "16", "--size", "4", "--output", str(path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, str(BENCHMARKS / "ranks.py"), *arguments]
+    subprocess.run(command, check=True, env=environment)
+    with path.open(newline="") as file:
+        return {row["efficient"]: row for row in csv.DictReader(file)}
+
+
+def test_every_mode_has_a_full_row(ranks, rows):
+    assert list(rows) == list(ranks.MODES)
+    assert all(row[column] for row in rows.values() for column in ranks.COLUMNS)
+    assert all(float(row["median_ms"]) > 0 for row in rows.values())
+
+
+def test_what_is_calculated_is_what_is_sent(report, rows):
+    """Embeddings and their gradient; labels, and what the ranks say of each other, are less."""
+    expected = report.calculated(2, 8, 4)
+    assert expected.references == 16 and expected.gathered == 8 * 4 * 4
+    labels, said = 8 * 8, 9 * 8
+    assert int(rows['"exact"']["gathered_bytes"]) == expected.gathered + labels + said
+    # On a CPU the gradient is summed everywhere; the value and the number of queries as well.
+    assert int(rows['"exact"']["reduced_bytes"]) == 2 * expected.gathered + 16
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products, also of those in place."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith(("aten::mm", "aten::addmm")):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_products_are_counted_as_they_are_made(report):
+    x, references = torch.randn(6, 5, requires_grad=True), torch.randn(18, 5, requires_grad=True)
+    y, y_ref = torch.arange(6) % 3, torch.arange(18) % 3
+    with Products() as products:
+        PNPLoss(variant="Dq")(x, y, ref_emb=references, ref_labels=y_ref).backward()
+    assert products.flops == report.calculated(3, 6, 5).flops

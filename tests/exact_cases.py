@@ -1,0 +1,320 @@
+"""What test_distributed_exact.py compares: each rank of some against one process with all rows."""
+
+import inspect
+
+import torch
+from pytorch_metric_learning import distances, miners, reducers, regularizers
+from pytorch_metric_learning.utils import distributed as pml_distributed
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_pnp import GradCache, losses
+from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
+
+HAS_SYMMETRIC = "symmetric" in inspect.signature(losses.SelfSupervisedLoss).parameters
+# Rows of each rank, of which as many are used as there are ranks.
+ROWS = {"equal": [8, 8, 8, 8], "unequal": [8, 5, 9, 4], "none on one rank": [7, 0, 6, 5]}
+# Those that are tried with 2, 3 and 4 ranks.
+KINDS = {2: "equal", 3: "unequal", 4: "none on one rank"}
+STEPS = 3
+
+
+class Learned(torch.nn.Module):
+    """A variant with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, r):
+        return torch.log1p(self.slope * r)
+
+
+class Weighted(torch.nn.Module):
+    """A distance of a user, with parameters."""
+
+    is_inverted = True
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64))
+
+    def forward(self, x, y=None):
+        return (x * self.weights) @ (x if y is None else y).T
+
+
+class Doubled(losses.PNPLoss):
+    """A subclass with a compute_loss of its own, which gets pairs."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb=None, ref_labels=None):
+        found = super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        found["loss"]["losses"] = 2 * found["loss"]["losses"]
+        return found
+
+
+def lp():
+    return distances.LpDistance(normalize_embeddings=False)
+
+
+# What is different from PNPLoss(variant="Ds", anneal=0.5) on labels, by name.
+CASES = {
+    **{f"variant {v}": {"loss": {"variant": v}} for v in losses.PNPLoss.VARIANTS},
+    "callable variant": {"loss": {"variant": Learned}},
+    "dot product": {"loss": {"distance": distances.DotProductSimilarity}},
+    "Lp": {"loss": {"distance": lp}},
+    "SNR": {"loss": {"distance": distances.SNRDistance}},
+    "batched": {"loss": {"distance": lambda: distances.BatchedDistance(lp(), batch_size=3)}},
+    "own distance": {"loss": {"distance": Weighted}},
+    "without self": {"loss": {"include_self": False}},
+    "without self, Lp": {"loss": {"include_self": False, "distance": lp}},
+    "sum": {"loss": {"reducer": reducers.SumReducer}},
+    "divisor": {"loss": {"reducer": reducers.DivisorReducer}},
+    "class weights": {
+        "loss": {"reducer": lambda: reducers.ClassWeightedReducer(torch.arange(1.0, 30.0))}
+    },
+    "lean": {"loss": {"chunk_size": 3}},
+    "lean Lp": {"loss": {"chunk_size": 3, "distance": lp}},
+    "lean own distance": {"loss": {"chunk_size": 3, "distance": Weighted}},
+    "subclass": {"class": Doubled},
+    "hook": {"hook": True},
+    "floating labels": {"labels": "floating"},
+    "labels of several types": {"labels": "several"},
+    "one rank counts nothing": {"labels": "unique on rank 1"},
+    "nothing counts": {"labels": "unique"},
+    "pairs": {"tuple": "pairs"},
+    "triplets": {"tuple": "triplets"},
+    "pairs without labels": {"tuple": "pairs", "labels": "none"},
+    "lean triplets": {"tuple": "triplets", "loss": {"chunk_size": 3}},
+    "pairs, Lp": {"tuple": "pairs", "loss": {"distance": lp}},
+    "miner": {"miner": False},
+    "efficient miner": {"miner": True},
+    "references": {"references": True},
+    "references, Lp": {"references": True, "loss": {"distance": lp}},
+    "references, lean Lp": {"references": True, "loss": {"distance": lp, "chunk_size": 3}},
+    "references and pairs": {"references": True, "tuple": "pairs"},
+    "references and miner": {"references": True, "miner": True},
+    "memory": {"memory": {}},
+    "memory, mask": {"memory": {}, "mask": True},
+    "memory, miner": {"memory": {"miner": miners.MultiSimilarityMiner}},
+    "memory, Lp": {"memory": {}, "loss": {"distance": lp}},
+    "memory, sum": {"memory": {}, "loss": {"reducer": reducers.SumReducer}},
+    "memory, not exact": {"memory": {}, "efficient": False},
+    "memory, mask, not exact": {"memory": {}, "mask": True, "efficient": False},
+    "self-supervised": {"views": True},
+    "float32": {"dtype": torch.float32},
+    "float16": {"dtype": torch.float16},
+    "autocast": {"dtype": torch.float32, "autocast": True},
+    "GradCache": {"cached": "inside"},
+    "GradCache around": {"cached": "around"},
+    "GradCache, lean": {"cached": "inside", "loss": {"chunk_size": 3}},
+    "GradCache, memory": {"cached": "inside", "memory": {}},
+    "second derivative": {"twice": True},
+    "second derivative, SNR": {"twice": True, "loss": {"distance": distances.SNRDistance}},
+}
+
+
+def data(rows, case, step):
+    """(x, labels, references, their labels, mask) of each rank; each a part of joined batch."""
+    g = torch.Generator().manual_seed(step)
+    n = sum(rows)
+    x, ref = (torch.randn(n, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    y, ref_y = (torch.randint(0, 4, (n,), generator=g) for _ in range(2))
+    mask = torch.rand(n, generator=g) < 0.6
+    kind = case.get("labels")
+    if kind == "unique" or kind == "unique on rank 1":
+        y = torch.where(torch.arange(n) < rows[0] * (kind != "unique"), y, torch.arange(n) + 4)
+        y[sum(rows[:2]) :] = y[sum(rows[:2]) :] % (4 if kind != "unique" else 100)
+    if kind == "floating":
+        y, ref_y = y / 2, ref_y / 2
+    return [part.split(rows) for part in (x, y, ref, ref_y, mask)]
+
+
+def model(case):
+    torch.manual_seed(0)
+    return torch.nn.Linear(6, 4).to(case.get("dtype", torch.float64))
+
+
+def loss_function(case):
+    """The loss, inside a memory or SelfSupervisedLoss where the case says so."""
+    made = {k: v() if callable(v) else v for k, v in case.get("loss", {}).items()}
+    loss = case.get("class", losses.PNPLoss)(**{"variant": "Ds", "anneal": 0.5, **made})
+    if case.get("hook"):
+        loss.register_forward_pre_hook(lambda module, args: None)
+    if "memory" in case:
+        parts = {k: v() for k, v in case["memory"].items()}
+        return losses.CrossBatchMemory(loss, 4, memory_size=37, **parts).double()
+    if case.get("views"):
+        return losses.SelfSupervisedLoss(loss)
+    return loss
+
+
+def joined_tuple(case, rows, ref_rows, step):
+    """Pairs or triplets over the joined batch in the order of the ranks."""
+    g = torch.Generator().manual_seed(100 + step)
+    n, m = sum(rows), sum(ref_rows)
+    a, a2 = (torch.randint(0, n, (6 * n,), generator=g) for _ in range(2))
+    p, q = (torch.randint(0, m, (6 * n,), generator=g) for _ in range(2))
+    if case["tuple"] == "triplets":
+        return a, p, q
+    return a, p, a2, q
+
+
+def own_first(indices, rows, rank):
+    """Where the rows of the joined batch are if those of a rank come first."""
+    parts = list(torch.arange(sum(rows)).split(rows))
+    order = torch.cat([parts.pop(rank), *parts])
+    return torch.argsort(order)[indices]
+
+
+def of_rank(indices_tuple, rows, ref_rows, rank):
+    anchors = (0,) if len(indices_tuple) == 3 else (0, 2)
+    return tuple(
+        own_first(x, rows if i in anchors else ref_rows, rank) for i, x in enumerate(indices_tuple)
+    )
+
+
+def miner():
+    return miners.MultiSimilarityMiner(epsilon=0.2)
+
+
+def gradients(loss, net, loss_func, world):
+    """Gradients of net and loss, here of one rank."""
+    parameters = [*net.parameters(), *(p for p in loss_func.parameters() if p.requires_grad)]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    for parameter in loss_func.parameters():
+        if world > 1 and parameter.grad is not None:  # as DistributedDataParallel does
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= world
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+
+def steps(case, rows, rank=None):
+    """[(loss, gradients, queue)] of each step: of a rank, or of one process with all rows."""
+    world = 1 if rank is None else len(rows)
+    net, loss_func = model(case), loss_function(case)
+    if rank is not None:
+        if case.get("cached") == "inside":
+            net = GradCache(net, chunk_size=3)
+        net = DistributedDataParallel(net)
+        if case.get("cached") == "around":
+            net = GradCache(net, chunk_size=3)
+        efficient = case.get("efficient", "exact")
+        loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
+        mine = DistributedMinerWrapper(miner(), efficient=case.get("miner", False))
+        if len(set(rows)) == 1 and "references" not in case:  # PML's own
+            mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
+    results = []
+    for step in range(STEPS if "memory" in case else 1):
+        parts = data(rows, case, step)
+        x, y, ref, ref_y, mask = (torch.cat(p) if rank is None else p[rank] for p in parts)
+        x, ref = x.to(case.get("dtype", x.dtype)), ref.to(case.get("dtype", x.dtype))
+        if rank is not None and case.get("labels") == "several":
+            y = y.to([torch.uint8, torch.float32, torch.int16, torch.int64][rank])
+        args = {} if case.get("labels") == "none" else {"labels": y}
+        with torch.autocast("cpu", enabled=case.get("autocast", False)):
+            embeddings = net(x)
+            if case.get("references"):
+                args |= {"ref_emb": net(ref), "ref_labels": ref_y}
+            if case.get("views"):
+                args = {"ref_emb": net(ref)}
+            if case.get("mask"):
+                args["enqueue_mask"] = mask
+            if "tuple" in case:
+                given = joined_tuple(case, rows, rows, step)
+                args["indices_tuple"] = given if rank is None else of_rank(given, rows, rows, rank)
+            if "miner" in case and rank is None:
+                references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
+                args["indices_tuple"] = miner()(embeddings, y, *references)
+            elif "miner" in case:
+                references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
+                args["indices_tuple"] = mine(embeddings, y, *references)
+            loss = loss_func(embeddings, **args)
+        if case.get("twice"):  # the sum over all rows of their squared gradient
+            (grad,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+            loss = (grad / world).square().sum() * world
+        queue = loss_func.loss if rank is not None else loss_func
+        queue = queue.state_dict() if "memory" in case else {}
+        queue = {k.removeprefix("module."): v.clone() for k, v in queue.items()}
+        results.append((loss.detach(), gradients(loss, net, loss_func, world), queue))
+    return results
+
+
+def raised(function):
+    """Type and text of the error, or None."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def errors(rank):
+    """What each rank raises if one of them is given something bad."""
+    wrapper = DistributedLossWrapper(losses.PNPLoss(), "exact")
+    memory = losses.CrossBatchMemory(losses.PNPLoss(), 4, 37)
+    memories = [DistributedLossWrapper(memory, efficient) for efficient in (False, "exact")]
+    views = DistributedLossWrapper(losses.SelfSupervisedLoss(losses.PNPLoss()), "exact")
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    odd = rank == 1
+    triplets = (torch.zeros(1).long(),) * 3
+    return {
+        "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
+        "no labels": raised(lambda: wrapper(x, None if odd else y)),
+        "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
+        "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),
+        "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),
+        "mask": raised(lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None)),
+        "mask type": raised(lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1)),
+        "memory and tuple": raised(lambda: memories[1](x, y, triplets)),
+        "memory and references": raised(lambda: memories[0](x, y, None, x, y)),
+        "memory without labels": raised(lambda: memories[0](x)),
+        "too many for the memory": raised(lambda: memories[1](x.repeat(7, 1), y.repeat(7))),
+        "mask without memory": raised(lambda: wrapper(x, y, enqueue_mask=y > 1)),
+        "views": raised(lambda: views(x, x[:5] if odd else x)),
+        "no views": raised(lambda: views(x)),
+        "tuple": raised(lambda: wrapper(x, y, (torch.tensor([99]),) * 3)),
+        "regularizer": raised(
+            lambda: DistributedLossWrapper(
+                losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()), "exact"
+            )
+        ),
+    }
+
+
+def without_gradient(rank, world):
+    """A rank without a model in its last step, and none with one: (loss, gradient) of each."""
+    x, y = torch.arange(24.0).view(6, 4).sin().double() + rank, torch.arange(6) // 2
+    wrapper = DistributedLossWrapper(losses.PNPLoss(variant="Ds", anneal=0.5), "exact")
+    if rank == 1:
+        x, y = x[:0], y[:0]
+    else:
+        x.requires_grad_()
+    loss = wrapper(x, y)
+    loss.backward()
+    with torch.no_grad():
+        value = wrapper(x, y)
+    return loss.detach(), value, x.detach(), y, x.grad
+
+
+def all_pairs_are_listed_for_no_one():
+    """Pairs that the loss of this rank gets: none."""
+    calls = []
+    original = lmu.get_all_pairs_indices
+    lmu.get_all_pairs_indices = lambda *args: calls.append(1) or original(*args)
+    DistributedLossWrapper(losses.PNPLoss(), "exact")(torch.randn(6, 4), torch.arange(6) // 2)
+    lmu.get_all_pairs_indices = original
+    return not calls
+
+
+def results(rank):
+    """{case: what `steps` returns}, and three of no case."""
+    world = distributed.get_world_size()
+    rows = ROWS[KINDS[world]][:world]
+    return {
+        "errors": errors(rank),
+        "listed": all_pairs_are_listed_for_no_one(),
+        "without gradient": without_gradient(rank, world),
+        **{name: steps(case, rows, rank) for name, case in CASES.items()},
+    }

@@ -1,0 +1,171 @@
+"""DistributedLossWrapper(efficient="exact"): 2, 3 and 4 gloo ranks against one process."""
+
+import re
+import warnings
+
+import exact_cases as cases
+import pytest
+import torch
+from helpers import batch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import reducers, regularizers
+from pytorch_metric_learning.utils import distributed as pml_distributed
+
+from pml_pnp import losses
+from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
+
+
+@pytest.fixture(params=cases.KINDS, ids=lambda n: f"{n}_ranks")
+def found(request, ranks):
+    """Of each rank, what `results` of exact_cases.py describes, with every number of ranks."""
+    return ranks(cases, request.param)
+
+
+@pytest.mark.parametrize("world", cases.KINDS)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
+    case, rows, found = cases.CASES[name], cases.ROWS[cases.KINDS[world]], ranks(cases, world)
+    expected = cases.steps(case, rows[:world])
+    half = case.get("dtype") is torch.float16 or case.get("autocast")
+    tolerance = {"rtol": 1e-2, "atol": 2e-3} if half else {}
+    if case.get("efficient") is False:  # as PML returns it
+        expected = [(loss * world, *rest) for loss, *rest in expected]
+    if name == "nothing counts":
+        assert expected[0][0] == 0
+    else:
+        assert max(grad.abs().max() for grad in expected[-1][1]) > 1e-5
+    for step, (loss, grads, queue) in enumerate(expected):
+        if case.get("twice"):  # each rank has the part of its rows, times the number of ranks
+            mean = sum(results[name][step][0] for results in found) / world
+            torch.testing.assert_close(mean, loss)
+        for results in found:
+            got, got_grads, got_queue = results[name][step]
+            if not case.get("twice"):
+                torch.testing.assert_close(got, loss, **tolerance)
+                assert torch.equal(got, found[0][name][step][0])
+            torch.testing.assert_close(got_grads, grads, **tolerance)
+            torch.testing.assert_close(got_queue, queue)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_rank_1", "of_others"),
+    [
+        (
+            "labels",
+            r"ValueError: labels must have shape \(6,\)",
+            "RuntimeError: bad arguments on rank 1",
+        ),
+        ("no labels", "ValueError: expected labels or indices_tuple", "RuntimeError: .* on rank 1"),
+        ("size", "ValueError: all ranks .*; rank 1: embeddings of size 3 in torch.float32", None),
+        ("dtype", "ValueError: all ranks .*; rank 1: embeddings of size 4 in torch.float64", None),
+        ("references", "ValueError: .* rank 1: .* with labels and ref_emb and ref_labels", None),
+        ("mask", "ValueError: .* rank 1: .* with labels and enqueue_mask", None),
+        ("mask type", "TypeError: enqueue_mask must be bool, got torch.int64", "RuntimeError: bad"),
+        ("memory and tuple", "ValueError: .* takes no indices_tuple.*: give it a miner", None),
+        ("memory and references", "ValueError: .* takes neither ref_emb nor ref_labels", None),
+        ("memory without labels", "TypeError: labels must be a tensor, got NoneType", None),
+        ("too many for the memory", "ValueError: at most memory_size, 37, .* got", None),
+        ("mask without memory", "ValueError: enqueue_mask needs a CrossBatchMemory", None),
+        ("views", "ValueError: ref_emb must have the shape of embeddings", "RuntimeError: bad"),
+        ("no views", "TypeError: ref_emb must be a tensor, got NoneType", None),
+        ("tuple", r"ValueError: indices_tuple\[0\] must hold indices from 0", None),
+        ("regularizer", "TypeError: .* takes no embedding_regularizer, got LpRegularizer", None),
+    ],
+)
+def test_bad_arguments_of_one_rank_are_an_error_on_all(found, name, of_rank_1, of_others):
+    for rank, results in enumerate(found):
+        expected = of_rank_1 if rank == 1 or of_others is None else of_others
+        assert re.match(expected, results["errors"][name] or "no error"), results["errors"][name]
+
+
+def test_a_rank_whose_embeddings_have_no_gradient_does_not_stop_the_others(found):
+    x = torch.cat([results["without gradient"][2] for results in found]).requires_grad_()
+    y = torch.cat([results["without gradient"][3] for results in found])
+    loss = losses.PNPLoss(variant="Ds", anneal=0.5)(x, y)
+    loss.backward()
+    grads = [results["without gradient"][4] for results in found]
+    for results in found:
+        torch.testing.assert_close(results["without gradient"][0], loss.detach())
+        torch.testing.assert_close(results["without gradient"][1], loss.detach())
+    grads = torch.cat([grad for grad in grads if grad is not None])
+    torch.testing.assert_close(grads / len(found), x.grad)
+
+
+def test_labels_are_handed_to_the_loss_without_listing_pairs(found):
+    assert all(results["listed"] for results in found)
+
+
+# --- one process ----------------------------------------------------------------------------
+
+
+def test_without_a_process_group_it_is_the_loss_itself():
+    x, y = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = DistributedLossWrapper(losses.PNPLoss(), "exact")(x, y)
+        assert torch.equal(loss, losses.PNPLoss()(x, y))
+        views = DistributedLossWrapper(losses.SelfSupervisedLoss(losses.PNPLoss()), "exact")
+        expected = losses.SelfSupervisedLoss(losses.PNPLoss())(x, x + 0.1)
+        assert torch.equal(views(x, x + 0.1), expected)
+        assert torch.equal(views(x, ref_emb=x + 0.1), expected)
+        for efficient in (False, "exact"):
+            mask = torch.arange(len(x)) < 10
+            memory, wrapped = (losses.CrossBatchMemory(losses.PNPLoss(), 8, 40) for _ in range(2))
+            wrapper = DistributedLossWrapper(wrapped, efficient)
+            assert torch.equal(wrapper(x, y, enqueue_mask=mask), memory(x, y, enqueue_mask=mask))
+            with pytest.raises(ValueError, match="neither ref_emb nor ref_labels"):
+                wrapper(x, y, ref_emb=x)
+
+
+def test_it_is_pmls_for_false_and_true():
+    for efficient in (False, True):
+        wrapper = DistributedLossWrapper(losses.TripletMarginLoss(), efficient)
+        assert isinstance(wrapper, pml_distributed.DistributedLossWrapper)
+        assert wrapper.efficient is efficient
+    assert DistributedLossWrapper(losses.PNPLoss()).efficient is False
+    with pytest.raises(ValueError, match="efficient=True is not currently supported"):
+        DistributedLossWrapper(losses.CrossBatchMemory(losses.PNPLoss(), 8), True)
+    with pytest.raises(TypeError, match="must extend BaseMetricLossFunction or CrossBatchMemory"):
+        DistributedLossWrapper(torch.nn.Identity())
+    assert issubclass(DistributedMinerWrapper, pml_distributed.DistributedMinerWrapper)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda: losses.TripletMarginLoss(), TypeError, "needs a PNPLoss.*got TripletMarginLoss"),
+        (
+            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 8),
+            TypeError,
+            "got ContrastiveLoss",
+        ),
+        (
+            lambda: pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8),
+            TypeError,
+            "got CrossBatchMemory",
+        ),
+        (
+            lambda: losses.PNPLoss(reducer=reducers.ThresholdReducer(low=0)),
+            TypeError,
+            "mean or a sum over queries, MeanReducer, .* got ThresholdReducer",
+        ),
+        (
+            lambda: losses.PNPLoss(reducer=reducers.DoNothingReducer()),
+            TypeError,
+            "got DoNothingReducer",
+        ),
+        (
+            lambda: losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()),
+            TypeError,
+            "takes no embedding_regularizer, got LpRegularizer",
+        ),
+    ],
+)
+def test_what_cannot_be_put_together_is_refused(loss, error, message):
+    with pytest.raises(error, match=message):
+        DistributedLossWrapper(loss(), "exact")
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="efficient must be False, True or \"exact\", got 'exakt'"):
+        DistributedLossWrapper(losses.PNPLoss(), "exakt")
