@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tqdm
 from errors import UserError
+from images import as_eight_bits
 from PIL import Image
 from processes import on_rank_zero, say
 from torch.utils.data import Dataset
@@ -36,13 +37,13 @@ class Sample:
     turn: Image.Transpose | None = None
 
     def open(self) -> Image.Image:
-        """Decode the image, and turn or mirror it if it belongs to a turned class.
+        """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
 
         Raises:
             UserError: If it cannot be read.
         """
         try:
-            image = self._decode()
+            image = as_eight_bits(self._decode())
             return image if self.turn is None else image.transpose(self.turn)
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
