@@ -406,6 +406,11 @@ def _check_before_data(config: dict[str, Any]) -> None:
             f"got {config['memory_size']}"
         )
     unit = world_size() * config["samples_per_class"]
+    if config["batch_size"] == unit:
+        raise UserError(
+            f"--samples-per-class: expected at least 2 classes in each process's batch, got 1, of "
+            f"{config['samples_per_class']} samples, from --batch-size {config['batch_size']}"
+        )
     if config["batch_size"] % unit:
         raise UserError(
             f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
@@ -514,6 +519,11 @@ def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunF
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
     return RunFolder.create(output_dir, name, stem)
+
+
+def _write_data(run: RunFolder, splits: RetrievalSplits) -> None:
+    run.write_table("classes.csv", ("class", "split", "images"), splits.class_rows())
+    run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
 
 
 def _announce(
