@@ -165,6 +165,7 @@ def _run(args: argparse.Namespace) -> int:
     trainer = build_trainer(config, splits, trunk, device)
     run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
     on_rank_zero(lambda: run.write_json("config.json", config))
+    on_rank_zero(lambda: _write_data(run, splits))
     _announce(run, config, splits, device)
 
     training = Training(trainer, splits, run, config)

@@ -26,6 +26,7 @@ MISTAKES = {
     "--memory-size 999 --loss ProxyAnchorLoss": "--memory-size: CrossBatchMemory not supported",
     "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4",
     "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15",
+    "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
     "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",

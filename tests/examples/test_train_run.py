@@ -234,3 +234,16 @@ def test_real_images_train_to_the_end(main, tmp_path, strict_json, name, folder)
     metrics = strict_json(tmp_path / "run" / "metrics.json")
     before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
     assert after > before
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_loss_that_is_zero_from_the_first_step_is_reported(
+    main, quick, tmp_path, capsys, monkeypatch, zero
+):
+    from pml_pnp import PNPLoss
+
+    forward = PNPLoss.forward
+    if zero:
+        monkeypatch.setattr(PNPLoss, "forward", lambda *args: 0 * forward(*args))
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path) == 0
+    assert ("the loss has been zero since the first step" in capsys.readouterr().out) is zero
