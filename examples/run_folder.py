@@ -50,7 +50,7 @@ class RunFolder:
                 raise UserError(f"cannot make the run folder {path}: {error}") from error
 
     @classmethod
-    def existing(cls, path: str) -> "RunFolder":
+    def existing(cls, path: str, asked_by: str = "--resume") -> "RunFolder":
         """The folder of an earlier run.
 
         Raises:
@@ -58,7 +58,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not (run.path / "config.json").is_file():
-            raise UserError(f"--resume: no run to continue in {path}: it holds no config.json")
+            raise UserError(f"{asked_by}: no run in {path}: it holds no config.json")
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
+    config["data_root"] = _absolute_root(config)
     if run:
         _check_same_data(run, config)
     seed_everything(config["seed"])
@@ -326,6 +327,12 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _absolute_root(config: dict[str, Any]) -> str | None:
+    """Where the data are, to continue from another folder and without the variable."""
+    root = config["data_root"] or os.environ.get(DATA_ROOT_VARIABLE)
+    return os.path.abspath(root) if root and config["dataset"] != "digits" else None
+
+
 def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
     if config["loss"] != "PNPLoss":
         return {}
@@ -431,7 +438,7 @@ def _check_before_data(config: dict[str, Any]) -> None:
 def _check_name(output_dir: Path, name: str | None) -> None:
     if name is None:
         return
-    if not name or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"--name: expected a folder name without separators, got {name!r}")
     if (output_dir / name).exists():
         raise UserError(
@@ -499,7 +506,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
         A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
         CPU, and a function that makes a tensor of a PIL image.
     """
-    run = RunFolder.existing(path)
+    run = RunFolder.existing(path, "load_best")
     config = {**run.read_json("config.json"), "pretrained": False}
     best = run.load_checkpoint("best.pt")
     if best is None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 SMALL = "small"
-INSTALL_IMAGES = 'pip install "pml_pnp[images]"'
+INSTALL_IMAGES = 'pip install ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

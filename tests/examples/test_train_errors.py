@@ -35,7 +35,9 @@ MISTAKES = {
     "--device meta": "'meta' cannot be used here: expected auto, cpu, cuda, cuda:N or mps",
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
-    "--resume nowhere": "--resume: no run to continue in nowhere",
+    "--resume nowhere": "--resume: no run in nowhere",
+    "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
+    "--name ..": "--name: expected a folder name without separators, got '..'",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
@@ -85,6 +87,13 @@ def test_script_exits_with_the_code_of_main(capsys, monkeypatch):
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("train.py: error: ")
+
+
+def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
+    import train
+
+    with pytest.raises(train.UserError, match="^load_best: no run in"):
+        train.load_best(str(tmp_path))
 
 
 def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
