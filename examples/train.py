@@ -65,18 +65,17 @@ DEFAULTS: dict[str, Any] = {
 PNP_ARGS = {"variant": "Ds", "anneal": 0.05}
 # For pretrained trunks, the paper's.
 PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
-# An untested starting point with the paper's trunk.
+# An untested starting point for a pretrained trunk.
 FINE_TUNING = {
-    "trunk": "resnet50",
-    "pretrained": True,
     "freeze_batchnorm": True,
     "embedding_size": 512,
     "batch_size": 112,
     "lr": 1e-5,
     "weight_decay": 4e-4,
     "epochs": 60,
-    "workers": 8,
 }
+# The paper's trunk.
+PAPER_TRUNK = {"trunk": "resnet50", "pretrained": True, "workers": 8}
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "image_size": 8,
@@ -87,7 +86,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
-    **{name: FINE_TUNING for name in PML_DATASETS},
+    **{name: PAPER_TRUNK for name in PML_DATASETS},
 }
 # How the small trunk's training images vary, and whether they have colours.
 CHARACTERS = {"mode": "L", "warp": True}
@@ -217,7 +216,12 @@ def _parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add(model, "--trunk", f"{SMALL!r} or a timm model *")
-    add(model, "--pretrained", "load timm's weights *", action=switch)
+    add(
+        model,
+        "--pretrained",
+        "load timm's weights; then defaults are those of fine-tuning *",
+        action=switch,
+    )
     add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
     add(model, "--embedding-size", "length of an embedding *", type=_positive)
 
@@ -310,6 +314,8 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
     given = _with_parsed_arguments(given)
     dataset = given.get("dataset", DEFAULTS["dataset"])
     config = {**DEFAULTS, **DATASET_DEFAULTS[dataset], **given}
+    if config["pretrained"]:
+        config = {**config, **FINE_TUNING, **given}
     if config["trunk"] != DATASET_DEFAULTS[dataset].get("trunk", SMALL):
         # The data set's image size was meant for its own trunk.
         own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
