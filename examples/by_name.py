@@ -101,7 +101,9 @@ def _class_by_name(flag: str, module: ModuleType, base: type, name: str) -> type
         and not n.startswith("Base")
     ]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 3, 0.5) or names
+        by_small_letters = {n.lower(): n for n in names}
+        alike = difflib.get_close_matches(name.lower(), by_small_letters, 3, 0.5)
+        near = [by_small_letters[n] for n in alike] or names
         raise UserError(f"{flag}: unknown name {name!r}; expected for instance {', '.join(near)}")
     return getattr(module, name)
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import tqdm
 from errors import UserError
+from image_tree import Skipped, read_trees, summary, warnings_of
+from images import as_eight_bits
 from PIL import Image
 from processes import on_rank_zero, say
 from torch.utils.data import Dataset
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
 PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 # From so many training classes on, whole classes are held out for validation.
 CLASSES_FOR_DISJOINT_VALIDATION = 20
 NAMED_AT_MOST = 5
@@ -36,13 +37,13 @@ class Sample:
     turn: Image.Transpose | None = None
 
     def open(self) -> Image.Image:
-        """Decode the image, and turn or mirror it if it belongs to a turned class.
+        """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
 
         Raises:
             UserError: If it cannot be read.
         """
         try:
-            image = self._decode()
+            image = as_eight_bits(self._decode())
             return image if self.turn is None else image.transpose(self.turn)
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
@@ -55,6 +56,10 @@ class Sample:
         with Image.open(stream) as image:
             image.load()
             return image
+
+
+# Training samples and test samples.
+Split = tuple[list[Sample], list[Sample]]
 
 
 class LabelledImages(Dataset):
@@ -90,6 +95,17 @@ class RetrievalSplits:
     val: LabelledImages
     test: LabelledImages
     val_kind: str
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+
+    def class_rows(self) -> list[tuple[str, str, int]]:
+        """Name, split and number of images of each class."""
+        return [
+            (label, split, count)
+            for split in ("train", "val", "test")
+            for label, count in sorted(
+                Counter(s.label for s in getattr(self, split).samples).items()
+            )
+        ]
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Numbers of images and classes of each split."""
@@ -117,11 +133,14 @@ def load_splits(
     Raises:
         UserError: If the data set is missing, broken, or too small once cleaned.
     """
-    train, test = READERS[name](data_root)
+    skipped: list[Skipped] = []
+    train, test = READERS[name](data_root, skipped)
+    if skipped:
+        say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
     if not skip_verify:
-        train, test = _without_unreadable(train, test)
-    train = _without_single_image_classes(train, "training")
-    test = _without_single_image_classes(test, "test")
+        train, test = _without_unreadable(skipped, train, test)
+    train = _without_single_image_classes(train, "training", skipped)
+    test = _without_single_image_classes(test, "test", skipped)
     for split, samples in (("training", train), ("test", test)):
         if len({s.label for s in samples}) < 2:
             raise UserError(
@@ -139,7 +158,11 @@ def load_splits(
     seen += sorted({s.label for s in val}.difference(seen))
     unseen = sorted({s.label for s in test})
     return RetrievalSplits(
-        LabelledImages(train, seen), LabelledImages(val, seen), LabelledImages(test, unseen), kind
+        LabelledImages(train, seen),
+        LabelledImages(val, seen),
+        LabelledImages(test, unseen),
+        kind,
+        skipped,
     )
 
 
@@ -160,7 +183,7 @@ def with_turned_classes(samples: list[Sample]) -> list[Sample]:
 # --- cleaning and splitting ---------------------------------------------------------------
 
 
-def _without_unreadable(*splits: list[Sample]) -> list[list[Sample]]:
+def _without_unreadable(skipped: list[Skipped], *splits: list[Sample]) -> list[list[Sample]]:
     """Decode every image once, now, so that none can stop the training later."""
     samples = [s for split in splits for s in split if not isinstance(s.source, np.ndarray)]
     if not samples:
@@ -183,14 +206,18 @@ def _without_unreadable(*splits: list[Sample]) -> list[list[Sample]]:
     bad = on_rank_zero(check)
     if bad:
         say(f"skipped {len(bad)} of {len(samples)} images:", *_first(bad.values()))
+        skipped += [Skipped(name, str(error)) for name, error in bad.items()]
     return [[s for s in split if s.name not in bad] for split in splits]
 
 
-def _without_single_image_classes(samples: list[Sample], split: str) -> list[Sample]:
+def _without_single_image_classes(
+    samples: list[Sample], split: str, skipped: list[Skipped]
+) -> list[Sample]:
     counts = Counter(s.label for s in samples)
     single = sorted(label for label, count in counts.items() if count == 1)
     if single:
         say(f"skipped {len(single)} {split} classes with only one image:", *_first(single))
+        skipped += [Skipped(x, f"a {split} class with only one image") for x in single]
     return [s for s in samples if counts[s.label] > 1]
 
 
@@ -240,7 +267,7 @@ def _some_images(shuffled: Sequence[int], fraction: float) -> Sequence[int]:
 # --- readers: each returns (training samples, test samples) ---------------------------------
 
 
-def _read_digits(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
+def _read_digits(data_root: str | None, skipped: list[Skipped]) -> Split:
     """The 8x8 digits inside scikit-learn: 0-4 to train on, 5-9 to test."""
     from sklearn.datasets import load_digits
 
@@ -253,7 +280,7 @@ def _read_digits(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     return [s for s in samples if s.label < "5"], [s for s in samples if s.label >= "5"]
 
 
-def _read_omniglot(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
+def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
     """Omniglot, small or in torchvision's layout; folders or zips.
 
     A class is a character. Alphabets that stand in both parts are left out of the test.
@@ -264,7 +291,7 @@ def _read_omniglot(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     )
     for folder in _places("omniglot", data_root, "omniglot-small", "omniglot-py", "omniglot"):
         for names in pairs:
-            parts = [_read_tree_or_zip(folder, name) for name in names]
+            parts = [_read_tree_or_zip(folder, name, skipped) for name in names]
             if all(parts):
                 break
         else:
@@ -280,7 +307,7 @@ def _read_omniglot(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     )
 
 
-def _read_grocery(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
+def _read_grocery(data_root: str | None, skipped: list[Skipped]) -> Split:
     """The grocery store photographs: fine classes with an even number train, odd ones test."""
     for folder in _places("grocery", data_root, "grocery64"):
         if (folder / "labels.csv").is_file():
@@ -310,7 +337,7 @@ def _read_grocery(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     raise _missing("grocery", data_root, "grocery64.zip, or its contents with labels.csv")
 
 
-def _read_folder(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
+def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
     """An ImageFolder tree, one folder per class.
 
     With `train/` and `test/` in it, those; otherwise the first half of the sorted classes
@@ -318,7 +345,7 @@ def _read_folder(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     """
     (root,) = _places("folder", data_root)
     if (root / "train").is_dir() and (root / "test").is_dir():
-        train, test = _read_tree(root / "train", 1), _read_tree(root / "test", 1)
+        train, test = _read_trees([root / "train", root / "test"], 1, skipped)
         both = sorted({s.label for s in train} & {s.label for s in test})
         if both:
             raise UserError(
@@ -326,7 +353,7 @@ def _read_folder(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
                 + ", ".join(both[:NAMED_AT_MOST])
             )
         return train, test
-    samples = _read_tree(root, 1)
+    (samples,) = _read_trees([root], 1, skipped)
     classes = sorted({s.label for s in samples})
     if len(classes) < 4:
         raise UserError(
@@ -339,10 +366,10 @@ def _read_folder(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
     )
 
 
-def _reader_of_pml(name: str) -> Callable[[str | None], tuple[list[Sample], list[Sample]]]:
+def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
     """A reader for one of PML's own data sets, which knows the layout and the split."""
 
-    def read(data_root: str | None) -> tuple[list[Sample], list[Sample]]:
+    def read(data_root: str | None, skipped: list[Skipped]) -> Split:
         errors = []
         for folder in _places(name, data_root, name):
             try:
@@ -396,10 +423,10 @@ def _missing(dataset: str, data_root: str | None, expected: str) -> UserError:
     return UserError(f"{dataset} not found in {root}: expected {expected}")
 
 
-def _read_tree_or_zip(folder: Path, name: str) -> list[Sample]:
+def _read_tree_or_zip(folder: Path, name: str, skipped: list[Skipped]) -> list[Sample]:
     """Samples of `folder/name/alphabet/character/image`, or of the same in `name.zip`."""
     if (folder / name).is_dir():
-        return _read_tree(folder / name, 2)
+        return _read_trees([folder / name], 2, skipped)[0]
     if not (folder / f"{name}.zip").is_file():
         return []
     return [
@@ -409,16 +436,11 @@ def _read_tree_or_zip(folder: Path, name: str) -> list[Sample]:
     ]
 
 
-def _read_tree(root: Path, levels: int) -> list[Sample]:
-    """Samples of the images below `root`; the first `levels` folder names are the class."""
-    # Class folders may be links, which rglob does not follow.
-    paths = (Path(top, x) for top, _, files in os.walk(root, followlinks=True) for x in files)
-    samples = []
-    for path in sorted(paths):
-        parts = path.relative_to(root).parts
-        if path.suffix.lower() in IMAGE_SUFFIXES and len(parts) > levels:
-            samples.append(Sample(str(path), "/".join(parts[:levels]), path))
-    return samples
+def _read_trees(roots: Sequence[Path], levels: int, skipped: list[Skipped]) -> list[list[Sample]]:
+    """Samples of the images below each root; the first `levels` folder names are the class."""
+    trees = read_trees(roots, levels, skipped)
+    say(*warnings_of(trees, levels))
+    return [[Sample(str(x.path), x.label, x.path) for x in tree] for tree in trees]
 
 
 def _read_zip(path: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Evaluation: PML's tester and accuracy calculator, with Recall@10 and Recall@100 added."""
 
 import torch
+from errors import UserError
 from processes import unwrap
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -56,9 +57,15 @@ class RetrievalTester(GlobalEmbeddingSpaceTester):
 
     def get_embeddings_for_eval(self, trunk_model, embedder_model, input_imgs) -> torch.Tensor:
         """Embed one batch with the modules themselves."""
-        return super().get_embeddings_for_eval(
+        embeddings = super().get_embeddings_for_eval(
             unwrap(trunk_model), unwrap(embedder_model), input_imgs
         )
+        if not embeddings.isfinite().all():
+            raise UserError(
+                "cannot evaluate: the embeddings are not finite; the weights have diverged, "
+                "try a smaller --lr"
+            )
+        return embeddings
 
 
 def build_tester(device: torch.device, workers: int) -> RetrievalTester:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sqlite3
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class RunFolder:
                 raise UserError(f"cannot make the run folder {path}: {error}") from error
 
     @classmethod
-    def existing(cls, path: str) -> "RunFolder":
+    def existing(cls, path: str, asked_by: str = "--resume") -> "RunFolder":
         """The folder of an earlier run.
 
         Raises:
@@ -57,13 +58,17 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not (run.path / "config.json").is_file():
-            raise UserError(f"--resume: no run to continue in {path}: it holds no config.json")
+            raise UserError(f"{asked_by}: no run in {path}: it holds no config.json")
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write strict JSON, whole or not at all."""
         text = json.dumps(content, indent=2, allow_nan=False)
         _replace(self.path / name, lambda path: path.write_text(text + "\n"))
+
+    def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write a CSV, whole or not at all."""
+        _replace(self.path / name, lambda path: _write_csv(path, [header, *rows]))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, None if it is not there."""
@@ -143,8 +148,8 @@ def _rows_up_to(last_step: Any, path: Path) -> list[list[str]]:
     return kept
 
 
-def _write_csv(path: Path, rows: list[list[str]]) -> None:
-    with path.open("w", newline="") as file:
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

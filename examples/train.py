@@ -65,18 +65,17 @@ DEFAULTS: dict[str, Any] = {
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
 PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
-# An untested starting point with the paper's trunk.
+# An untested starting point for a pretrained trunk.
 FINE_TUNING = {
-    "trunk": "resnet50",
-    "pretrained": True,
     "freeze_batchnorm": True,
     "embedding_size": 512,
     "batch_size": 112,
     "lr": 1e-5,
     "weight_decay": 4e-4,
     "epochs": 60,
-    "workers": 8,
 }
+# The paper's trunk.
+PAPER_TRUNK = {"trunk": "resnet50", "pretrained": True, "workers": 8}
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "image_size": 8,
@@ -87,7 +86,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
-    **{name: FINE_TUNING for name in PML_DATASETS},
+    **{name: PAPER_TRUNK for name in PML_DATASETS},
 }
 # How the small trunk's training images vary, and whether they have colours.
 CHARACTERS = {"mode": "L", "warp": True}
@@ -157,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
+    config["data_root"] = _absolute_root(config)
     if run:
         _check_same_data(run, config)
     seed_everything(config["seed"])
@@ -165,6 +165,7 @@ def _run(args: argparse.Namespace) -> int:
     trainer = build_trainer(config, splits, trunk, device)
     run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
     on_rank_zero(lambda: run.write_json("config.json", config))
+    on_rank_zero(lambda: _write_data(run, splits))
     _announce(run, config, splits, device)
 
     training = Training(trainer, splits, run, config)
@@ -215,7 +216,12 @@ def _parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add(model, "--trunk", f"{SMALL!r} or a timm model *")
-    add(model, "--pretrained", "load timm's weights *", action=switch)
+    add(
+        model,
+        "--pretrained",
+        "load timm's weights; then defaults are those of fine-tuning *",
+        action=switch,
+    )
     add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
     add(model, "--embedding-size", "length of an embedding *", type=_positive)
 
@@ -308,6 +314,8 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
     given = _with_parsed_arguments(given)
     dataset = given.get("dataset", DEFAULTS["dataset"])
     config = {**DEFAULTS, **DATASET_DEFAULTS[dataset], **given}
+    if config["pretrained"]:
+        config = {**config, **FINE_TUNING, **given}
     if config["trunk"] != DATASET_DEFAULTS[dataset].get("trunk", SMALL):
         # The data set's image size was meant for its own trunk.
         own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
@@ -323,6 +331,12 @@ def _configured(given: dict[str, Any]) -> dict[str, Any]:
         **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
     }
     return config
+
+
+def _absolute_root(config: dict[str, Any]) -> str | None:
+    """Where the data are, to continue from another folder and without the variable."""
+    root = config["data_root"] or os.environ.get(DATA_ROOT_VARIABLE)
+    return os.path.abspath(root) if root and config["dataset"] != "digits" else None
 
 
 def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
@@ -406,6 +420,11 @@ def _check_before_data(config: dict[str, Any]) -> None:
             f"got {config['memory_size']}"
         )
     unit = world_size() * config["samples_per_class"]
+    if config["batch_size"] == unit:
+        raise UserError(
+            f"--samples-per-class: expected at least 2 classes in each process's batch, got 1, of "
+            f"{config['samples_per_class']} samples, from --batch-size {config['batch_size']}"
+        )
     if config["batch_size"] % unit:
         raise UserError(
             f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
@@ -425,7 +444,7 @@ def _check_before_data(config: dict[str, Any]) -> None:
 def _check_name(output_dir: Path, name: str | None) -> None:
     if name is None:
         return
-    if not name or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"--name: expected a folder name without separators, got {name!r}")
     if (output_dir / name).exists():
         raise UserError(
@@ -494,7 +513,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
         A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
         CPU, and a function that makes a tensor of a PIL image.
     """
-    run = RunFolder.existing(path)
+    run = RunFolder.existing(path, "load_best")
     config = {**run.read_json("config.json"), "pretrained": False}
     best = run.load_checkpoint("best.pt")
     if best is None:
@@ -515,6 +534,11 @@ def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunF
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
     return RunFolder.create(output_dir, name, stem)
+
+
+def _write_data(run: RunFolder, splits: RetrievalSplits) -> None:
+    run.write_table("classes.csv", ("class", "split", "images"), splits.class_rows())
+    run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
 
 
 def _announce(

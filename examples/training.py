@@ -219,6 +219,7 @@ class Training:
         self.run = run
         self.config = config
         self.tester = build_tester(trainer.data_device, config["workers"])
+        self.always_zero = True  # every loss of this process so far
         self.state: dict[str, Any] = {
             "epoch": 0,
             "stopped_early": False,
@@ -233,6 +234,7 @@ class Training:
         if checkpoint is not None:
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
+            self.always_zero = epoch == 0  # unknown of what was trained before
         on_rank_zero(lambda: self._open_records(epoch))
         if checkpoint is None:
             self.state["untrained"] = on_rank_zero(self.test)
@@ -291,7 +293,9 @@ class Training:
         )
 
     def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:
-        if not math.isfinite(float(trainer.losses["total_loss"].detach())):
+        loss = float(trainer.losses["total_loss"].detach())
+        self.always_zero = self.always_zero and loss == 0
+        if not math.isfinite(loss):
             raise UserError(
                 f"the loss is no longer finite in epoch {trainer.epoch}, iteration "
                 f"{trainer.iteration + 1}; try a smaller --lr"
@@ -300,6 +304,11 @@ class Training:
             self.hooks.end_of_iteration_hook(trainer)
 
     def _end_of_epoch(self, trainer: RetrievalTrainer) -> bool:
+        if self.always_zero:
+            say(
+                "warning: the loss has been zero since the first step, so nothing is learned; "
+                "does every batch hold several classes, and images that are not alike?"
+            )
         keep_going = on_rank_zero(lambda: self._evaluate(trainer))
         self.state["epoch"] = trainer.epoch
         self.state["stopped_early"] = not keep_going

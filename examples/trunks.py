@@ -9,11 +9,12 @@ from types import ModuleType
 import numpy as np
 import torch
 from errors import UserError
+from images import as_eight_bits
 from PIL import Image
 from torch import nn
 
 SMALL = "small"
-INSTALL_IMAGES = 'pip install "pml_pnp[images]"'
+INSTALL_IMAGES = 'pip install ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -68,7 +69,7 @@ class SmallTransform:
     mirror: bool = False
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = image.convert(self.mode)
+        image = as_eight_bits(image).convert(self.mode)
         image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, self._box(*image.size))
         if self.warp:
             image = _warped(image)
@@ -113,7 +114,7 @@ class TimmTransform:
     to_tensor: Transform
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.to_tensor(image.convert("RGB"))
+        return self.to_tensor(as_eight_bits(image).convert("RGB"))
 
 
 def build_trunk(

@@ -26,6 +26,7 @@ MISTAKES = {
     "--memory-size 999 --loss ProxyAnchorLoss": "--memory-size: CrossBatchMemory not supported",
     "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4",
     "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15",
+    "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
     "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",
@@ -34,7 +35,9 @@ MISTAKES = {
     "--device meta": "'meta' cannot be used here: expected auto, cpu, cuda, cuda:N or mps",
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
-    "--resume nowhere": "--resume: no run to continue in nowhere",
+    "--resume nowhere": "--resume: no run in nowhere",
+    "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
+    "--name ..": "--name: expected a folder name without separators, got '..'",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
@@ -84,6 +87,13 @@ def test_script_exits_with_the_code_of_main(capsys, monkeypatch):
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("train.py: error: ")
+
+
+def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
+    import train
+
+    with pytest.raises(train.UserError, match="^load_best: no run in"):
+        train.load_best(str(tmp_path))
 
 
 def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):

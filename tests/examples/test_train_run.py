@@ -234,3 +234,49 @@ def test_real_images_train_to_the_end(main, tmp_path, strict_json, name, folder)
     metrics = strict_json(tmp_path / "run" / "metrics.json")
     before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
     assert after > before
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_loss_that_is_zero_from_the_first_step_is_reported(
+    main, quick, tmp_path, capsys, monkeypatch, zero
+):
+    from pml_pnp import PNPLoss
+
+    forward = PNPLoss.forward
+    if zero:
+        monkeypatch.setattr(PNPLoss, "forward", lambda *args: 0 * forward(*args))
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path) == 0
+    assert ("the loss has been zero since the first step" in capsys.readouterr().out) is zero
+
+
+def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
+    main, quick, tmp_path, capsys, monkeypatch
+):
+    from training import RetrievalTrainer
+
+    step = RetrievalTrainer.step_optimizers
+
+    def diverge(self):
+        step(self)
+        for parameter in self.trained_models["embedder"].parameters():
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(RetrievalTrainer, "step_optimizers", diverge)
+    few = ["--batch-size", 64, "--samples-per-class", 16, "--patience", 0]
+    assert main(*quick, *few, "--epochs", 1, "--output-dir", tmp_path) == 2
+    assert "the embeddings are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeypatch, by):
+    arguments = list(quick)
+    at = arguments.index("--data-root")
+    root = arguments[at + 1]
+    monkeypatch.chdir(root.parent)
+    if by == "variable":
+        del arguments[at : at + 2]
+        monkeypatch.setenv("PML_PNP_DATA", root.name)
+    else:
+        arguments[at + 1] = root.name
+    assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
+    assert strict_json(tmp_path / "run" / "config.json")["data_root"] == str(root)

@@ -60,7 +60,7 @@ def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main("--trunk", "resnet18") == 2
     err = capsys.readouterr().err
-    assert 'pip install "pml_pnp[images]"' in err
+    assert 'pip install ".[images]"' in err
     assert "--trunk small" in err
 
 
@@ -99,3 +99,15 @@ def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
     within = position <= r[:, None]
     expected = (hits / position * matches * within).sum(1) / r
     assert got["mean_average_precision_at_r"] == pytest.approx(expected.mean().item(), abs=1e-6)
+
+
+def test_fine_tuning_defaults_follow_from_pretrained():
+    import train
+
+    tuned = train._configured({"dataset": "folder", "trunk": "resnet18", "pretrained": True})
+    assert (tuned["lr"], tuned["freeze_batchnorm"], tuned["batch_size"]) == (1e-5, True, 112)
+    typed = {"dataset": "folder", "trunk": "resnet18", "pretrained": True, "lr": 0.1}
+    assert train._configured(typed)["lr"] == 0.1
+    scratch = train._configured({"dataset": "CUB", "pretrained": False})
+    assert (scratch["lr"], scratch["freeze_batchnorm"]) == (1e-3, False)
+    assert train._configured({"dataset": "CUB"})["lr"] == 1e-5

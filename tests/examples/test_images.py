@@ -1,0 +1,126 @@
+"""The same picture reads the same in every mode, bit depth and orientation."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+GREY = Image.fromarray(RAMP)
+INVISIBLE = 0
+
+
+def stored(image, form, **kwargs):
+    """Bytes of the image in a file of this form."""
+    stream = io.BytesIO()
+    image.save(stream, form, **kwargs)
+    return stream.getvalue()
+
+
+def read(content):
+    from retrieval_data import Sample
+
+    return Sample("x", "y", content).open()
+
+
+def pixels(image):
+    return np.asarray(image.convert("L")).astype(int)
+
+
+def wide(dtype, factor):
+    return Image.fromarray((RAMP.astype(np.float64) * factor).astype(dtype))
+
+
+SAME = {
+    "L": stored(GREY, "PNG"),
+    "LA": stored(GREY.convert("LA"), "PNG"),
+    "P": stored(GREY.convert("P"), "PNG"),
+    "RGB": stored(GREY.convert("RGB"), "PNG"),
+    "RGBA": stored(GREY.convert("RGBA"), "PNG"),
+    "CMYK": stored(GREY.convert("RGB").convert("CMYK"), "TIFF"),
+    "YCbCr": stored(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
+    "I;16 PNG": stored(wide(np.uint16, 257), "PNG"),
+    "I;16 TIFF": stored(wide(np.uint16, 257), "TIFF"),
+    "I of 8 bits": stored(wide(np.int32, 1), "TIFF"),
+    "I of 16 bits": stored(wide(np.int32, 257), "TIFF"),
+    "I of 32 bits": stored(wide(np.int32, (2**31 - 1) / 255), "TIFF"),
+    "I below 0": stored(wide(np.int32, 1000).point(lambda x: x - 5000), "TIFF"),
+    "F to 1": stored(wide(np.float32, 1 / 255), "TIFF"),
+    "F to 255": stored(wide(np.float32, 1), "TIFF"),
+    "F to 65535": stored(wide(np.float32, 257), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_every_mode_reads_alike(kind):
+    image = read(SAME[kind])
+    assert image.mode in ("L", "RGB")
+    assert np.abs(pixels(image) - RAMP).max() <= 2
+
+
+def test_a_palette_with_alpha_reads_alike():
+    from images import as_eight_bits
+
+    image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
+    assert image.mode == "RGB"
+    assert (pixels(image) == RAMP).all()
+
+
+def test_one_bit_reads_as_black_and_white():
+    ink = RAMP > 100
+    assert (pixels(read(stored(Image.fromarray(ink), "PNG"))) == ink * 255).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB", "I;16"])
+def test_transparent_parts_become_white(mode):
+    black = np.zeros((8, 8), np.uint8)
+    black[:, 4:] = 90
+    image = Image.fromarray(black)
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray(np.where(black == 0, 0, 255).astype(np.uint8)))
+        content = stored(image, "PNG")
+    elif mode == "I;16":
+        content = stored(Image.fromarray(black.astype(np.uint16) * 257), "PNG", transparency=0)
+    else:
+        key = (0, 0, 0) if mode == "RGB" else INVISIBLE
+        content = stored(image.convert(mode), "PNG", transparency=key)
+    result = pixels(read(content))
+    assert (result[:, :4] == 255).all()
+    assert (abs(result[:, 4:] - 90) <= 1).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_image_upright(orientation):
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    image = GREY if orientation == 1 else GREY.transpose(turns[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (pixels(read(stored(image, "PNG", exif=exif))) == RAMP).all()
+
+
+def test_pixels_that_are_not_finite_are_refused():
+    from errors import UserError
+
+    with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
+        read(stored(wide(np.float32, np.nan), "TIFF"))
+
+
+def test_transforms_take_images_of_any_depth():
+    from trunks import SmallTransform, TimmTransform
+
+    deep = wide(np.uint16, 257)
+    small = SmallTransform(8, "L")
+    assert (small(deep) - small(GREY)).abs().max() < 0.01
+    seen = TimmTransform(lambda image: image)(deep)
+    assert seen.mode == "RGB"
+    assert np.abs(pixels(seen) - RAMP).max() <= 1
