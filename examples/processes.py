@@ -13,8 +13,10 @@ import tqdm
 from errors import UserError
 from torch.nn.parallel import DistributedDataParallel
 
-# Rank 0 evaluates alone while the others wait; large test sets take a while.
+# Rank 0 evaluates alone while the others wait; large test sets take a while. Elsewhere a process
+# that no longer answers is an error after PyTorch's own timeout.
 PATIENCE_WITH_RANK_ZERO = datetime.timedelta(hours=6)
+_waiting: dist.ProcessGroup | None = None
 SECONDS_TO_LET_GO = 0.5
 
 
@@ -48,7 +50,9 @@ def start(device: torch.device) -> None:
         # The bars belong to PML's trainer and tester, which offer no switch for them.
         tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE_WITH_RANK_ZERO)
+    dist.init_process_group(backend)
+    global _waiting
+    _waiting = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_RANK_ZERO)
 
 
 def stop() -> None:
@@ -70,7 +74,7 @@ def on_rank_zero(function: Callable[[], Any]) -> Any:
             box[0] = function()
         except UserError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_waiting)
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
