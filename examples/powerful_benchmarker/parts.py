@@ -59,7 +59,7 @@ class Omniglot(LabelledImages):
 def _read(
     name: str, root: str, turned_classes: bool = False
 ) -> tuple[list[Image.Image], np.ndarray]:
-    train, test = READERS[name](None if name == "digits" else root)
+    train, test = READERS[name](None if name == "digits" else root, [])
     if turned_classes:
         train, test = with_turned_classes(train), with_turned_classes(test)
     classes: dict[str, int] = {}

@@ -16,7 +16,7 @@ def test_digits_to_train_on_have_the_lower_labels(turned_classes, classes):
     data = parts.Digits("nowhere", turned_classes=turned_classes)
     labels, counts = np.unique(data.labels, return_counts=True)
     assert labels.tolist() == list(range(classes)) and len(data) == counts.sum()
-    digits, upright = parts.READERS["digits"](None), data.labels[: len(data) // 8]
+    digits, upright = parts.READERS["digits"](None, []), data.labels[: len(data) // 8]
     train = len(digits[0])
     assert train + len(digits[1]) == 1797 and len(data) == 1797 * (8 if turned_classes else 1)
     boundary = (data.labels < classes // 2).sum()

@@ -39,6 +39,8 @@ def test_run_folder_holds_everything(finished):
     run = finished[1]
     assert {p.name for p in run.iterdir()} == {
         "config.json",
+        "classes.csv",
+        "skipped.csv",
         "logs",
         "tensorboard",
         "checkpoints",
