@@ -92,7 +92,7 @@ class FallingTemperature(nn.Module):
 
     def __init__(self, loss: losses.PNPLoss, first: float, last: float, steps: int):
         super().__init__()
-        self.loss, self.last, self.steps = loss, last, steps
+        self.loss = loss
         self.loss.anneal = first
         self.factor = (last / first) ** (1 / max(1, steps - 1))
 

@@ -228,15 +228,10 @@ def temperature(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(c for x in cells.values() for c in x))
     columns.sort(key=lambda c: ("σ" in c, float(c.split()[0])))
     lines = [
-        f"{conditions_of_probe(of_stage)}:",
-        "",
-        "| loss | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        [name, *(_cell(values[c]) if c in values else "" for c in columns)]
+        for name, values in cells.items()
     ]
-    for name, values in cells.items():
-        texts = (_cell(values[c]) if c in values else "" for c in columns)
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    return _table_of_probe(of_stage, ["loss", *columns], lines)
 
 
 def batch(rows: list[Row]) -> str:
@@ -249,19 +244,16 @@ def batch(rows: list[Row]) -> str:
         found[row["loss"]][row["setting"]][row["seed"]] = float(row["map_at_r"])
     columns = list(dict.fromkeys(c for x in found.values() for c in x))
     contrasts = [(x, y) for x, y in BATCH_CONTRASTS if {x, y} <= set(columns)]
-    heads = [*columns, *(f"{x} minus {y} | p" for x, y in contrasts)]
-    lines = [
-        f"{conditions_of_probe(of_stage)}:",
-        "",
-        "| loss | " + " | ".join(heads) + " |",
-        "|---" * (1 + len(columns) + 2 * len(contrasts)) + "|",
-    ]
+    heads = ["loss", *columns]
+    for x, y in contrasts:
+        heads += [f"{x} minus {y}", "p"]
+    lines = []
     for loss, values in found.items():
         cells = [_cell(values[c].values()) if c in values else "" for c in columns]
         for x, y in contrasts:
             cells += _against(values[x], values[y], False)
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([loss, *cells])
+    return _table_of_probe(of_stage, heads, lines)
 
 
 def coarse(rows: list[Row]) -> str:
@@ -276,17 +268,13 @@ def coarse(rows: list[Row]) -> str:
             values[metric][name][row["seed"]] = float(row[metric])
     main = values["map_at_r"]
     base = next((x for x in main if x.startswith(BLURRING)), "")
-    lines = [
-        f"{conditions_of_probe(of_stage)}:",
-        "",
-        "| loss | " + " | ".join(METRICS.values()) + f" | MAP@R minus that of {base} | p |",
-        "|---" * (len(METRICS) + 3) + "|",
-    ]
+    lines = []
     for name in sorted(main, key=lambda x: -np.mean([*main[x].values()])):
         cells = [_cell(values[m][name].values()) for m in METRICS]
         cells += _against(main[name], main.get(base, {}), name == base)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    heads = ["loss", *METRICS.values(), f"MAP@R minus that of {base}", "p"]
+    return _table_of_probe(of_stage, heads, lines)
 
 
 def settings(rows: list[Row]) -> str:
@@ -299,15 +287,11 @@ def settings(rows: list[Row]) -> str:
         found[row["loss"], row["setting"]][row["seed"]] = float(row["map_at_r"])
     base = found.get(("PNP-Ds", "include_self True"), {})
     lines = [
-        f"{conditions_of_probe(of_stage)}:",
-        "",
-        "| loss | setting | MAP@R | minus that of PNP-Ds, include_self True | p |",
-        "|---|---|---|---|---|",
+        [loss, setting, _cell(values.values()), *_against(values, base, values is base)]
+        for (loss, setting), values in found.items()
     ]
-    for (loss, setting), values in found.items():
-        against = " | ".join(_against(values, base, values is base))
-        lines.append(f"| {loss} | {setting} | {_cell(values.values())} | {against} |")
-    return "\n".join(lines)
+    heads = ["loss", "setting", "MAP@R", "minus that of PNP-Ds, include_self True", "p"]
+    return _table_of_probe(of_stage, heads, lines)
 
 
 def anneal_of_the_batch(files: dict[str, list[Row]]) -> str:
@@ -369,6 +353,19 @@ def _gradient_of_positive(params: Row, negatives: int) -> float:
     labels = torch.tensor([0] + [1] * negatives)
     loss = loss_func(query, labels[:1], ref_emb=references, ref_labels=labels)
     return -torch.autograd.grad(loss, references)[0][0].item()
+
+
+def _table_of_probe(rows: list[Row], heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table under the conditions of the rows that it is made of."""
+    return "\n".join(
+        [
+            f"{conditions_of_probe(rows)}:",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|---" * len(heads) + "|",
+            *("| " + " | ".join(cells) + " |" for cells in lines),
+        ]
+    )
 
 
 def conditions_of_probe(rows: list[Row]) -> str:
