@@ -77,9 +77,8 @@ def ranks(once):
         subprocess.run(command, check=True, timeout=900, env=environment)
 
     def found(module, world):
-        files = [
-            rank_processes.file_of(once("ranks", start), module, world, r) for r in range(world)
-        ]
+        folder = once("ranks", start)
+        files = (rank_processes.file_of(folder, module, world, rank) for rank in range(world))
         return [torch.load(file) for file in files]
 
     return found
