@@ -32,7 +32,7 @@ from torch import nn
 from pml_pnp import GradCache, PNPLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from trunks import SMALL, SmallTransform, build_trunk  # noqa: E402
+from retrieval.trunks import SMALL, SmallTransform, build_trunk  # noqa: E402
 
 CHUNK_SIZES = {"whole batch": 0, "GradCache": 64}
 IMAGE_SIZE, EMBEDDING_SIZE, PER_CLASS = 28, 128, 4

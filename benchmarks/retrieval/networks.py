@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from trunks import SmallConvNet  # noqa: E402
+from retrieval.trunks import SmallConvNet  # noqa: E402
 
 EMBEDDING_SIZE = 128
 EMBEDDED_AT_A_TIME = 1024

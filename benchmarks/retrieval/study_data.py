@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from retrieval_data import DATA_ROOT_VARIABLE, Sample, load_splits  # noqa: E402
-from trunks import SmallTransform  # noqa: E402
+from retrieval.data import DATA_ROOT_VARIABLE, Sample, load_splits  # noqa: E402
+from retrieval.trunks import SmallTransform  # noqa: E402
 
 SPLIT_SEED = 0
 VALIDATION_SHARE = 0.25  # of the training classes

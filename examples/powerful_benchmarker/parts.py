@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from retrieval_data import READERS, Sample, with_turned_classes  # noqa: E402
-from trunks import SmallConvNet  # noqa: E402
+from retrieval.data import READERS, Sample, with_turned_classes  # noqa: E402
+from retrieval.trunks import SmallConvNet  # noqa: E402
 
 
 class LabelledImages(Dataset):

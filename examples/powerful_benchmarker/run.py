@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from errors import UserError  # noqa: E402
+from retrieval.errors import UserError  # noqa: E402
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -42,9 +42,9 @@ def script(environment):
 @pytest.fixture(scope="session")
 def main():
     """Call train.py's main in this process; returns the exit code."""
-    import train
+    from retrieval import commands
 
-    return lambda *arguments: train.main([str(x) for x in arguments])
+    return lambda *arguments: commands.run("train", [str(x) for x in arguments], "train.py")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 
 
 def test_arguments_become_python_values():
-    from by_name import parse_arguments
+    from retrieval.by_name import parse_arguments
 
     pairs = ["variant=Dq", "alpha=4", "anneal=1e-2", "include_self=False", "x=a=b", "y=None"]
     assert parse_arguments("--loss-args", pairs) == {
@@ -19,7 +19,7 @@ def test_arguments_become_python_values():
 
 
 def test_classes_and_embedding_size_are_filled_in():
-    from by_name import build_loss
+    from retrieval.by_name import build_loss
 
     proxies = build_loss("ProxyAnchorLoss", {}, num_classes=7, embedding_size=5).proxies
     assert proxies.shape == (7, 5)
@@ -28,8 +28,8 @@ def test_classes_and_embedding_size_are_filled_in():
 
 
 def test_distance_and_reducer_by_name():
-    from by_name import build_loss
     from pytorch_metric_learning import distances, reducers
+    from retrieval.by_name import build_loss
 
     loss = build_loss("PNPLoss", {"distance": "LpDistance", "reducer": "SumReducer"}, 4, 8)
     assert isinstance(loss.distance, distances.LpDistance)
@@ -37,7 +37,7 @@ def test_distance_and_reducer_by_name():
 
 
 def test_memory_gets_the_miner():
-    from by_name import build_loss, build_miner
+    from retrieval.by_name import build_loss, build_miner
 
     miner = build_miner("TripletMarginMiner", {"margin": 0.1})
     memory = build_loss("PNPLoss", {}, 4, 8, memory_size=64, miner=miner)
@@ -47,13 +47,13 @@ def test_memory_gets_the_miner():
 
 @pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
 def test_every_variant_passes_the_trial(variant):
-    from by_name import build_loss, try_out
+    from retrieval.by_name import build_loss, try_out
 
     try_out(build_loss("PNPLoss", {"variant": variant}, 4, 16), None, 16, 3)
 
 
 def test_trial_leaves_the_random_state_alone():
-    from by_name import build_loss, try_out
+    from retrieval.by_name import build_loss, try_out
 
     loss = build_loss("PNPLoss", {}, 4, 16)
     before = torch.get_rng_state()

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def load(root):
-    from retrieval_data import load_splits
+    from retrieval.data import load_splits
 
     return load_splits("folder", str(root), val_fraction=0.2, seed=0)
 

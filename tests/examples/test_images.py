@@ -19,7 +19,7 @@ def stored(image, form, **kwargs):
 
 
 def read(content):
-    from retrieval_data import Sample
+    from retrieval.data import Sample
 
     return Sample("x", "y", content).open()
 
@@ -60,7 +60,7 @@ def test_every_mode_reads_alike(kind):
 
 
 def test_a_palette_with_alpha_reads_alike():
-    from images import as_eight_bits
+    from retrieval.images import as_eight_bits
 
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"
@@ -109,14 +109,14 @@ def test_exif_turns_the_image_upright(orientation):
 
 
 def test_pixels_that_are_not_finite_are_refused():
-    from errors import UserError
+    from retrieval.errors import UserError
 
     with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
         read(stored(wide(np.float32, np.nan), "TIFF"))
 
 
 def test_transforms_take_images_of_any_depth():
-    from trunks import SmallTransform, TimmTransform
+    from retrieval.trunks import SmallTransform, TimmTransform
 
     deep = wide(np.uint16, 257)
     small = SmallTransform(8, "L")

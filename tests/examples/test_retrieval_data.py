@@ -18,7 +18,7 @@ def no_data_root(monkeypatch):
 
 
 def load(name, root=None, **kwargs):
-    from retrieval_data import load_splits
+    from retrieval.data import load_splits
 
     root = None if root is None else str(root)
     return load_splits(name, root, **{"val_fraction": 0.2, "seed": SEED, **kwargs})
@@ -150,7 +150,7 @@ def test_many_unreadable_images_are_counted_and_a_few_named(tmp_path, capsys):
 
 
 def test_too_few_images_after_cleaning_is_an_error(tmp_path):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     write_classes(tmp_path, "abcd", 1)
     with pytest.raises(UserError, match="folder: too little training data remains"):
@@ -158,7 +158,7 @@ def test_too_few_images_after_cleaning_is_an_error(tmp_path):
 
 
 def test_too_few_images_to_validate_is_an_error(tmp_path):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     write_classes(tmp_path, "abcd", 3)
     with pytest.raises(UserError, match="too little training data for validation"):
@@ -188,7 +188,7 @@ def test_folder_takes_train_and_test_as_given(tmp_path):
 
 
 def test_folder_refuses_classes_in_both_parts(tmp_path):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     write_classes(tmp_path / "train", ["x", "y"])
     write_classes(tmp_path / "test", ["y", "z"])
@@ -237,7 +237,7 @@ def test_omniglot_layouts(tmp_path, monkeypatch, layout):
 
 
 def test_damaged_zip_is_named(tmp_path):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     write(tmp_path / "images_background_small1.zip", b"PK but no zip")
     with pytest.raises(UserError, match="cannot read .*images_background_small1.zip"):
@@ -339,14 +339,14 @@ def test_pml_data_sets(tmp_path, name, below_root):
 
 @pytest.mark.parametrize("name", PML)
 def test_missing_pml_data_set_says_how_to_get_it(tmp_path, name):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     with pytest.raises(UserError, match=rf"{name} could not be read .*datasets.{name}\(root="):
         load(name, tmp_path)
 
 
 def test_index_that_names_absent_images_is_no_traceback(tmp_path):
-    from errors import UserError
+    from retrieval.errors import UserError
 
     write_cub(tmp_path)
     for path in (tmp_path / "CUB_200_2011" / "images").rglob("*.jpg"):

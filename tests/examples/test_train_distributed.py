@@ -75,7 +75,7 @@ def test_processes_augment_differently_and_share_batches_weights_and_proxies(fin
 
 def test_two_processes_are_one_with_the_same_batches(finished, main, quick, tmp_path, monkeypatch):
     """Without what depends on the process: augmentation, and the statistics of BatchNorm."""
-    monkeypatch.setattr("train.PHOTOGRAPHS", {"mode": "RGB"})
+    monkeypatch.setattr("retrieval.network.PHOTOGRAPHS", {"mode": "RGB"})
     new = ["--output-dir", tmp_path, *quick, "--epochs", 1, "--freeze-batchnorm"]
     assert main(*new, "--name", PLAIN) == 0
     one, two = (

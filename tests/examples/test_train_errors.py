@@ -90,10 +90,11 @@ def test_script_exits_with_the_code_of_main(capsys, monkeypatch):
 
 
 def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
-    import train
+    from retrieval.errors import UserError
+    from retrieval.network import load_best
 
-    with pytest.raises(train.UserError, match="^load_best: no run in"):
-        train.load_best(str(tmp_path))
+    with pytest.raises(UserError, match="^load_best: no run in"):
+        load_best(str(tmp_path))
 
 
 def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
@@ -104,14 +105,14 @@ def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
 
 @pytest.mark.parametrize("common", [True, False])
 def test_a_mistake_of_one_process_is_said_by_that_process(main, capsys, monkeypatch, common):
-    import train
+    from retrieval import commands, train
 
     def fail(args):
-        raise train.UserError("a broken image", common)
+        raise commands.UserError("a broken image", common)
 
-    monkeypatch.setattr(train, "_run", fail)
-    monkeypatch.setattr(train, "rank", lambda: 1)
-    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(train, "run", fail)
+    monkeypatch.setattr(commands, "rank", lambda: 1)
+    monkeypatch.setattr(commands.time, "sleep", lambda seconds: None)
     assert main() == 2
     assert ("a broken image" in capsys.readouterr().err) is not common
 

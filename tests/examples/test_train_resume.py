@@ -56,7 +56,7 @@ def whole(main, quick, tmp_path_factory):
 
 def copy_at_moments(patch, folder):
     """Copy the run folder at every moment: it is then what a kill at that moment leaves behind."""
-    from run_folder import RunFolder
+    from retrieval.run_folder import RunFolder
 
     def copy(*now):
         for name, moment in MOMENTS.items():

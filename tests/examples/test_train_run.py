@@ -110,9 +110,9 @@ def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics):
 
 
 def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
-    from retrieval_data import load_splits
-    from retrieval_metrics import build_tester, metrics_of
-    from train import load_best
+    from retrieval.data import load_splits
+    from retrieval.metrics import build_tester, metrics_of
+    from retrieval.network import load_best
 
     model, transform = load_best(finished[1])
     splits = load_splits("digits", None, 0.2, 0)
@@ -254,7 +254,7 @@ def test_loss_that_is_zero_from_the_first_step_is_reported(
 def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
     main, quick, tmp_path, capsys, monkeypatch
 ):
-    from training import RetrievalTrainer
+    from retrieval.training import RetrievalTrainer
 
     step = RetrievalTrainer.step_optimizers
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.mark.parametrize(("size", "mode"), [(8, "L"), (28, "L"), (64, "RGB"), (41, "RGB")])
 def test_small_trunk_takes_what_its_transforms_make(size, mode):
-    from trunks import SmallTransform, build_trunk
+    from retrieval.trunks import SmallTransform, build_trunk
 
     trunk = build_trunk(
         "small", False, size, SmallTransform(size, mode, 0.8, warp=True, mirror=True)
@@ -25,7 +25,7 @@ def test_small_trunk_takes_what_its_transforms_make(size, mode):
 
 
 def test_evaluation_takes_the_same_centred_square_every_time():
-    from trunks import SmallTransform
+    from retrieval.trunks import SmallTransform
 
     pixels = np.zeros((10, 30), np.uint8)
     pixels[:, 10:20] = 255
@@ -36,7 +36,7 @@ def test_evaluation_takes_the_same_centred_square_every_time():
 
 @pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": True}], ids=str)
 def test_training_images_vary(augment):
-    from trunks import SmallTransform
+    from retrieval.trunks import SmallTransform
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
     made = [SmallTransform(16, "L", **augment)(noise) for _ in range(2)]
@@ -44,7 +44,7 @@ def test_training_images_vary(augment):
 
 
 def test_a_warped_image_stays_in_its_place_on_average():
-    from trunks import SmallTransform
+    from retrieval.trunks import SmallTransform
 
     pixels = np.zeros((32, 32), np.uint8)
     pixels[12:20, 12:20] = 255
@@ -65,8 +65,8 @@ def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch
 
 
 def test_timm_trunk_trains_with_frozen_batchnorm(main, tmp_path, strict_json):
-    from errors import UserError
-    from trunks import import_timm
+    from retrieval.errors import UserError
+    from retrieval.trunks import import_timm
 
     try:
         import_timm("resnet10t")
@@ -81,7 +81,7 @@ def test_timm_trunk_trains_with_frozen_batchnorm(main, tmp_path, strict_json):
 
 @pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5]], ids=str)
 def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
-    from retrieval_metrics import METRICS, RetrievalAccuracy
+    from retrieval.metrics import METRICS, RetrievalAccuracy
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -102,12 +102,12 @@ def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
 
 
 def test_fine_tuning_defaults_follow_from_pretrained():
-    import train
+    from retrieval.configuration import configured
 
-    tuned = train._configured({"dataset": "folder", "trunk": "resnet18", "pretrained": True})
+    tuned = configured({"dataset": "folder", "trunk": "resnet18", "pretrained": True})
     assert (tuned["lr"], tuned["freeze_batchnorm"], tuned["batch_size"]) == (1e-5, True, 112)
     typed = {"dataset": "folder", "trunk": "resnet18", "pretrained": True, "lr": 0.1}
-    assert train._configured(typed)["lr"] == 0.1
-    scratch = train._configured({"dataset": "CUB", "pretrained": False})
+    assert configured(typed)["lr"] == 0.1
+    scratch = configured({"dataset": "CUB", "pretrained": False})
     assert (scratch["lr"], scratch["freeze_batchnorm"]) == (1e-3, False)
-    assert train._configured({"dataset": "CUB"})["lr"] == 1e-5
+    assert configured({"dataset": "CUB"})["lr"] == 1e-5

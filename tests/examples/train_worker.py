@@ -12,13 +12,13 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    import train
+    from retrieval import commands, network
 
-    photographs = train.PHOTOGRAPHS
+    photographs = network.PHOTOGRAPHS
     for port, augmented, arguments in json.loads(sys.argv[1]):
-        train.PHOTOGRAPHS = photographs if augmented else {"mode": photographs["mode"]}
+        network.PHOTOGRAPHS = photographs if augmented else {"mode": photographs["mode"]}
         if port:
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
-        if code := train.main(arguments):
+        if code := commands.run("train", arguments, "train.py"):
             sys.exit(code)

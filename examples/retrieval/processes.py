@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tqdm
-from errors import UserError
 from torch.nn.parallel import DistributedDataParallel
+
+from .errors import UserError
 
 # Rank 0 evaluates alone while the others wait; large test sets take a while. Elsewhere a process
 # that no longer answers is an error after PyTorch's own timeout.

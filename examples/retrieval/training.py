@@ -8,9 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from by_name import build_loss, build_miner
-from errors import UserError
-from processes import (
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils import logging_presets
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pml_pnp import GradCache, PNPLoss
+from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
+
+from .by_name import build_loss, build_miner
+from .data import RetrievalSplits
+from .errors import UserError
+from .metrics import PRIMARY_METRIC, build_tester, metrics_of
+from .processes import (
     gather,
     launched_by_torchrun,
     on_rank_zero,
@@ -20,17 +30,8 @@ from processes import (
     unwrap,
     world_size,
 )
-from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.trainers import MetricLossOnly
-from pytorch_metric_learning.utils import logging_presets
-from retrieval_data import RetrievalSplits
-from retrieval_metrics import PRIMARY_METRIC, build_tester, metrics_of
-from run_folder import RunFolder, own_state, restore, shared_state
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from trunks import Trunk
-
-from pml_pnp import GradCache, PNPLoss
-from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from .run_folder import RunFolder, own_state, restore, shared_state
+from .trunks import Trunk
 
 RECORDS_PER_EPOCH = 5
 

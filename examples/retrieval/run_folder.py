@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from errors import UserError
-from processes import unwrap
 from pytorch_metric_learning.trainers import BaseTrainer
+
+from .errors import UserError
+from .processes import unwrap
 
 STEP = "~iteration~"  # record-keeper's name for the step column
 

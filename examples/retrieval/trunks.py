@@ -8,12 +8,14 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from errors import UserError
-from images import as_eight_bits
 from PIL import Image
 from torch import nn
 
+from .errors import UserError
+from .images import as_eight_bits
+
 SMALL = "small"
+SMALL_IMAGE_SIZE = 64
 INSTALL_IMAGES = 'pip install ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]

@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from errors import UserError
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 
 from pml_pnp import losses
+
+from .errors import UserError
 
 # Arguments whose value may be the name of a class.
 CLASS_ARGUMENTS = {"distance": distances, "reducer": reducers}

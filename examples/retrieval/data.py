@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tqdm
-from errors import UserError
-from image_tree import Skipped, read_trees, summary, warnings_of
-from images import as_eight_bits
 from PIL import Image
-from processes import on_rank_zero, say
 from torch.utils.data import Dataset
+
+from .errors import UserError
+from .image_tree import Skipped, read_trees, summary, warnings_of
+from .images import as_eight_bits
+from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
 PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")

@@ -1,10 +1,11 @@
 """Evaluation: PML's tester and accuracy calculator, with Recall@10 and Recall@100 added."""
 
 import torch
-from errors import UserError
-from processes import unwrap
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+from .errors import UserError
+from .processes import unwrap
 
 BATCH_SIZE = 128
 PRIMARY_METRIC = "mean_average_precision_at_r"

@@ -1,0 +1,42 @@
+"""The network of a run: as its configuration says, and as it was trained."""
+
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .run_folder import RunFolder
+from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
+
+# How the small trunk's training images vary, and whether they have colours.
+CHARACTERS = {"mode": "L", "warp": True}
+PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
+
+
+def build(config: dict[str, Any]) -> Trunk:
+    """The trunk as configured, with the transforms of its images."""
+    images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
+    small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
+    return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+
+
+def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
+    """The trained network of a run, in eval mode, and the transform that its images need.
+
+    Args:
+        path: A run folder.
+
+    Returns:
+        A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
+        CPU, and a function that makes a tensor of a PIL image.
+    """
+    run = RunFolder.existing(path, "load_best")
+    config = {**run.read_json("config.json"), "pretrained": False}
+    best = run.load_checkpoint("best.pt")
+    if best is None:
+        raise UserError(f"{path} holds no checkpoints/best.pt yet")
+    trunk = build(config)
+    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    trunk.module.load_state_dict(best["models"]["trunk"])
+    embedder.load_state_dict(best["models"]["embedder"])
+    return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
