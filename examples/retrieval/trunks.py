@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,9 +112,15 @@ def _warped(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TimmTransform:
-    """A transform made by timm, which expects three channels."""
+    """A transform made by timm, which expects three channels.
+
+    Attributes:
+        to_tensor: From an image in mode RGB.
+        config: What timm made it from.
+    """
 
     to_tensor: Transform
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.to_tensor(as_eight_bits(image).convert("RGB"))
@@ -156,7 +163,8 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     train, evaluate = (
-        TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
+        TimmTransform(timm.data.create_transform(**config, is_training=x), config)
+        for x in (True, False)
     )
     return Trunk(module, module.num_features, train, evaluate)
 
