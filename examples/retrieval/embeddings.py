@@ -60,7 +60,10 @@ def embed(
         _Tensors(samples, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
     )
     found, places = [], []
-    with torch.inference_mode(), tqdm.tqdm(total=len(samples), desc="embedding") as bar:
+    with (
+        torch.inference_mode(),
+        tqdm.tqdm(total=len(samples), desc="embedding", disable=None) as bar,
+    ):
         for batch in loader:
             bar.update(len(batch))
             for i, reason in batch:

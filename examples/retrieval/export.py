@@ -65,7 +65,7 @@ from PIL import Image
 model = torch.export.load("model.pt2").module()
 stored = np.load("embeddings.npz")
 with torch.no_grad():
-    query = model(prepare(Image.open(stored["names"][0])).unsqueeze(0))[0]
+    query = model(prepare(Image.open("query.jpg")).unsqueeze(0))[0]
 similarities = stored["embeddings"] @ query.numpy()
 for i in similarities.argsort()[::-1][:10]:
     print(f"{{similarities[i]:.4f}}", stored["names"][i], stored["labels"][i])

@@ -162,6 +162,7 @@ def test_export_is_used_without_this_repository(command, run, folder, tmp_path):
     names = stored["names"].tolist()
     assert names == sorted(map(str, folder.rglob("*.png")))
     assert stored["embeddings"] == pytest.approx(embedded(run, names), abs=1e-5)
+    shutil.copy(names[0], output / "query.jpg")
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     printed = subprocess.run(
