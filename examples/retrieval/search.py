@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"no image that can be read in {args.query}")
     queries = [queries[i] for i in places]
     found = index.nearest(queries, embeddings, args.k)
-    for query, neighbors in zip(queries, found, strict=True):
-        print(query)
-        for place, x in enumerate(neighbors, 1):
-            print(f"{place:4}  {x.similarity:.4f}  {x.name}")
     if args.csv:
         _write_table(Path(args.csv), queries, found)
     if args.sheet:
         _draw(args.sheet, queries, found)
+    for query, neighbors in zip(queries, found, strict=True):
+        print(query)
+        for place, x in enumerate(neighbors, 1):
+            print(f"{place:4}  {x.similarity:.4f}  {x.name}")
     return 0
 
 
