@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_pnp.checks import check_inputs, check_vector
-from pml_pnp.distances import all_modules_are_watched, is_unmodified
+from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
 from pml_pnp.pairs import QueryColumns, plain
 
@@ -224,7 +224,7 @@ def takes_query_columns(loss) -> bool:
     return (
         isinstance(loss, PNPLoss)
         and is_unmodified(loss, "forward", "compute_loss")
-        and not all_modules_are_watched()
+        and not has_global_hooks()
     )
 
 
