@@ -49,14 +49,15 @@ def check_part(name: str, part) -> None:
     raise TypeError(f"{name} must be an instance of a {name} of pytorch_metric_learning, got {got}")
 
 
-def check_chunk_size(chunk_size) -> None:
-    """Raise TypeError or ValueError unless it is None or a positive integer."""
-    if chunk_size is None:
+def check_chunk_size(chunk_size, or_none: bool = False) -> None:
+    """Raise TypeError or ValueError unless this is a positive integer, or None if allowed."""
+    if chunk_size is None and or_none:
         return
+    expected = "a positive integer or None" if or_none else "a positive integer"
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-        raise TypeError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        raise TypeError(f"chunk_size must be {expected}, got {chunk_size!r}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size}")
+        raise ValueError(f"chunk_size must be {expected}, got {chunk_size}")
 
 
 def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from pml_pnp.checks import check_chunk_size
 
 
 class GradCache(nn.Module):
@@ -89,10 +90,7 @@ class GradCache(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-            raise TypeError(f"chunk_size must be a positive integer, got {chunk_size!r}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
+        check_chunk_size(chunk_size)
         for name, part in model.named_modules():
             if isinstance(part, DistributedDataParallel) and part is not model:
                 raise ValueError(

@@ -19,7 +19,7 @@ from pml_pnp.distances import (
     similarity_matrix,
 )
 from pml_pnp.ops.product import mean_of_losses, zero_or_nan
-from pml_pnp.ops.recompute import Call, Recomputed
+from pml_pnp.ops.recompute import Call, RandomState, Recomputed, clone_constant
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
 from pml_pnp.pairs import Pairs, QueryColumns, plain
@@ -133,7 +133,7 @@ class PNPLoss(BaseMetricLossFunction):
         check_hyperparameters(
             b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
         )
-        check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size, or_none=True)
         for name in ("reducer", "embedding_regularizer"):
             check_part(name, kwargs.get(name))
         super().__init__(**kwargs)
@@ -148,15 +148,9 @@ class PNPLoss(BaseMetricLossFunction):
         self.variant = variant
         self.include_self = include_self
         self.chunk_size = chunk_size
+        variant_record = "variant" if isinstance(variant, str) else "variant_name"
         self.add_to_recordable_attributes(
-            list_of_names=[
-                "b",
-                "alpha",
-                "anneal",
-                "variant" if isinstance(variant, str) else "variant_name",
-                "include_self",
-            ],
-            is_stat=False,
+            list_of_names=["b", "alpha", "anneal", variant_record, "include_self"], is_stat=False
         )
         self.add_to_recordable_attributes(
             list_of_names=["negatives_before_positive", "positives_behind_negatives"], is_stat=True
@@ -179,13 +173,8 @@ class PNPLoss(BaseMetricLossFunction):
             # The length of a tuple changes from call to call, and each length would be compiled.
             eagerly = torch.compiler.disable(self.forward)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        check_inputs(
-            embeddings,
-            labels,
-            None if isinstance(indices_tuple, QueryColumns) else indices_tuple,
-            ref_emb,
-            ref_labels,
-        )
+        given_tuple = None if isinstance(indices_tuple, QueryColumns) else indices_tuple
+        check_inputs(embeddings, labels, given_tuple, ref_emb, ref_labels)
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
         embeddings, labels, ref_labels = plain(embeddings), plain(labels), plain(ref_labels)
@@ -226,7 +215,7 @@ class PNPLoss(BaseMetricLossFunction):
             is_inverted=self.distance.is_inverted,
             dtype=embeddings.dtype,
         )
-        check_chunk_size(self.chunk_size)
+        check_chunk_size(self.chunk_size, or_none=True)
         pairs = Pairs(
             labels, indices_tuple, ref_labels, n, m, references is None, embeddings.device
         )
@@ -246,8 +235,10 @@ class PNPLoss(BaseMetricLossFunction):
                 losses_of = partial(_losses_of, self.distance, settings, pairs, self.collect_stats)
                 if in_chunks:
                     in_backward = partial(_losses_of, *self._frozen(settings), pairs, False)
-                    call = Call.of(losses_of, in_backward, self.chunk_size, embeddings, references)
-                    losses, counted, counts = Recomputed.apply(*call, *self.parameters())
+                    random_state = RandomState(embeddings)
+                    call = Call(losses_of, in_backward, self.chunk_size, random_state)
+                    tensors = map(clone_constant, (embeddings, references))
+                    losses, counted, counts = Recomputed.apply(call, *tensors, *self.parameters())
                 else:
                     losses, counted, counts = losses_of(slice(0, n), embeddings, references)
                 losses = losses + _nan_unless_finite(self.distance, embeddings, references)

@@ -129,7 +129,9 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
             embeddings, labels = embeddings[is_query], labels[is_query]
         size = self.memory_size if self.has_been_filled else self.queue_idx
         references, ref_labels = self.embedding_memory[:size], self.label_memory[:size]
-        if torch.is_grad_enabled() and _keeps_references(self.loss, embeddings):
+        if torch.is_grad_enabled() and (
+            not takes_query_columns(self.loss) or self.loss.keeps_references(embeddings)
+        ):
             references, ref_labels = references.clone(), ref_labels.clone()
         indices_tuple = self.create_indices_tuple(
             embeddings, labels, references, ref_labels, indices_tuple, enqueue_mask is None
@@ -222,11 +224,6 @@ def takes_query_columns(loss) -> bool:
         and is_unmodified(loss, "forward", "compute_loss")
         and not has_global_hooks()
     )
-
-
-def _keeps_references(loss, embeddings: Tensor) -> bool:
-    """Whether a loss may read its references after the call, in backward."""
-    return not takes_query_columns(loss) or loss.keeps_references(embeddings)
 
 
 def without_self_pairs(indices_tuple, columns: Tensor):

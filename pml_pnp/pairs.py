@@ -61,7 +61,7 @@ class Relation(NamedTuple):
         low, high = self.number.aminmax()
         return int(low), int(high)
 
-    def positives(self, rows: slice, width: int, smallest: int) -> Tensor:
+    def positives(self, rows: slice, smallest: int, width: int) -> Tensor:
         """Columns of the positives of the queries in `rows`, (rows, width).
 
         `smallest` and `width` are what `sizes` returns. Shorter lists are padded with their last
@@ -96,18 +96,10 @@ class Relation(NamedTuple):
             x.masked_fill_(self.not_negative[rows], value)
         elif self.query_column is not None:
             x.scatter_(1, index, value)
-        else:  # the columns of a query without positives are arbitrary
+        else:  # the columns of a query without positives are arbitrary, and keep their values
             has_positives = (self.number[rows] > 0).unsqueeze(1)
-            x.scatter_(1, index, x.gather(1, index).masked_fill_(has_positives, value))
-
-    def negative_mask(self, m: int) -> Tensor:
-        """Which references are negatives, (N, M) bool."""
-        if self.not_negative is not None:
-            return ~self.not_negative
-        place = torch.empty_like(self.columns)
-        place[self.columns] = torch.arange(m, device=place.device)
-        place = place - self.start.unsqueeze(1)
-        return (place < 0) | (place >= self.number.unsqueeze(1))
+            values = x.detach().gather(1, index).masked_fill_(has_positives, value)
+            x.scatter_(1, index, values)
 
 
 class QueryColumns(NamedTuple):

@@ -75,36 +75,36 @@ def losses_and_gradient(
     Returns:
         losses (N,), grad_s (N, M) and grad_self (N,). A gradient that is not needed is empty.
     """
-    (n, m), scale, given = s.shape, settings.scale, self_similarity is not None
+    (n, m), scale, has_self = s.shape, settings.scale, self_similarity is not None
     losses = s.new_zeros(n)
     grad_s = s if overwrite else s.new_empty((n, m) if with_gradient else 0)
-    grad_self = s.new_empty(n if with_gradient and given else 0)
+    grad_self = s.new_empty(n if with_gradient and has_self else 0)
     smallest, width = relation.sizes()
     if width == 0:
         return losses, grad_s.zero_(), grad_self.zero_()
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
     alpha, b = settings.alpha, settings.b
-    listed, with_query = relation.query_column is not None, settings.include_self and not given
+    listed, with_query = relation.query_column is not None, settings.include_self and not has_self
     # With classes of equal size, as samplers make them, all that is listed enters the loss. Nothing
     # is masked then, which saves about 10 of the 60 PyTorch calls of a step at N = 32.
     uniform = smallest == width > listed and (with_query or not listed)
     if uniform:
-        share = 1 / (width + given)
+        share = 1 / (width + has_self)
         factor = scale * share
     else:
-        number = relation.number + (given - (listed and not with_query))
+        number = relation.number + (has_self - (listed and not with_query))
         share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
     entries = block_entries(s.device)
-    few = n * (width + given) * m < FEW_SIGMOIDS
+    few = n * (width + has_self) * m < FEW_SIGMOIDS
     buffers = None
-    for rows, columns in blocks(n, m, width + given, entries):
+    for rows, columns in blocks(n, m, width + has_self, entries):
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
         x, part = buffers[0][:height], s[rows]
         losses_of_rows, grad_of_rows = losses[rows], grad_s[rows]
-        t_self = self_similarity[rows].unsqueeze(1) if given else None
+        t_self = self_similarity[rows].unsqueeze(1) if has_self else None
         middle = None if few else _middle(part, t_self, scale)
         # A reference that is not a negative is set to `ranked_last`, after every positive, and a
         # positive that is not used to `ranked_first`, before every negative: R = f(R) = 0.
@@ -113,14 +113,14 @@ def losses_and_gradient(
             ranked_last, ranked_first = (-INF, INF) if scale > 0 else (INF, -INF)
         else:
             torch.sub(part, middle, out=x).mul_(-scale).exp_()
-            t_self = (t_self - middle).mul_(-scale).exp_() if given else None
+            t_self = (t_self - middle).mul_(-scale).exp_() if has_self else None
             ranked_last, ranked_first = INF, 0.0
-        index = relation.positives(rows, width, smallest)
+        index = relation.positives(rows, smallest, width)
         t = x.gather(1, index)
         relation.fill_non_negatives_(x, rows, index, ranked_last)
         if not uniform:
             t.masked_fill_(~relation.used(rows, index, with_query), ranked_first)
-        if given:
+        if has_self:
             t_self = t_self.masked_fill(~relation.counted[rows].unsqueeze(1), ranked_first)
             t = torch.cat([t, t_self], dim=1)
         x, grad_t = x.unsqueeze(1), torch.empty_like(t)
@@ -145,7 +145,7 @@ def losses_and_gradient(
                 torch.sum(y, dim=2, out=grad_t[:, cols])
         if with_gradient:
             grad_t.neg_()
-            if given:
+            if has_self:
                 grad_self[rows], grad_t = grad_t[:, width], grad_t[:, :width]
             grad_of_rows.scatter_add_(1, index, grad_t)
     losses.mul_(share)
@@ -168,42 +168,37 @@ class NegativesBefore(torch.autograd.Function):
     """R (N, P), the soft numbers of negatives before positives, differentiable twice.
 
     It serves callable variants and second derivatives. The arguments are the similarities s (N, M),
-    those of the positives, t (N, P), the mask of the negatives (N, M) and the scale.
+    infinite where a reference is not a negative, those of the positives, t (N, P), and the scale.
     """
 
     @staticmethod
-    def forward(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:  # noqa: D102
+    def forward(s: Tensor, t: Tensor, scale: float) -> Tensor:  # noqa: D102
         r = torch.empty_like(t)
         for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
             for cols in columns:
-                x = _differences(s[rows], t[rows, cols], negative[rows], scale)
+                x = (s[rows].unsqueeze(1) - t[rows, cols].unsqueeze(2)) * scale
                 torch.sum(x.sigmoid_(), dim=2, out=r[rows, cols])
         return r
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: D102
-        s, t, negative, ctx.scale = inputs
-        ctx.save_for_backward(s, t, negative)
+        s, t, ctx.scale = inputs
+        ctx.save_for_backward(s, t)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: D102
         # Only differentiable operations, none in place, so that autograd can differentiate this.
-        s, t, negative = ctx.saved_tensors
+        s, t = ctx.saved_tensors
         grad_s, grad_t = [torch.zeros_like(s[:0])], [torch.zeros_like(t[:0])]
         for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
             by_column, total = [torch.zeros_like(t[rows, :0])], torch.zeros_like(s[rows])
             for cols in columns:
-                y = torch.sigmoid(_differences(s[rows], t[rows, cols], negative[rows], ctx.scale))
+                x = (s[rows].unsqueeze(1) - t[rows, cols].unsqueeze(2)) * ctx.scale
+                y = torch.sigmoid(x)
                 # d y[a, i, j] / d s[a, j] = scale * y * (1 - y) = - d y[a, i, j] / d t[a, i]
                 dy = y * (1 - y) * (ctx.scale * grad[rows, cols]).unsqueeze(2)
                 total = total + dy.sum(dim=1)
                 by_column.append(-dy.sum(dim=2))
             grad_s.append(total)
             grad_t.append(torch.cat(by_column, dim=1))
-        return torch.cat(grad_s), torch.cat(grad_t), None, None
-
-
-def _differences(s: Tensor, t: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Compute scale * (s[a, j] - t[a, i]), (rows, P, M), or -inf where j is not a negative."""
-    s = s.masked_fill(~negative, -INF if scale > 0 else INF)
-    return (s.unsqueeze(1) - t.unsqueeze(2)) * scale
+        return torch.cat(grad_s), torch.cat(grad_t), None

@@ -16,7 +16,7 @@ from pml_pnp.precision import autocast_off
 
 
 class Call(NamedTuple):
-    """Arguments of `Recomputed.apply`, which takes the parameters of `function` after them."""
+    """The arguments of `Recomputed` that are not tensors."""
 
     function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
     """Maps rows, all queries and all references to the losses of these rows, and to other tensors
@@ -25,25 +25,6 @@ class Call(NamedTuple):
     """The same function, called in backward, with copies of the settings and modules of forward."""
     chunk_size: int
     random_state: "RandomState"
-    queries: Tensor
-    references: Tensor | None
-
-    @staticmethod
-    def of(
-        function, in_backward, chunk_size: int, queries: Tensor, references: Tensor | None
-    ) -> "Call":
-        """Make the arguments for queries (N, d) and references (M, d), None if they are the same.
-
-        Not part of `Recomputed.forward`, where the clones could not be saved for backward.
-        """
-        random_state = RandomState(queries)
-        if torch.is_grad_enabled():
-            # Clones, since a CrossBatchMemory changes its references before backward, and a tensor
-            # that was created in inference mode cannot be saved for backward.
-            queries, references = (
-                x if x is None or x.requires_grad else x.clone() for x in (queries, references)
-            )
-        return Call(function, in_backward, chunk_size, random_state, queries, references)
 
 
 class RandomState:
@@ -59,24 +40,33 @@ class RandomState:
         set_device_states(self.devices, self.states)
 
 
-class Recomputed(torch.autograd.Function):
-    """Concatenates the results of `function` for all chunks of queries.
+def clone_constant(x: Tensor | None) -> Tensor | None:
+    """Clone a tensor that has no gradient, before it is saved for backward.
 
-    The first result is differentiable with respect to queries, references and parameters.
+    A CrossBatchMemory changes its references before backward, and a tensor that was created in
+    inference mode cannot be saved.
+    """
+    is_constant = x is not None and torch.is_grad_enabled() and not x.requires_grad
+    return x.clone() if is_constant else x
+
+
+class Recomputed(torch.autograd.Function):
+    """Concatenates the results of `call.function` for all chunks of queries.
+
+    The first result is differentiable with respect to queries, references and the parameters that
+    the function uses.
     """
 
     @staticmethod
-    def forward(  # noqa: D102
-        function, in_backward, chunk_size, random_state, queries, references, *parameters
-    ):
+    def forward(call, queries, references, *parameters):  # noqa: D102
         chunks = []
-        for rows in blocks_of(queries, chunk_size):
-            chunks.append(function(rows, queries, references))
+        for rows in blocks_of(queries, call.chunk_size):
+            chunks.append(call.function(rows, queries, references))
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: D102
-        _, ctx.in_backward, ctx.chunk_size, ctx.random_state, *tensors = inputs
+        ctx.call, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # By save_for_backward, so that PyTorch raises if one of them has been changed in place.
@@ -86,20 +76,20 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, grad, *_):  # noqa: D102
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
+        create_graph, needed, call = torch.is_grad_enabled(), ctx.needs_input_grad[1:], ctx.call
         queries, references, *parameters = ctx.saved_tensors
         with (
             torch.enable_grad(),
             autocast_off(grad.device.type),
-            torch.random.fork_rng(ctx.random_state.devices),
+            torch.random.fork_rng(call.random_state.devices),
         ):
-            ctx.random_state.restore()
+            call.random_state.restore()
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
             total: list[Tensor | None] = [None] * len(inputs)  # None for an input that is not used
-            for rows in blocks_of(queries, ctx.chunk_size):
-                losses = ctx.in_backward(rows, queries, references)[0]
+            for rows in blocks_of(queries, call.chunk_size):
+                losses = call.in_backward(rows, queries, references)[0]
                 if losses.requires_grad:
                     _check_leaves(losses, inputs)
                     found = torch.autograd.grad(
@@ -107,7 +97,7 @@ class Recomputed(torch.autograd.Function):
                     )
                     total = [_sum(*pair) for pair in zip(total, found, strict=True)]
         found = iter(total)
-        return None, None, None, None, *(next(found) if x else None for x in needed)
+        return None, *(next(found) if x else None for x in needed)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -156,13 +156,15 @@ def differentiable_losses(
 ) -> Tensor:
     """Compute `query_losses` by operations that autograd differentiates."""
     rows, with_query = slice(0, len(s)), settings.include_self and self_similarity is None
-    index = relation.positives(rows, *reversed(relation.sizes()))
+    index = relation.positives(rows, *relation.sizes())
     t, used = s.gather(1, index), relation.used(rows, index, with_query)
     if self_similarity is not None:
         t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
         used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
     t = t.masked_fill(~used, 0)
-    r = eager.NegativesBefore.apply(s, t, relation.negative_mask(s.shape[1]), settings.scale)
+    s = s.clone()
+    relation.fill_non_negatives_(s, rows, index, -eager.INF if settings.scale > 0 else eager.INF)
+    r = eager.NegativesBefore.apply(s, t, settings.scale)
     # Unused entries get R = 1, where every f and its derivatives are finite, and no gradient.
     r = r.masked_fill(~used, 1)
     per_positive = apply_variant(settings.variant, r, alpha=settings.alpha, b=settings.b)
@@ -175,11 +177,12 @@ def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
 
     The counts are summed over all queries and leave out the queries themselves; (3,), dtype of `s`.
     """
-    m = s.shape[1]
-    index = relation.positives(slice(0, len(s)), *reversed(relation.sizes()))
-    used = relation.used(slice(0, len(s)), index, False)
-    s = s if is_inverted else -s
+    rows = slice(0, len(s))
+    index = relation.positives(rows, *relation.sizes())
+    used = relation.used(rows, index, False)
+    s = s.clone() if is_inverted else -s
     t = s.gather(1, index)
-    ordered = s.masked_fill(~relation.negative_mask(m), -eager.INF).sort(dim=1)[0]
-    count = (m - torch.searchsorted(ordered, t, right=True)).masked_fill_(~used, 0)
+    relation.fill_non_negatives_(s, rows, index, -eager.INF)
+    not_before = torch.searchsorted(s.sort(dim=1)[0], t, right=True)
+    count = (s.shape[1] - not_before).masked_fill_(~used, 0)
     return torch.stack([count.sum(), (count > 0).sum(), used.sum()]).to(s.dtype)
