@@ -15,10 +15,7 @@ from pml_pnp.pairs import QueryColumns, plain
 
 
 def with_pnp_loss(wrapper) -> staticmethod:
-    """Make `supported_losses` for a subclass of a PML wrapper, which lists the losses it accepts.
-
-    These are the class names that PML's wrapper lists, PNPLoss and all subclasses of PNPLoss.
-    """
+    """The losses that a PML wrapper accepts, by class name, with PNPLoss and its subclasses."""
     supported = wrapper.supported_losses  # read now, since `register` replaces it in PML's class
     return staticmethod(lambda: [*supported(), *_names_of_family(PNPLoss)])
 

@@ -62,10 +62,9 @@ class Relation(NamedTuple):
         return int(low), int(high)
 
     def positives(self, rows: slice, smallest: int, width: int) -> Tensor:
-        """Columns of the positives of the queries in `rows`, (rows, width).
+        """Columns of the positives of the queries in `rows`, (rows, width); sizes as of `sizes`.
 
-        `smallest` and `width` are what `sizes` returns. Shorter lists are padded with their last
-        column, and the list of a query without positives with arbitrary columns.
+        Shorter lists are padded with their last column, empty ones with arbitrary columns.
         """
         place = torch.arange(width, device=self.start.device)
         if smallest < width:
@@ -76,10 +75,9 @@ class Relation(NamedTuple):
         return self.columns.take(place) if width else place
 
     def used(self, rows: slice, index: Tensor, with_query: bool) -> Tensor:
-        """Which entries of `index`, as `positives` returns it, enter the loss, (rows, width) bool.
+        """Which entries of `index`, the result of `positives`, enter the loss, (rows, width) bool.
 
-        Padding and queries that do not count are left out, and without `with_query` the query
-        itself.
+        Padding and queries that do not count do not, and the query itself only `with_query`.
         """
         number = (self.number[rows] * self.counted[rows]).unsqueeze(1)
         used = torch.arange(index.shape[1], device=index.device) < number
@@ -88,10 +86,7 @@ class Relation(NamedTuple):
         return used
 
     def fill_non_negatives_(self, x: Tensor, rows: slice, index: Tensor, value: float) -> None:
-        """Set x (rows, M) to `value` wherever the reference is not a negative.
-
-        `index` is what `positives` returns.
-        """
+        """Set x (rows, M) to `value` if not a negative; `index` is the result of `positives`."""
         if self.not_negative is not None:
             x.masked_fill_(self.not_negative[rows], value)
         elif self.query_column is not None:

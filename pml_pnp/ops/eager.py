@@ -42,10 +42,7 @@ def block_entries(device: torch.device) -> int:
 
 
 def blocks(n: int, m: int, p: int, entries: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Cut (N, P) into blocks of rows and columns, so that one has at most `entries` sigmoids.
-
-    A block has at least one pair of a query and a positive, which takes M sigmoids.
-    """
+    """Cut (N, P) into rows and columns, of `entries` / M pairs in a block, but at least one."""
     pairs = max(1, entries // max(1, m))
     width = min(max(1, p), pairs)
     height = pairs // width
@@ -95,10 +92,9 @@ def losses_and_gradient(
         number = relation.number + (has_self - (listed and not with_query))
         share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
-    entries = block_entries(s.device)
     few = n * (width + has_self) * m < FEW_SIGMOIDS
     buffers = None
-    for rows, columns in blocks(n, m, width + has_self, entries):
+    for rows, columns in blocks(n, m, width + has_self, block_entries(s.device)):
         height = rows.stop - rows.start
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)

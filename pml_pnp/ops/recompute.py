@@ -53,8 +53,7 @@ def clone_constant(x: Tensor | None) -> Tensor | None:
 class Recomputed(torch.autograd.Function):
     """Concatenates the results of `call.function` for all chunks of queries.
 
-    The first result is differentiable with respect to queries, references and the parameters that
-    the function uses.
+    The first one is differentiable with respect to queries, references and parameters.
     """
 
     @staticmethod
@@ -115,10 +114,7 @@ def _view(x: Tensor | None, is_needed: bool) -> Tensor | None:
 
 
 def _check_leaves(losses: Tensor, inputs: list[Tensor]) -> None:
-    """Raise RuntimeError if the losses depend on a leaf that is not among the inputs.
-
-    Its gradient would be lost.
-    """
+    """Raise RuntimeError if the losses depend on another leaf, whose gradient would be lost."""
     seen = {None, *(x.grad_fn for x in inputs)}
     waiting = [losses.grad_fn]
     while waiting:

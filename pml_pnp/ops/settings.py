@@ -23,10 +23,7 @@ class Settings(NamedTuple):
     def checked(
         *, b, alpha, anneal, variant, include_self, is_inverted: bool, dtype: torch.dtype
     ) -> "Settings":
-        """Check the arguments of `pnp_loss` for similarities of a dtype, and make settings of them.
-
-        `check_hyperparameters` raises the errors.
-        """
+        """Check arguments of `pnp_loss` by `check_hyperparameters`, and make settings of them."""
         check_hyperparameters(
             b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self, dtype=dtype
         )
