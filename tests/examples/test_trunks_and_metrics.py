@@ -101,6 +101,67 @@ def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
     assert got["mean_average_precision_at_r"] == pytest.approx(expected.mean().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 700, 5_000])
+def test_metrics_of_some_queries_at_a_time_are_those_of_all(monkeypatch, at_once):
+    from retrieval import metrics
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([7] * 40 + [3] + [5] * 2 + [9] * 57)[torch.randperm(100)]
+    embeddings = torch.randn(100, 4, generator=generator)
+    recall_at = (1, 5, 20)
+
+    def measure():
+        calculator = metrics.RetrievalAccuracy(recall_at, device=torch.device("cpu"))
+        sizes, knn = [], calculator.knn_func
+
+        def search(query, k, *args):
+            sizes.append(len(query) * k)
+            return knn(query, k, *args)
+
+        calculator.knn_func = search
+        others = (embeddings[:30] + 0.1, labels[:30])
+        return (
+            [
+                calculator.get_accuracy(embeddings, labels),
+                calculator.get_accuracy(embeddings, labels, *others),
+                calculator.get_accuracy(embeddings, labels, embeddings, labels, True),
+            ],
+            sizes,
+        )
+
+    expected, whole = measure()
+    monkeypatch.setattr(metrics, "NEIGHBOURS_AT_ONCE", at_once)
+    got, sizes = measure()
+    assert len(sizes) > len(whole) == 3
+    assert max(sizes) <= max(at_once, 57)  # one query at least
+    for one, other in zip(expected, got, strict=True):
+        assert one.keys() == metrics.metric_names(recall_at).keys()
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_metrics_without_any_match_are_no_number():
+    from retrieval.metrics import RetrievalAccuracy
+
+    calculator = RetrievalAccuracy((10,), device=torch.device("cpu"))
+    got = calculator.get_accuracy(torch.randn(9, 4), torch.arange(9))
+    assert all(np.isnan(x) for x in got.values())
+
+
+def test_learning_rates_fall_at_the_milestones(main, quick, tmp_path):
+    arguments = ["--epochs", 3, "--lr", 0.01, "--loss-lr", 0.1, "--loss", "ProxyAnchorLoss"]
+    arguments += ["--lr-milestones", 1, 2, "--lr-gamma", 0.5, "--output-dir", tmp_path]
+    assert main(*quick, *arguments, "--name", "run") == 0
+    shared = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["shared"]
+    rates = {k: v["param_groups"][0]["lr"] for k, v in shared["optimizers"].items()}
+    assert rates == pytest.approx(
+        {
+            "trunk_optimizer": 0.0025,
+            "embedder_optimizer": 0.0025,
+            "metric_loss_optimizer": 0.025,
+        }
+    )
+
+
 def test_fine_tuning_defaults_follow_from_pretrained():
     from retrieval.configuration import configured
 
