@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
+from .config_file import read_config
 from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
 from .errors import UserError
+from .metrics import RECALL_AT
 from .processes import world_size
 from .run_folder import RunFolder
 from .trunks import SMALL, SMALL_IMAGE_SIZE
@@ -25,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "pretrained": False,
     "freeze_batchnorm": False,
     "image_size": None,
+    "color_jitter": 0.4,
     "embedding_size": 128,
     "loss": "PNPLoss",
     "loss_args": None,
@@ -36,7 +40,10 @@ DEFAULTS: dict[str, Any] = {
     "samples_per_class": 4,
     "epochs": 20,
     "patience": 10,
+    "recall_at": list(RECALL_AT),
     "lr": 1e-3,
+    "lr_milestones": [],
+    "lr_gamma": 0.3,
     "loss_lr": None,
     "weight_decay": 0.0,
     "ema_decay": 0.0,
@@ -70,8 +77,10 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
-    **{name: PAPER_TRUNK for name in PML_DATASETS},
+    **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
+# What config.json of a run holds beside the settings.
+RECORDED = ("world_size", "versions", "data")
 # What may differ when a run continues; everything else would make it another run.
 RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
 
@@ -94,7 +103,9 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
     def add(group, flag, text, **kwargs):
         default = DEFAULTS.get(flag[2:].replace("-", "_"))
-        plain = default is None or default is False or default == {}
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        plain = default is None or default is False or default in ({}, "")
         shown = "" if plain else f" (default {default})"
         group.add_argument(flag, help=text + shown, **kwargs)
 
@@ -111,6 +122,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         action=switch,
     )
     add(data, "--image-size", "side of the input, in pixels *", type=_positive)
+    add(
+        data,
+        "--color-jitter",
+        "how much brightness, contrast and saturation of training images vary, for a timm model",
+        type=_not_negative_float,
+    )
     add(data, "--workers", "loader processes *; results depend on it if images vary", type=_natural)
 
     model = flags.add_argument_group("model")
@@ -143,7 +160,24 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(training, "--samples-per-class", "images of each class in a batch", type=_positive)
     add(training, "--epochs", "epochs at most *", type=_positive)
     add(training, "--patience", "epochs without improvement before stopping", type=_natural)
+    add(
+        training,
+        "--recall-at",
+        "k of the Recall@k that are measured, besides Recall@1",
+        type=_positive,
+        nargs="+",
+        metavar="K",
+    )
     add(training, "--lr", "learning rate of Adam *", type=_positive_float)
+    add(
+        training,
+        "--lr-milestones",
+        "epochs after which all learning rates are multiplied by --lr-gamma",
+        type=_positive,
+        nargs="+",
+        metavar="EPOCH",
+    )
+    add(training, "--lr-gamma", "see --lr-milestones", type=_positive_float)
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
     add(
@@ -158,6 +192,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
 
     run = flags.add_argument_group("run folder")
+    add(
+        run,
+        "--config",
+        "settings in YAML or JSON, such as config.json of a run; flags win",
+        metavar="FILE",
+    )
     add(run, "--output-dir", "where run folders are made (default runs)")
     add(run, "--name", "name of the run folder; must be new")
     add(
@@ -206,6 +246,22 @@ def _decay(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
+def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """What a file sets, with what was typed in its place or, of arguments, added.
+
+    Arguments of a loss or miner are those of the one that the file names.
+    """
+    typed = _with_parsed_arguments(typed)
+    given = read_config(path, parser("", ""), DEFAULTS, RECORDED)
+    for name, arguments in (("loss", "loss_args"), ("miner", "miner_args")):
+        in_file = given.get(name, DEFAULTS[name])
+        if typed.get(name, in_file) != in_file:
+            given.pop(arguments, None)
+        if arguments in typed:
+            typed[arguments] = {**given.get(arguments, {}), **typed[arguments]}
+    return {**given, **typed}
 
 
 def configured(given: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +327,7 @@ def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
     parsed = {
         key: parse_arguments("--" + key.replace("_", "-"), given[key])
         for key in ("loss_args", "miner_args")
-        if key in given
+        if isinstance(given.get(key), list)
     }
     return {**given, **parsed}
 

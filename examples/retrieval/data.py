@@ -16,13 +16,15 @@ import tqdm
 from PIL import Image
 from torch.utils.data import Dataset
 
+from . import benchmark_sets
+from .benchmark_sets import BENCHMARK_SETS
 from .errors import UserError
 from .image_tree import Skipped, read_trees, summary, warnings_of
 from .images import as_eight_bits
 from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
-PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")
+PML_DATASETS = ("CUB", "Cars196")
 # From so many training classes on, whole classes are held out for validation.
 CLASSES_FOR_DISJOINT_VALIDATION = 20
 NAMED_AT_MOST = 5
@@ -30,12 +32,13 @@ NAMED_AT_MOST = 5
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image: where it is, or what it holds, and its class."""
+    """One image: where it is, or what it holds, its class, and the test sets that it belongs to."""
 
     name: str
     label: str
     source: Path | bytes | np.ndarray
     turn: Image.Transpose | None = None
+    parts: tuple[str, ...] = ()
 
     def open(self) -> Image.Image:
         """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
@@ -110,7 +113,20 @@ class RetrievalSplits:
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Numbers of images and classes of each split."""
-        return {name: getattr(self, name).summary() for name in ("train", "val", "test")}
+        return {
+            "train": self.train.summary(),
+            "val": self.val.summary(),
+            **{name: images.summary() for name, images in self.tests().items()},
+        }
+
+    def tests(self) -> dict[str, LabelledImages]:
+        """All test images as `test`, and each test set by its name where there are several."""
+        sets = {"test": self.test}
+        for part in dict.fromkeys(x for s in self.test.samples for x in s.parts):
+            samples = [s for s in self.test.samples if part in s.parts]
+            sets[part] = LabelledImages(samples, sorted({s.label for s in samples}))
+            sets[part].transform = self.test.transform
+        return sets
 
 
 def load_splits(
@@ -385,6 +401,20 @@ def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
     return read
 
 
+def _reader_of_benchmark(name: str) -> Callable[[str | None, list[Skipped]], Split]:
+    """A reader for a data set that comes with split files."""
+
+    def read(data_root: str | None, skipped: list[Skipped]) -> Split:
+        places = _places(name, data_root, *BENCHMARK_SETS[name].folders)
+        train, test = (
+            [Sample(str(x.path), x.label, x.path, parts=x.parts) for x in images]
+            for images in benchmark_sets.read(name, places)
+        )
+        return train, test
+
+    return read
+
+
 def _pml_split(name: str, folder: Path, split: str) -> list[Sample]:
     from pytorch_metric_learning import datasets as pml_datasets  # not in PML 0.9
 
@@ -401,6 +431,7 @@ READERS = {
     "grocery": _read_grocery,
     "folder": _read_folder,
     **{name: _reader_of_pml(name) for name in PML_DATASETS},
+    **{name: _reader_of_benchmark(name) for name in BENCHMARK_SETS},
 }
 
 

@@ -17,7 +17,9 @@ def build(config: dict[str, Any]) -> Trunk:
     """The trunk as configured, with the transforms of its images."""
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
-    return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+    return build_trunk(
+        config["trunk"], config["pretrained"], config["image_size"], small, config["color_jitter"]
+    )
 
 
 def load_best(path: str) -> tuple[torch.nn.Module, Transform]:

@@ -3,6 +3,7 @@
     python train.py                                             # digits, nothing to download
     python train.py --dataset omniglot --data-root DATA
     python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
+    python train.py --config retrieval/configs/online_products.yaml --data-root DATA
     python train.py --resume runs/digits-PNPLoss-Ds-1
     torchrun --nproc-per-node 2 train.py --batch-size 64
 
@@ -22,7 +23,7 @@ import torch
 
 from . import configuration, processes
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed
+from .configuration import DEFAULTS, absolute_root, configured, resumed, with_file
 from .data import RetrievalSplits, load_splits
 from .errors import UserError
 from .metrics import PRIMARY_METRIC, table
@@ -45,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
     resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
-    run, config = resumed(resume, given) if resume else (None, configured(given))
-    if resume and (name or output_dir):
+    if resume and (name or output_dir or "config" in given):
         raise UserError(
-            "--resume continues in the run's own folder; leave out --name, --output-dir"
+            "--resume continues in the run's own folder as it is configured; leave out --name, "
+            "--output-dir, --config"
         )
+    if "config" in given:
+        given = with_file(given.pop("config"), given)
+    run, config = resumed(resume, given) if resume else (None, configured(given))
     _check_installed()
     device = _device(config["device"])
     _check_before_data(config)

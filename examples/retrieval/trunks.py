@@ -120,7 +120,11 @@ class TimmTransform:
 
 
 def build_trunk(
-    name: str, pretrained: bool, image_size: int | None, small_train: SmallTransform
+    name: str,
+    pretrained: bool,
+    image_size: int | None,
+    small_train: SmallTransform,
+    color_jitter: float = 0.4,
 ) -> Trunk:
     """A trunk by name: `small`, or any model that timm knows.
 
@@ -129,13 +133,15 @@ def build_trunk(
         pretrained: Load timm's weights.
         image_size: Side of the input in pixels; None for a timm model's own.
         small_train: How images are prepared to train the small trunk.
+        color_jitter: How much brightness, contrast and saturation of a timm model's training
+            images vary; 0.4 is timm's own.
 
     Raises:
         UserError: If timm or torchvision does not import, or does not know the name.
     """
     if name == SMALL:
         return _small(small_train)
-    return _from_timm(name, pretrained, image_size)
+    return _from_timm(name, pretrained, image_size, color_jitter)
 
 
 def _small(train: SmallTransform) -> Trunk:
@@ -146,19 +152,29 @@ def _small(train: SmallTransform) -> Trunk:
     return Trunk(module, module.num_features, train, SmallTransform(train.size, train.mode))
 
 
-def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
+def _from_timm(name: str, pretrained: bool, image_size: int | None, color_jitter: float) -> Trunk:
     timm = import_timm(name)
     try:
-        module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        module = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, **_size_of_module(timm, name, image_size)
+        )
     except Exception as error:  # unknown names, missing weights and no network all end here
         raise UserError(f"timm could not make the trunk {name!r}: {error}") from error
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
-    train, evaluate = (
-        TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
+    train = timm.data.create_transform(
+        **config, is_training=True, color_jitter=color_jitter or None
     )
-    return Trunk(module, module.num_features, train, evaluate)
+    evaluate = timm.data.create_transform(**config)
+    return Trunk(module, module.num_features, TimmTransform(train), TimmTransform(evaluate))
+
+
+def _size_of_module(timm: ModuleType, name: str, image_size: int | None) -> dict[str, int]:
+    """The argument of a model that is made for one size of image, as transformers are."""
+    known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    fixed = image_size is not None and known is not None and known.fixed_input_size
+    return {"img_size": image_size} if fixed else {}
 
 
 def import_timm(name: str) -> ModuleType:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import zipfile
 
 import numpy as np
@@ -289,38 +288,9 @@ def write_cars(root):
         write(root / f"anno_{split}.csv", "".join(rows))
 
 
-def write_products(root):
-    base = root / "Stanford_Online_Products"
-    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
-        rows = ["image_id class_id super_class_id path\n"]
-        for c in classes:
-            for i in range(4):
-                rows.append(f"{i} {c} 1 chair_final/{c}_{i}.JPG\n")
-                write(base / "chair_final" / f"{c}_{i}.JPG", png())
-        write(base / f"Ebay_{split}.txt", "".join(rows))
-
-
-def write_inaturalist(root):
-    names = {c: [f"train_val2018/{c}/{i}.jpg" for i in range(4)] for c in (1, 2, 3, 4)}
-    every = [(c, name) for c, paths in names.items() for name in paths]
-    for name in [name for _, name in every]:
-        write(root / name, png())
-    content = {
-        "images": [{"file_name": name, "id": i} for i, (_, name) in enumerate(every)],
-        "annotations": [{"image_id": i, "category_id": c} for i, (c, _) in enumerate(every)],
-    }
-    write(root / "train2018.json", json.dumps(content))
-    write(root / "val2018.json", json.dumps({"images": [], "annotations": []}))
-    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
-        text = "".join(f"{name}\n" for c in classes for name in names[c])
-        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", text)
-
-
 PML = {
     "CUB": write_cub,
     "Cars196": write_cars,
-    "StanfordOnlineProducts": write_products,
-    "INaturalist2018": write_inaturalist,
 }
 
 
