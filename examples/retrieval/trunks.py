@@ -159,7 +159,8 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None, color_jitter
             name, pretrained=pretrained, num_classes=0, **_size_of_module(timm, name, image_size)
         )
     except Exception as error:  # unknown names, missing weights and no network all end here
-        raise UserError(f"timm could not make the trunk {name!r}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"timm could not make the trunk {name!r}: {reason}") from error
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)

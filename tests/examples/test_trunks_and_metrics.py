@@ -64,21 +64,6 @@ def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch
     assert "--trunk small" in err
 
 
-def test_timm_trunk_trains_with_frozen_batchnorm(main, tmp_path, strict_json):
-    from retrieval.errors import UserError
-    from retrieval.trunks import import_timm
-
-    try:
-        import_timm("resnet10t")
-    except UserError as error:
-        pytest.skip(str(error))
-    arguments = ["--trunk", "resnet10t", "--freeze-batchnorm", "--image-size", 32]
-    arguments += ["--no-turned-classes", "--batch-size", 48, "--samples-per-class", 12]
-    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *arguments) == 0
-    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
-    assert main("--trunk", "no_such_model") == 2
-
-
 @pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5]], ids=str)
 def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
     from retrieval.metrics import METRICS, RetrievalAccuracy
