@@ -16,7 +16,7 @@ from .images import as_eight_bits
 
 SMALL = "small"
 SMALL_IMAGE_SIZE = 64
-INSTALL_IMAGES = 'pip install ".[images]"'
+INSTALL_IMAGES = 'pip install -c constraints-images.txt ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

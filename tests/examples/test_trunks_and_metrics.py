@@ -60,7 +60,7 @@ def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main("--trunk", "resnet18") == 2
     err = capsys.readouterr().err
-    assert 'pip install ".[images]"' in err
+    assert 'pip install -c constraints-images.txt ".[images]"' in err
     assert "--trunk small" in err
 
 
