@@ -10,7 +10,11 @@ from .errors import UserError
 from .processes import rank, say
 
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
-COMMANDS = {"train": "train an embedding and evaluate it on classes it has never seen"}
+COMMANDS = {
+    "train": "train an embedding and evaluate it on classes it has never seen",
+    "search": "find the images of a folder that are most like given ones",
+    "export": "write the network and its embeddings for use elsewhere",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

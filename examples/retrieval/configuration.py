@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from .arguments import decay, fraction, natural, not_negative_float, positive, positive_float, seed
 from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
 from .config_file import read_config
-from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
+from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, RetrievalSplits, load_splits
 from .errors import UserError
 from .metrics import RECALL_AT
 from .processes import world_size
@@ -113,7 +114,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
     add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
-    add(data, "--val-fraction", "share of training data held out", type=_fraction)
+    add(data, "--val-fraction", "share of training data held out", type=fraction)
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
         data,
@@ -121,14 +122,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "turned and mirrored copies as classes to train on *",
         action=switch,
     )
-    add(data, "--image-size", "side of the input, in pixels *", type=_positive)
+    add(data, "--image-size", "side of the input, in pixels *", type=positive)
     add(
         data,
         "--color-jitter",
         "how much brightness, contrast and saturation of training images vary, for a timm model",
-        type=_not_negative_float,
+        type=not_negative_float,
     )
-    add(data, "--workers", "loader processes *; results depend on it if images vary", type=_natural)
+    add(data, "--workers", "loader processes *; results depend on it if images vary", type=natural)
 
     model = flags.add_argument_group("model")
     add(model, "--trunk", f"{SMALL!r} or a timm model *")
@@ -139,55 +140,55 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         action=switch,
     )
     add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
-    add(model, "--embedding-size", "length of an embedding *", type=_positive)
+    add(model, "--embedding-size", "length of an embedding *", type=positive)
 
     loss = flags.add_argument_group("loss")
     add(loss, "--loss", "a loss of pml_pnp.losses")
     add(loss, "--loss-args", "its arguments", nargs="+", metavar="NAME=VALUE")
     add(loss, "--miner", "a miner of pytorch_metric_learning.miners")
     add(loss, "--miner-args", "its arguments", nargs="+", metavar="NAME=VALUE")
-    add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=_natural)
+    add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=natural)
 
     training = flags.add_argument_group("training")
-    add(training, "--batch-size", "batch of all processes together *", type=_positive)
+    add(training, "--batch-size", "batch of all processes together *", type=positive)
     add(
         training,
         "--grad-cache",
         "largest number of images whose activations the trunk keeps; larger batches go through it "
         "in chunks, see docs/large_batches.md; 0 for no limit",
-        type=_natural,
+        type=natural,
     )
-    add(training, "--samples-per-class", "images of each class in a batch", type=_positive)
-    add(training, "--epochs", "epochs at most *", type=_positive)
-    add(training, "--patience", "epochs without improvement before stopping", type=_natural)
+    add(training, "--samples-per-class", "images of each class in a batch", type=positive)
+    add(training, "--epochs", "epochs at most *", type=positive)
+    add(training, "--patience", "epochs without improvement before stopping", type=natural)
     add(
         training,
         "--recall-at",
         "k of the Recall@k that are measured, besides Recall@1",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="K",
     )
-    add(training, "--lr", "learning rate of Adam *", type=_positive_float)
+    add(training, "--lr", "learning rate of Adam *", type=positive_float)
     add(
         training,
         "--lr-milestones",
         "epochs after which all learning rates are multiplied by --lr-gamma",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="EPOCH",
     )
-    add(training, "--lr-gamma", "see --lr-milestones", type=_positive_float)
-    add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
-    add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
+    add(training, "--lr-gamma", "see --lr-milestones", type=positive_float)
+    add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=positive_float)
+    add(training, "--weight-decay", "weight decay of Adam *", type=not_negative_float)
     add(
         training,
         "--ema-decay",
         "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
         "none *",
-        type=_decay,
+        type=decay,
     )
-    add(training, "--seed", "seed of everything random", type=_seed)
+    add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
 
@@ -208,44 +209,6 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         metavar="FOLDER",
     )
     return flags
-
-
-def _number(kind: type, text: str, holds: Any, expected: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _number(int, text, lambda x: x > 0, "a positive integer")
-
-
-def _natural(text: str) -> int:
-    return _number(int, text, lambda x: x >= 0, "an integer of 0 or more")
-
-
-def _seed(text: str) -> int:
-    return _number(int, text, lambda x: 0 <= x < 2**62, "an integer from 0 to 2^62")
-
-
-def _positive_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < float("inf"), "a positive number")
-
-
-def _not_negative_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
-
-
-def _decay(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-
-
-def _fraction(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
 
 
 def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
@@ -286,6 +249,18 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
         **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
     }
     return config
+
+
+def splits_of(config: dict[str, Any], data_root: str | None = None) -> RetrievalSplits:
+    """The data of a run, from another folder if they have moved."""
+    return load_splits(
+        config["dataset"],
+        data_root or config["data_root"],
+        config["val_fraction"],
+        config["seed"],
+        config["turned_classes"],
+        config["skip_verify"],
+    )
 
 
 def absolute_root(config: dict[str, Any]) -> str | None:

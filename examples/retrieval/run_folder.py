@@ -71,6 +71,11 @@ class RunFolder:
         """Write a CSV, whole or not at all."""
         _replace(self.path / name, lambda path: _write_csv(path, [header, *rows]))
 
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write numpy arrays to an npz, whole or not at all."""
+        (self.path / name).parent.mkdir(exist_ok=True)
+        _replace(self.path / name, lambda path: _write_arrays(path, arrays))
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, None if it is not there."""
         path = self.path / name
@@ -152,6 +157,11 @@ def _rows_up_to(last_step: Any, path: Path) -> list[list[str]]:
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # numpy would add a suffix to a name
+        np.savez(file, **arrays)
 
 
 def _tables(logs: Path) -> list[tuple[str, list[str]]]:

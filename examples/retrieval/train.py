@@ -13,7 +13,6 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 
 import argparse
 import json
-import os
 import time
 import warnings
 from pathlib import Path
@@ -23,8 +22,9 @@ import torch
 
 from . import configuration, processes
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed, with_file
-from .data import RetrievalSplits, load_splits
+from .configuration import DEFAULTS, absolute_root, configured, resumed, splits_of, with_file
+from .data import RetrievalSplits
+from .devices import device_of
 from .errors import UserError
 from .metrics import PRIMARY_METRIC, table
 from .network import build
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         given = with_file(given.pop("config"), given)
     run, config = resumed(resume, given) if resume else (None, configured(given))
     _check_installed()
-    device = _device(config["device"])
+    device = device_of(config["device"])
     _check_before_data(config)
     output_dir = Path(output_dir or "runs")
     if not run:
@@ -67,14 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _show(run.read_json("metrics.json"))
         return 0
 
-    splits = load_splits(
-        config["dataset"],
-        config["data_root"],
-        config["val_fraction"],
-        config["seed"],
-        config["turned_classes"],
-        config["skip_verify"],
-    )
+    splits = splits_of(config)
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
     config["data_root"] = absolute_root(config)
@@ -184,26 +177,6 @@ def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
     before = run.read_json("config.json")["data"]
     if before != config["data"]:
         raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 # --- parts of a run -------------------------------------------------------------------------

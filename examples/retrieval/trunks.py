@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,9 +112,15 @@ def _warped(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TimmTransform:
-    """A transform made by timm, which expects three channels."""
+    """A transform made by timm, which expects three channels.
+
+    Attributes:
+        to_tensor: From an image in mode RGB.
+        config: What timm made it from.
+    """
 
     to_tensor: Transform
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.to_tensor(as_eight_bits(image).convert("RGB"))
@@ -168,7 +175,9 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None, color_jitter
         **config, is_training=True, color_jitter=color_jitter or None
     )
     evaluate = timm.data.create_transform(**config)
-    return Trunk(module, module.num_features, TimmTransform(train), TimmTransform(evaluate))
+    return Trunk(
+        module, module.num_features, TimmTransform(train, config), TimmTransform(evaluate, config)
+    )
 
 
 def _size_of_module(timm: ModuleType, name: str, image_size: int | None) -> dict[str, int]:
