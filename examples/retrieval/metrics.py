@@ -1,13 +1,24 @@
 """Evaluation: PML's tester and accuracy calculator, with Recall@10 and Recall@100 added."""
 
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import FaissKNN, return_results
 
 from .errors import UserError
 from .processes import unwrap
 
 BATCH_SIZE = 128
+# Neighbours of a part of the queries, all together; evaluation takes up to some 80 bytes for each.
+NEIGHBOURS_AT_ONCE = 2**21
+# Half of it is the smallest part. Faiss rounds in another way for fewer than 20 queries at once.
+QUERIES_AT_LEAST = 64
 PRIMARY_METRIC = "mean_average_precision_at_r"
 # Key in the calculator -> name for people. Recall@1 is precision@1.
 METRICS = {
@@ -20,10 +31,19 @@ METRICS = {
 
 
 class RetrievalAccuracy(AccuracyCalculator):
-    """PML's calculator with Recall@k: the share of queries that find a match in the first k."""
+    """PML's calculator with Recall@k, which takes the queries part by part.
+
+    A metric is a mean over queries, so the parts' means, weighted by their numbers of queries, give
+    it. MAP@R looks at as many neighbours as the largest class has members; those of all queries at
+    once would take memory in proportion to the images times that class.
+    """
 
     def __init__(self, **kwargs):
-        super().__init__(include=tuple(METRICS), **kwargs)
+        super().__init__(
+            include=tuple(METRICS),
+            knn_func=FaissKNN(reset_before=False, reset_after=False),
+            **kwargs,
+        )
 
     def requires_knn(self) -> list[str]:
         """Names of the metrics that need the nearest neighbours."""
@@ -37,20 +57,99 @@ class RetrievalAccuracy(AccuracyCalculator):
         wanted = max(100, int(bin_counts.max()) - itself)
         return min(wanted, num_reference_embeddings - itself)
 
-    def calculate_recall_at_10(self, **kwargs) -> float:
+    def get_accuracy(
+        self,
+        query: torch.Tensor,
+        query_labels: torch.Tensor,
+        reference: torch.Tensor | None = None,
+        reference_labels: torch.Tensor | None = None,
+        ref_includes_query: bool = False,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+    ) -> dict[str, float]:
+        """The metrics by name, as PML's calculator gives them for one-dimensional labels.
+
+        A query without another member of its class among the references does not count.
+
+        Raises:
+            UserError: If embeddings are not finite.
+        """
+        if reference is None:
+            reference, reference_labels, ref_includes_query = query, query_labels, True
+        self.curr_function_dict = self.get_function_dict(include, exclude)
+        query, query_labels, reference, reference_labels = (
+            c_f.numpy_to_torch(x).to(self.device)
+            for x in (query, query_labels, reference, reference_labels)
+        )
+        query, reference = query.float(), reference.float()
+        require_finite(query)
+        require_finite(reference)
+        classes, counts = reference_labels.unique(return_counts=True)
+        k = self.determine_k(counts, len(reference), ref_includes_query)
+        self.knn_func.train(reference)
+        parts: list[tuple[int, dict[str, float]]] = []
+        for part in _parts(len(query), k):
+            labels = query_labels[part]
+            here = torch.isin(classes, labels)
+            not_lone = torch.isin(labels, classes[counts > int(ref_includes_query)])
+            means = self._get_accuracy(
+                self.curr_function_dict,
+                query_labels=labels,
+                knn_labels=reference_labels[self._neighbours(query, part, k, ref_includes_query)],
+                not_lone_query_mask=not_lone,
+                label_counts=(classes[here], counts[here]),
+                ref_includes_query=ref_includes_query,
+                label_comparison_fn=self.label_comparison_fn,
+            )
+            if count := int(not_lone.sum()):
+                parts.append((count, means))
+        self.knn_func.reset()
+        total = sum(count for count, _ in parts)
+        return {
+            name: math.fsum(means[name] * (count / total) for count, means in parts)
+            if parts
+            else math.nan
+            for name in self.curr_function_dict
+        }
+
+    def _neighbours(self, query: torch.Tensor, part: slice, k: int, itself: bool) -> torch.Tensor:
+        """The positions of the `k` nearest references of some queries, without the query itself."""
+        distances, indices = self.knn_func(query[part], k + int(itself))
+        # PML looks for row i's own position at i.
+        _, indices = return_results(distances, indices - part.start, itself)
+        return indices + part.start
+
+    def calculate_recall_at_10(self, **kwargs: Any) -> float:
         """Share of queries with a match among their 10 nearest neighbours."""
         return _recall_at(10, **kwargs)
 
-    def calculate_recall_at_100(self, **kwargs) -> float:
+    def calculate_recall_at_100(self, **kwargs: Any) -> float:
         """Share of queries with a match among their 100 nearest neighbours."""
         return _recall_at(100, **kwargs)
 
 
+def _parts(queries: int, k: int) -> Iterator[slice]:
+    """Parts of nearly equal size, each with a bounded number of neighbours."""
+    most = max(QUERIES_AT_LEAST, NEIGHBOURS_AT_ONCE // (k + 1))
+    count = math.ceil(queries / most)
+    ends = [queries * i // count for i in range(count + 1)]
+    return (slice(start, end) for start, end in itertools.pairwise(ends))
+
+
 def _recall_at(k, knn_labels, query_labels, not_lone_query_mask, label_comparison_fn, **_) -> float:
     if not not_lone_query_mask.any():
-        return float("nan")
+        return math.nan
     matches = label_comparison_fn(query_labels[:, None], knn_labels[:, :k])[not_lone_query_mask]
-    return matches.any(dim=1).float().mean().item()
+    return matches.any(dim=1).double().mean().item()
+
+
+def require_finite(embeddings: torch.Tensor) -> None:
+    """Raise a `UserError` unless the embeddings, and their lengths, are finite."""
+    if not torch.linalg.vector_norm(embeddings, dim=1).isfinite().all():
+        raise UserError(
+            "cannot evaluate: the embeddings are not finite; the weights have diverged, "
+            "try a smaller --lr"
+        )
 
 
 class RetrievalTester(GlobalEmbeddingSpaceTester):
@@ -61,11 +160,7 @@ class RetrievalTester(GlobalEmbeddingSpaceTester):
         embeddings = super().get_embeddings_for_eval(
             unwrap(trunk_model), unwrap(embedder_model), input_imgs
         )
-        if not embeddings.isfinite().all():
-            raise UserError(
-                "cannot evaluate: the embeddings are not finite; the weights have diverged, "
-                "try a smaller --lr"
-            )
+        require_finite(embeddings)
         return embeddings
 
 
