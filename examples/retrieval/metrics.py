@@ -15,7 +15,7 @@ from .errors import UserError
 from .processes import unwrap
 
 BATCH_SIZE = 128
-# Neighbours of a part of the queries, all together; evaluation takes up to some 80 bytes for each.
+# Neighbours of a part of the queries, all together; evaluation takes some 70 to 90 bytes each.
 NEIGHBOURS_AT_ONCE = 2**21
 # Half of it is the smallest part. Faiss rounds in another way for fewer than 20 queries at once.
 QUERIES_AT_LEAST = 64

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY_CLASS = {
     "several classes": [300, 211, 97, 64, 5, 2],
     "with classes of one": [400, 1, 120, 1, 1],
@@ -108,44 +110,39 @@ def test_a_part_never_holds_more_than_the_bound(small_parts):
     assert min(small_parts) > max(small_parts) / 2
 
 
-# 64 bytes for each of 6,000 x 1,999 neighbours are 768 MB.
+# 64 bytes for each of 3,000 x 999 neighbours are 192 MB.
 PEAK = """
 import json, resource, sys
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 sys.path.insert(0, sys.argv[1])
-from retrieval.metrics import METRICS, RetrievalAccuracy
+from retrieval import metrics
+metrics.NEIGHBOURS_AT_ONCE = 2**18
 cpu = torch.device("cpu")
-calculator = {
-    "parts": RetrievalAccuracy(device=cpu),
-    "at once": AccuracyCalculator(include=list(METRICS)[:3], k="max_bin_count", device=cpu),
-}[sys.argv[2]]
-embeddings = torch.randn(6000, 8, generator=torch.Generator().manual_seed(0))
-labels = torch.arange(6000) % 3
+parts = metrics.RetrievalAccuracy(device=cpu)
+at_once = AccuracyCalculator(include=list(metrics.METRICS)[:3], k="max_bin_count", device=cpu)
+embeddings = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+labels = torch.arange(3000) % 3
 unit = 1 if sys.platform == "darwin" else 1024
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-calculator.get_accuracy(embeddings[:600], labels[:600])
-before = peak()
-metrics = calculator.get_accuracy(embeddings, labels)
-print(json.dumps([metrics, peak() - before]))
+parts.get_accuracy(embeddings[:600], labels[:600])
+peaks, found = [peak()], []
+for calculator in (parts, at_once):
+    found.append(calculator.get_accuracy(embeddings, labels))
+    peaks.append(peak())
+print(json.dumps([*found, *peaks]))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the module resource is Unix's")
 def test_memory_does_not_grow_with_the_largest_class(environment):
-    def measure(way):
-        from retrieval import __file__ as here
-
-        command = [sys.executable, "-c", PEAK, here.rpartition("/retrieval/")[0], way]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        return json.loads(process.stdout)
-
-    metrics, bounded = measure("parts")
-    expected, at_once = measure("at once")
+    command = [sys.executable, "-c", PEAK, str(EXAMPLES)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    metrics, expected, before, parts, at_once = json.loads(process.stdout)
     assert {x: metrics[x] for x in expected} == pytest.approx(expected, rel=1e-13, abs=0)
-    assert bounded < 250e6 < 500e6 < at_once
+    assert parts - before < 60e6 < 120e6 < at_once - before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)

@@ -1,4 +1,4 @@
-"""Trunks and their transforms; Recall@k."""
+"""Trunks and their transforms, and the defaults that follow from a trunk."""
 
 import sys
 
@@ -77,28 +77,6 @@ def test_timm_trunk_trains_with_frozen_batchnorm(main, tmp_path, strict_json):
     assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *arguments) == 0
     assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
     assert main("--trunk", "no_such_model") == 2
-
-
-@pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5]], ids=str)
-def test_recall_at_k_is_the_share_of_queries_with_a_match_in_the_first_k(sizes):
-    from retrieval.metrics import METRICS, RetrievalAccuracy
-
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    embeddings = torch.randn(len(labels), 4, generator=generator)
-    calculator = RetrievalAccuracy(device=torch.device("cpu"))
-    got = calculator.get_accuracy(embeddings, labels)
-    distances = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf)
-    matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
-    assert got.keys() == METRICS.keys()
-    for k, name in ((1, "precision_at_1"), (10, "recall_at_10"), (100, "recall_at_100")):
-        assert got[name] == pytest.approx(matches[:, :k].any(1).double().mean().item(), abs=1e-6)
-    hits = matches.double().cumsum(1)
-    r = labels.bincount()[labels] - 1
-    position = torch.arange(1, len(labels))
-    within = position <= r[:, None]
-    expected = (hits / position * matches * within).sum(1) / r
-    assert got["mean_average_precision_at_r"] == pytest.approx(expected.mean().item(), abs=1e-6)
 
 
 def test_fine_tuning_defaults_follow_from_pretrained():
