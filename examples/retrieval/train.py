@@ -30,7 +30,7 @@ from .network import build
 from .processes import on_rank_zero, say, world_size
 from .run_folder import RunFolder
 from .training import Training, build_loss_and_miner, build_trainer, seed_everything
-from .trunks import SMALL, Trunk, import_timm
+from .trunks import SMALL, Trunk, has_batchnorm, import_timm
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
         _show(run.read_json("metrics.json"))
         return 0
 
+    seed_everything(config["seed"])
+    trunk = build(config)
+    _fit_batchnorm(config, given, trunk)
     splits = load_splits(
         config["dataset"],
         config["data_root"],
@@ -76,8 +79,6 @@ def run(args: argparse.Namespace) -> int:
     config["data_root"] = absolute_root(config)
     if run:
         _check_same_data(run, config)
-    seed_everything(config["seed"])
-    trunk = build(config)
     _set_transforms(splits, trunk)
     trainer = build_trainer(config, splits, trunk, device)
     run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
@@ -159,6 +160,14 @@ def _check_name(output_dir: Path, name: str | None) -> None:
             f"{output_dir / name} exists; take another --name, or continue it with "
             f"--resume {output_dir / name}"
         )
+
+
+def _fit_batchnorm(config: dict[str, Any], given: dict[str, Any], trunk: Trunk) -> None:
+    """Switch a default off where there is no BatchNorm to freeze; refuse one that was typed."""
+    if config["freeze_batchnorm"] and not has_batchnorm(trunk.module):
+        if given.get("freeze_batchnorm"):
+            raise UserError(f"--freeze-batchnorm: the trunk {config['trunk']!r} has no BatchNorm")
+        config["freeze_batchnorm"] = False
 
 
 def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:

@@ -1,6 +1,7 @@
 """Trunks and the image transforms that belong to them."""
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -131,7 +132,8 @@ def build_trunk(
         small_train: How images are prepared to train the small trunk.
 
     Raises:
-        UserError: If timm or torchvision does not import, or does not know the name.
+        UserError: If timm or torchvision does not import, or does not know the name, or if the
+            model does not take images of this size.
     """
     if name == SMALL:
         return _small(small_train)
@@ -148,17 +150,57 @@ def _small(train: SmallTransform) -> Trunk:
 
 def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
     timm = import_timm(name)
-    try:
-        module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except Exception as error:  # unknown names, missing weights and no network all end here
-        raise UserError(f"timm could not make the trunk {name!r}: {error}") from error
+    module = _make(timm, name, pretrained, image_size)
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     train, evaluate = (
         TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
     )
-    return Trunk(module, module.num_features, train, evaluate)
+    return Trunk(module, _num_features(module, name, config["input_size"]), train, evaluate)
+
+
+def _make(timm: ModuleType, name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+    """The model; with a size, made for it if it takes one, as transformers do."""
+    make = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
+    try:
+        try:
+            return make() if image_size is None else make(img_size=image_size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return make()  # convolutions take any size
+    except Exception as error:  # unknown names, sizes, missing weights and no network end here
+        size = "" if image_size is None else f" for images of {image_size} pixels"
+        raise UserError(f"timm could not make the trunk {name!r}{size}: {error}") from error
+
+
+def _num_features(module: nn.Module, name: str, input_size: tuple[int, int, int]) -> int:
+    """How many features come out, which is not what every model of timm says.
+
+    Raises:
+        UserError: If images of this size cannot go in.
+    """
+    try:
+        with torch.no_grad():
+            features = module.eval()(torch.zeros(1, *input_size))
+    except Exception as error:  # whatever a layer says to a map that does not fit
+        raise UserError(
+            f"--image-size: the trunk {name!r} cannot take images of {input_size[-1]} pixels: "
+            f"{error}"
+        ) from error
+    module.train()
+    if features.dim() != 2:
+        raise UserError(
+            f"--trunk: expected a model that makes a row of features of an image, but {name!r} "
+            f"makes the shape {tuple(features.shape[1:])}"
+        )
+    return features.shape[1]
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether there is a layer that PML's trainer would freeze."""
+    return any("BatchNorm" in type(layer).__name__ for layer in module.modules())
 
 
 def import_timm(name: str) -> ModuleType:
