@@ -6,8 +6,9 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .errors import UserError
 from .image_tree import Skipped, read_trees, summary, warnings_of
-from .images import as_eight_bits
+from .images import KINDS, Ranges, as_eight_bits, extremes, ranges_of
 from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
@@ -26,6 +27,8 @@ PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")
 # From so many training classes on, whole classes are held out for validation.
 CLASSES_FOR_DISJOINT_VALIDATION = 20
 NAMED_AT_MOST = 5
+# The pixels of 32 bits of other formats are looked at even with --skip-verify.
+NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +40,46 @@ class Sample:
     source: Path | bytes | np.ndarray
     turn: Image.Transpose | None = None
 
-    def open(self) -> Image.Image:
+    def open(self, ranges: Ranges | None = None) -> Image.Image:
         """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
+
+        Args:
+            ranges: What is black and white in images of 32 bits, see `as_eight_bits`.
 
         Raises:
             UserError: If it cannot be read.
         """
-        try:
-            image = as_eight_bits(self._decode())
+        with self._errors_named():
+            image = as_eight_bits(self._decode(), ranges)
             return image if self.turn is None else image.transpose(self.turn)
+
+    def extremes(self) -> tuple[str, float, float] | None:
+        """Of a 32-bit image, its kind and its smallest and largest pixel; else None.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        form = Image.registered_extensions().get(Path(self.name).suffix.lower())
+        if isinstance(self.source, np.ndarray) or form in NEVER_32_BITS:
+            return None
+        with self._errors_named(), Image.open(self._stream()) as image:
+            return extremes(image)
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
             raise UserError(message, common=False) from error
 
+    def _stream(self) -> io.BytesIO | Path:
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+
     def _decode(self) -> Image.Image:
         if isinstance(self.source, np.ndarray):
             return Image.fromarray(self.source)
-        stream = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        with Image.open(stream) as image:
+        with Image.open(self._stream()) as image:
             image.load()
             return image
 
@@ -71,12 +96,13 @@ class LabelledImages(Dataset):
         self.samples = list(samples)
         self.labels = np.array([number[s.label] for s in samples], dtype=np.int64)
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.pixel_ranges: Ranges = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.samples[index].open()), int(self.labels[index])
+        return self.transform(self.samples[index].open(self.pixel_ranges)), int(self.labels[index])
 
     @property
     def num_classes(self) -> int:
@@ -97,6 +123,7 @@ class RetrievalSplits:
     test: LabelledImages
     val_kind: str
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    pixel_ranges: Ranges = dataclasses.field(default_factory=dict)
 
     def class_rows(self) -> list[tuple[str, str, int]]:
         """Name, split and number of images of each class."""
@@ -138,8 +165,11 @@ def load_splits(
     train, test = READERS[name](data_root, skipped)
     if skipped:
         say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
-    if not skip_verify:
-        train, test = _without_unreadable(skipped, train, test)
+    bad, ranges = _looked_at([*train, *test], verify=not skip_verify)
+    if bad:
+        say(f"skipped {len(bad)} of {len(train) + len(test)} images:", *_first(bad.values()))
+        skipped += [Skipped(name, error) for name, error in bad.items()]
+        train, test = ([s for s in split if s.name not in bad] for split in (train, test))
     train = _without_single_image_classes(train, "training", skipped)
     test = _without_single_image_classes(test, "test", skipped)
     for split, samples in (("training", train), ("test", test)):
@@ -158,13 +188,17 @@ def load_splits(
     seen = sorted({s.label for s in train})
     seen += sorted({s.label for s in val}.difference(seen))
     unseen = sorted({s.label for s in test})
-    return RetrievalSplits(
+    splits = RetrievalSplits(
         LabelledImages(train, seen),
         LabelledImages(val, seen),
         LabelledImages(test, unseen),
         kind,
         skipped,
+        ranges,
     )
+    for part in (splits.train, splits.val, splits.test):
+        part.pixel_ranges = ranges
+    return splits
 
 
 def with_turned_classes(samples: list[Sample]) -> list[Sample]:
@@ -184,31 +218,39 @@ def with_turned_classes(samples: list[Sample]) -> list[Sample]:
 # --- cleaning and splitting ---------------------------------------------------------------
 
 
-def _without_unreadable(skipped: list[Skipped], *splits: list[Sample]) -> list[list[Sample]]:
-    """Decode every image once, now, so that none can stop the training later."""
-    samples = [s for split in splits for s in split if not isinstance(s.source, np.ndarray)]
-    if not samples:
-        return list(splits)
+def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str], Ranges]:
+    """Read every image once, now, so that none can stop the training later.
 
-    def error_of(sample: Sample) -> str | None:
+    Args:
+        samples: Whose images.
+        verify: Decode all of them, not only those whose 32-bit pixels may be of any depth.
+
+    Returns:
+        The errors by the names of the images, and what is black and white in those of 32 bits.
+    """
+
+    def look(sample: Sample) -> tuple[str | None, tuple[str, float, float] | None]:
         try:
-            sample.open()
+            if verify:
+                sample.open()
+            return None, sample.extremes()
         except UserError as error:
-            return str(error)
-        return None
+            return (str(error) if verify else None), None
 
-    def check() -> dict[str, str]:
+    def look_at_all() -> tuple[dict[str, str], Ranges]:
+        files = [s for s in samples if not isinstance(s.source, np.ndarray)]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            errors = tqdm.tqdm(
-                pool.map(error_of, samples), total=len(samples), desc="checking images"
-            )
-            return {s.name: e for s, e in zip(samples, errors, strict=True) if e}
+            seen = pool.map(look, files)
+            if verify and files:
+                seen = tqdm.tqdm(seen, total=len(files), desc="checking images")
+            errors, found = zip(*seen, strict=True) if files else ((), ())
+        named = {s.name: e for s, e in zip(files, errors, strict=True) if e}
+        return named, ranges_of(x for x in found if x)
 
-    bad = on_rank_zero(check)
-    if bad:
-        say(f"skipped {len(bad)} of {len(samples)} images:", *_first(bad.values()))
-        skipped += [Skipped(name, str(error)) for name, error in bad.items()]
-    return [[s for s in split if s.name not in bad] for split in splits]
+    errors, ranges = on_rank_zero(look_at_all)
+    for kind, (black, white) in ranges.items():
+        say(f"pixels of 32 bits, {KINDS[kind]}: {black:g} is taken for black, {white:g} for white")
+    return errors, ranges
 
 
 def _without_single_image_classes(

@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
+    config["pixel_ranges"] = splits.pixel_ranges
     config["data_root"] = absolute_root(config)
     if run:
         _check_same_data(run, config)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from .errors import UserError
-from .images import as_eight_bits
+from .images import Ranges, as_eight_bits
 
 SMALL = "small"
 SMALL_IMAGE_SIZE = 64
@@ -63,6 +63,7 @@ class SmallTransform:
         crop: Smallest side of the square as a share of the image's; 1 takes the largest square.
         warp: Turn, shear, scale and shift at random, as much as a character takes.
         mirror: Mirror every other image.
+        ranges: What is black and white in images of 32 bits.
     """
 
     size: int
@@ -70,9 +71,10 @@ class SmallTransform:
     crop: float = 1.0
     warp: bool = False
     mirror: bool = False
+    ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = as_eight_bits(image).convert(self.mode)
+        image = as_eight_bits(image, self.ranges).convert(self.mode)
         image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, self._box(*image.size))
         if self.warp:
             image = _warped(image)
@@ -115,9 +117,10 @@ class TimmTransform:
     """A transform made by timm, which expects three channels."""
 
     to_tensor: Transform
+    ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.to_tensor(as_eight_bits(image).convert("RGB"))
+        return self.to_tensor(as_eight_bits(image, self.ranges).convert("RGB"))
 
 
 def build_trunk(
@@ -129,7 +132,8 @@ def build_trunk(
         name: `small` or timm's name.
         pretrained: Load timm's weights.
         image_size: Side of the input in pixels; None for a timm model's own.
-        small_train: How images are prepared to train the small trunk.
+        small_train: How images are prepared to train the small trunk; its `ranges` are for every
+            trunk.
 
     Raises:
         UserError: If timm or torchvision does not import, or does not know the name, or if the
@@ -137,7 +141,7 @@ def build_trunk(
     """
     if name == SMALL:
         return _small(small_train)
-    return _from_timm(name, pretrained, image_size)
+    return _from_timm(name, pretrained, image_size, small_train.ranges)
 
 
 def _small(train: SmallTransform) -> Trunk:
@@ -145,17 +149,19 @@ def _small(train: SmallTransform) -> Trunk:
     blocks = min(4, int(math.log2(train.size / 2)))
     widths = (64, 128) if blocks == 2 else (32, 64, 128, 256)[:blocks]
     module = SmallConvNet(1 if train.mode == "L" else 3, widths)
-    return Trunk(module, module.num_features, train, SmallTransform(train.size, train.mode))
+    evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
+    return Trunk(module, module.num_features, train, evaluate)
 
 
-def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
+def _from_timm(name: str, pretrained: bool, image_size: int | None, ranges: Ranges | None) -> Trunk:
     timm = import_timm(name)
     module = _make(timm, name, pretrained, image_size)
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     train, evaluate = (
-        TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
+        TimmTransform(timm.data.create_transform(**config, is_training=x), ranges)
+        for x in (True, False)
     )
     return Trunk(module, _num_features(module, name, config["input_size"]), train, evaluate)
 
