@@ -6,7 +6,7 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .errors import UserError
-from .image_tree import Skipped, read_trees, summary, warnings_of
+from .image_tree import (
+    NO_FORMAT,
+    SAME_AS,
+    Found,
+    Skipped,
+    read_trees,
+    read_zip,
+    summary,
+    warnings_of,
+)
 from .images import KINDS, Ranges, as_eight_bits, extremes, ranges_of
 from .processes import on_rank_zero, say
 
@@ -334,7 +343,7 @@ def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
     )
     for folder in _places("omniglot", data_root, "omniglot-small", "omniglot-py", "omniglot"):
         for names in pairs:
-            parts = [_read_tree_or_zip(folder, name, skipped) for name in names]
+            parts = _read_parts(folder, names, skipped)
             if all(parts):
                 break
         else:
@@ -353,31 +362,51 @@ def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
 def _read_grocery(data_root: str | None, skipped: list[Skipped]) -> Split:
     """The grocery store photographs: fine classes with an even number train, odd ones test."""
     for folder in _places("grocery", data_root, "grocery64"):
+        left_out: list[Skipped] = []
+        images: dict[str, Path | bytes]
         if (folder / "labels.csv").is_file():
-            table = (folder / "labels.csv").read_text()
-            contents: dict[str, bytes] | None = None
+            place, table = folder, (folder / "labels.csv").read_text()
+            (found,) = read_trees([folder], 0, left_out)
+            images = {x.path.relative_to(folder).as_posix(): x.path for x in found}
         elif (folder / "grocery64.zip").is_file():
-            contents = _read_zip(folder / "grocery64.zip")
-            table = contents.get("labels.csv", b"").decode()
+            place = folder / "grocery64.zip"
+            table = _text_in_zip(place, "labels.csv")
+            images = {str(x.path): x.content for x in read_zip(place, 0, left_out)}
         else:
             continue
         rows = list(csv.DictReader(io.StringIO(table)))
         if not rows or not {"path", "fine"} <= rows[0].keys():
             raise UserError(f"grocery: expected labels.csv with columns path and fine in {folder}")
-        # A file that the table names and the zip lacks counts as unreadable.
-        samples = [
-            Sample(
-                row["path"],
-                row["fine"].zfill(3),
-                folder / row["path"] if contents is None else contents.get(row["path"], b""),
-            )
-            for row in rows
-        ]
+        samples = _listed(rows, images, place, left_out, skipped)
         return (
             [s for s in samples if int(s.label) % 2 == 0],
             [s for s in samples if int(s.label) % 2 == 1],
         )
     raise _missing("grocery", data_root, "grocery64.zip, or its contents with labels.csv")
+
+
+def _listed(
+    rows: Sequence[dict[str, str]],
+    images: Mapping[str, Path | bytes],
+    place: Path,
+    left_out: Sequence[Skipped],
+    skipped: list[Skipped],
+) -> list[Sample]:
+    """Samples of the rows of labels.csv; what has no row, no image or two rows is skipped."""
+    named = {str(place / row["path"]) for row in rows}
+    skipped += [x for x in left_out if x.name in named or not x.reason.startswith(NO_FORMAT)]
+    explained = {x.name for x in left_out}
+    samples: dict[str, Sample] = {}
+    for row in rows:
+        path, name = row["path"], str(place / row["path"])
+        if path in samples:
+            skipped.append(Skipped(name, SAME_AS.format("an earlier row of labels.csv")))
+        elif path in images:
+            samples[path] = Sample(path, row["fine"].zfill(3), images[path])
+        elif name not in explained:
+            skipped.append(Skipped(name, "listed in labels.csv, but no image to be found"))
+    skipped += [Skipped(str(place / x), "not in labels.csv") for x in images if x not in samples]
+    return list(samples.values())
 
 
 def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
@@ -466,38 +495,41 @@ def _missing(dataset: str, data_root: str | None, expected: str) -> UserError:
     return UserError(f"{dataset} not found in {root}: expected {expected}")
 
 
-def _read_tree_or_zip(folder: Path, name: str, skipped: list[Skipped]) -> list[Sample]:
-    """Samples of `folder/name/alphabet/character/image`, or of the same in `name.zip`."""
-    if (folder / name).is_dir():
-        return _read_trees([folder / name], 2, skipped)[0]
-    if not (folder / f"{name}.zip").is_file():
-        return []
-    return [
-        Sample(path, "/".join(path.split("/")[-3:-1]), content)
-        for path, content in sorted(_read_zip(folder / f"{name}.zip").items())
-        if path.count("/") >= 2
-    ]
+def _read_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> list[list[Sample]]:
+    """Samples of `folder/name/alphabet/character/image`, or of the same in `name.zip`.
+
+    An empty list stands for a part that is not there.
+    """
+    if all((folder / name).is_dir() for name in names):  # together, so that no file counts twice
+        return _read_trees([folder / name for name in names], 2, skipped)
+    parts = []
+    for name in names:
+        if (folder / name).is_dir():
+            parts += _read_trees([folder / name], 2, skipped)
+        elif (folder / f"{name}.zip").is_file():
+            found = read_zip(folder / f"{name}.zip", 2, skipped, top=name)
+            parts += _samples([found], 2)
+        else:
+            parts.append([])
+    return parts
 
 
 def _read_trees(roots: Sequence[Path], levels: int, skipped: list[Skipped]) -> list[list[Sample]]:
     """Samples of the images below each root; the first `levels` folder names are the class."""
-    trees = read_trees(roots, levels, skipped)
+    return _samples(read_trees(roots, levels, skipped), levels)
+
+
+def _samples(trees: Sequence[Sequence[Found]], levels: int) -> list[list[Sample]]:
     say(*warnings_of(trees, levels))
-    return [[Sample(str(x.path), x.label, x.path) for x in tree] for tree in trees]
+    return [
+        [Sample(str(x.path), x.label, x.path if x.content is None else x.content) for x in tree]
+        for tree in trees
+    ]
 
 
-def _read_zip(path: Path) -> dict[str, bytes]:
-    """All files of a zip, in memory: an open zip cannot be shared with loader processes."""
+def _text_in_zip(path: Path, name: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [i.filename for i in archive.infolist() if not i.is_dir()]
-            return {name: _member(archive, name) for name in names}
+            return archive.read(name).decode() if name in archive.namelist() else ""
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    try:
-        return archive.read(name)
-    except Exception:  # a damaged member is an unreadable image, not an unreadable data set
-        return b""

@@ -263,9 +263,35 @@ def test_grocery_layouts(tmp_path, capsys, zipped):
     splits = load("grocery", tmp_path)
     assert class_names(splits.train) == {"000", "002"}
     assert class_names(splits.test) == {"001", "003"}
-    out = capsys.readouterr().out
-    assert "skipped 1 of 17 images" in out
-    assert "missing.jpg" in out
+    place = tmp_path / "grocery64.zip" if zipped else tmp_path
+    (missing,) = splits.skipped
+    assert missing.name == str(place / "train/0/missing.jpg")
+    assert f"1 x {missing.reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "folder"])
+def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, zipped):
+    paths = [f"train/{c}/{i}.jpg" for c in range(4) for i in range(4)]
+    rows = [*paths, paths[0], "train/1/.hidden.jpg", "train/1/x.svg"]
+    table = "path,fine,coarse\n" + "".join(f"{x},{x[6]},0\n" for x in rows)
+    files = {x: png(i) for i, x in enumerate([*rows, "train/2/unlisted.jpg"])}
+    files |= {"labels.csv": table, "classes.csv": "", "LICENSE": ""}
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "grocery64.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            write(tmp_path / name, content)
+    splits = load("grocery", tmp_path)
+    assert sum(x["images"] for x in splits.summary().values()) == 16
+    place = tmp_path / "grocery64.zip" if zipped else tmp_path
+    assert {x.name: x.reason for x in splits.skipped} == {
+        str(place / paths[0]): "the same as another: an earlier row of labels.csv",
+        str(place / "train/1/.hidden.jpg"): "a hidden file",
+        str(place / "train/1/x.svg"): "not a format that Pillow opens (.svg)",
+        str(place / "train/2/unlisted.jpg"): "not in labels.csv",
+    }
 
 
 def write_cub(root):
