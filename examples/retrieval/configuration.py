@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .by_name import parse_arguments
-from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
+from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, TEST_FRACTION
 from .errors import UserError
 from .processes import world_size
 from .run_folder import RunFolder
@@ -18,6 +18,7 @@ from .trunks import SMALL, SMALL_IMAGE_SIZE
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
     "data_root": None,
+    "test_fraction": None,
     "val_fraction": 0.2,
     "turned_classes": False,
     "skip_verify": False,
@@ -85,10 +86,15 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog=(
+            "The test is on classes that are never trained on: those of the data set's own split,\n"
+            "or of --dataset folder those in test/ beside train/. A folder without these is split\n"
+            "by --test-fraction, and --seed draws the classes. If train/ and test/ hold the same\n"
+            "classes, the test is closed-set: its images are searched among the test images of\n"
+            "known classes.\n\n"
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
-            "fewer some images of each. Which ones follows from --seed. Defaults marked * depend\n"
-            "on the data set and are printed when training starts."
+            "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
+            "--seed. Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 
@@ -102,6 +108,13 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
     add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
+    add(
+        data,
+        "--test-fraction",
+        "share of the classes to test on, drawn by --seed, if the data set has no split of its own "
+        f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
+        type=_below_one,
+    )
     add(data, "--val-fraction", "share of training data held out", type=_fraction)
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
@@ -151,7 +164,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--ema-decay",
         "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
         "none *",
-        type=_decay,
+        type=_below_one,
     )
     add(training, "--seed", "seed of everything random", type=_seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
@@ -200,7 +213,7 @@ def _not_negative_float(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
 
 
-def _decay(text: str) -> float:
+def _below_one(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 

@@ -1,4 +1,4 @@
-"""Data sets for open-set retrieval, by name: found, checked, split and ready to load."""
+"""Data sets for retrieval, by name: found, split, checked and ready to load."""
 
 import csv
 import dataclasses
@@ -35,6 +35,8 @@ DATA_ROOT_VARIABLE = "PML_PNP_DATA"
 PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")
 # From so many training classes on, whole classes are held out for validation.
 CLASSES_FOR_DISJOINT_VALIDATION = 20
+# Of a data set that has no split of its own, the share of the classes to test on.
+TEST_FRACTION = 0.5
 NAMED_AT_MOST = 5
 # The pixels of 32 bits of other formats are looked at even with --skip-verify.
 NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
@@ -93,8 +95,8 @@ class Sample:
             return image
 
 
-# Training samples and test samples.
-Split = tuple[list[Sample], list[Sample]]
+# Training samples and test samples; None instead of these if the data set has no split of its own.
+Split = tuple[list[Sample], list[Sample] | None]
 
 
 class LabelledImages(Dataset):
@@ -125,19 +127,36 @@ class LabelledImages(Dataset):
 
 @dataclasses.dataclass
 class RetrievalSplits:
-    """Training, validation and test images; the test classes are never trained on."""
+    """Training, validation and test images.
+
+    The test classes are never trained on, unless the test is closed-set. It may be empty.
+
+    Attributes:
+        train: To train on.
+        val: To choose the best epoch by.
+        test: To measure the result by.
+        val_kind: What is held out for `val`.
+        split_kind: What decides which classes or images are in `test`.
+        closed_set: The test classes are trained on, with other images.
+        skipped: What is in none of them, and why.
+        pixel_ranges: What is black and white in images of 32 bits.
+    """
 
     train: LabelledImages
     val: LabelledImages
     test: LabelledImages
     val_kind: str
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    pixel_ranges: Ranges = dataclasses.field(default_factory=dict)
+    split_kind: str
+    closed_set: bool
+    skipped: list[Skipped]
+    pixel_ranges: Ranges
 
-    def class_rows(self) -> list[tuple[str, str, int]]:
-        """Name, split and number of images of each class."""
+    def class_rows(self) -> list[tuple[str, str, int, str]]:
+        """Name, split and number of images of each class, and what decides its split."""
+        decided_by = dict.fromkeys(("train", "test"), self.split_kind)
+        decided_by["val"] = f"{self.val_kind}, drawn by --val-fraction and --seed"
         return [
-            (label, split, count)
+            (label, split, count, decided_by[split])
             for split in ("train", "val", "test")
             for label, count in sorted(
                 Counter(s.label for s in getattr(self, split).samples).items()
@@ -156,41 +175,49 @@ def load_splits(
     seed: int,
     turned_classes: bool = False,
     skip_verify: bool = False,
+    test_fraction: float | None = None,
 ) -> RetrievalSplits:
-    """Find a data set, leave out what cannot be used, and split it.
+    """Find a data set, split it, and leave out what cannot be used.
 
     Args:
         name: A key of `READERS`.
         data_root: The folder to look in; by default what `PML_PNP_DATA` names.
         val_fraction: Share of the training classes, or images, that is held out.
-        seed: Decides which ones are held out.
+        seed: Decides which ones are held out, and which classes are tested on.
         turned_classes: Make further training classes, see `with_turned_classes`.
         skip_verify: Do not decode every image first.
+        test_fraction: Share of the classes to test on, `TEST_FRACTION` by default, if the data set
+            has no split of its own; with 0 every class of any data set is trained on.
 
     Raises:
-        UserError: If the data set is missing, broken, or too small once cleaned.
+        UserError: If the data set is missing, broken, has a split of its own although a share is
+            given, or is too small once cleaned.
     """
     skipped: list[Skipped] = []
-    train, test = READERS[name](data_root, skipped)
+    train, own_test = READERS[name](data_root, skipped)
     if skipped:
         say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
+    train, test, split_kind, closed_set = _divided(name, train, own_test, test_fraction, seed)
     bad, ranges = _looked_at([*train, *test], verify=not skip_verify)
     if bad:
         say(f"skipped {len(bad)} of {len(train) + len(test)} images:", *_first(bad.values()))
-        skipped += [Skipped(name, error) for name, error in bad.items()]
+        skipped += [Skipped(image, error) for image, error in bad.items()]
         train, test = ([s for s in split if s.name not in bad] for split in (train, test))
     train = _without_single_image_classes(train, "training", skipped)
+    if closed_set:
+        test = _without_unknown_classes(test, train, skipped)
     test = _without_single_image_classes(test, "test", skipped)
     for split, samples in (("training", train), ("test", test)):
-        if len({s.label for s in samples}) < 2:
+        if len({s.label for s in samples}) < 2 and not (split == "test" and test_fraction == 0):
             raise UserError(
                 f"{name}: too little {split} data remains: expected at least 2 classes of at "
                 f"least 2 readable images, got {len(samples)} usable images"
             )
-    few = len({s.label for s in train}) < CLASSES_FOR_DISJOINT_VALIDATION
+    every_class = closed_set or test_fraction == 0
+    few = len({s.label for s in train}) < CLASSES_FOR_DISJOINT_VALIDATION and not every_class
     if turned_classes and few:  # then there are enough to hold out whole ones
         train = with_turned_classes(train)
-    train, val, kind = _hold_out(train, val_fraction, seed)
+    train, val, kind = _hold_out(train, val_fraction, seed, every_class)
     if turned_classes and not few:
         train = with_turned_classes(train)
     # Training classes get the lowest numbers: a loss with one proxy per class counts on that.
@@ -202,6 +229,8 @@ def load_splits(
         LabelledImages(val, seen),
         LabelledImages(test, unseen),
         kind,
+        split_kind,
+        closed_set,
         skipped,
         ranges,
     )
@@ -225,6 +254,58 @@ def with_turned_classes(samples: list[Sample]) -> list[Sample]:
 
 
 # --- cleaning and splitting ---------------------------------------------------------------
+
+
+def _divided(
+    name: str,
+    train: list[Sample],
+    test: list[Sample] | None,
+    fraction: float | None,
+    seed: int,
+) -> tuple[list[Sample], list[Sample], str, bool]:
+    """Training samples, test samples, what decides, and whether the test classes are trained on."""
+    if fraction == 0:
+        return train + (test or []), [], "no test, every class is trained on", False
+    if test is None:
+        fraction = TEST_FRACTION if fraction is None else fraction
+        train, test = _drawn_classes(name, train, fraction, seed)
+        return train, test, f"open set, {fraction:g} of the classes drawn by --seed {seed}", False
+    if fraction is not None:
+        raise UserError(
+            f"--test-fraction: {name} has a split of its own here; expected 0, to train on every "
+            f"class, or nothing, got {fraction:g}"
+        )
+    trained = {s.label for s in train}
+    tested = {s.label for s in test}
+    known, unknown = sorted(tested & trained), sorted(tested - trained)
+    if known and unknown:
+        raise UserError(
+            f"{name}: expected test classes that are all trained on, or none of them, got "
+            f"{len(known)} that are, such as {known[0]}, and {len(unknown)} that are not, such as "
+            f"{unknown[0]}"
+        )
+    if known:
+        return train, test, "closed set, the classes of the test are trained on", True
+    return train, test, "open set, the data set's own split into classes", False
+
+
+def _drawn_classes(
+    name: str, samples: list[Sample], fraction: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    labels = sorted({s.label for s in samples})
+    if len(labels) < 4:
+        raise UserError(
+            f"{name}: expected at least 4 class folders with images, 2 to train on and 2 to test "
+            f"on, got {len(labels)}"
+        )
+    count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
+    # The validation draws from another stream.
+    order = np.random.default_rng((seed, 1)).permutation(len(labels))
+    tested = {labels[i] for i in order[:count]}
+    return (
+        [s for s in samples if s.label not in tested],
+        [s for s in samples if s.label in tested],
+    )
 
 
 def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str], Ranges]:
@@ -273,6 +354,17 @@ def _without_single_image_classes(
     return [s for s in samples if counts[s.label] > 1]
 
 
+def _without_unknown_classes(
+    test: list[Sample], train: list[Sample], skipped: list[Skipped]
+) -> list[Sample]:
+    trained = {s.label for s in train}
+    unknown = sorted({s.label for s in test} - trained)
+    if unknown:
+        say(f"skipped {len(unknown)} test classes that are not trained on:", *_first(unknown))
+        skipped += [Skipped(x, "a test class of a closed set without training") for x in unknown]
+    return [s for s in test if s.label in trained]
+
+
 def _first(lines: Sequence[str]) -> list[str]:
     lines = list(lines)
     more = len(lines) - NAMED_AT_MOST
@@ -280,19 +372,20 @@ def _first(lines: Sequence[str]) -> list[str]:
 
 
 def _hold_out(
-    samples: list[Sample], fraction: float, seed: int
+    samples: list[Sample], fraction: float, seed: int, every_class: bool
 ) -> tuple[list[Sample], list[Sample], str]:
     """Split off validation data: whole classes if there are many, else images of each class.
 
     Whole classes measure what the test measures, retrieval of unseen classes. With few classes
-    that would leave too little to train on.
+    that would leave too little to train on, and where every class is to be trained on there are
+    none to spare.
     """
     generator = np.random.default_rng(seed)
     members: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         members.setdefault(sample.label, []).append(i)
     labels = sorted(members)
-    if len(labels) >= CLASSES_FOR_DISJOINT_VALIDATION:
+    if len(labels) >= CLASSES_FOR_DISJOINT_VALIDATION and not every_class:
         kind = "held-out classes"
         count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
         chosen = [members[labels[i]] for i in generator.permutation(len(labels))[:count]]
@@ -301,9 +394,10 @@ def _hold_out(
         chosen = [_some_images(generator.permutation(members[x]), fraction) for x in labels]
     held_out = {int(i) for indices in chosen for i in indices}
     if not held_out:
+        or_many = "" if every_class else f" or {CLASSES_FOR_DISJOINT_VALIDATION} classes"
         raise UserError(
-            "too little training data for validation: expected a class of at least 4 images "
-            f"or {CLASSES_FOR_DISJOINT_VALIDATION} classes"
+            "too little training data for validation: expected a class of at least 4 images"
+            + or_many
         )
     train = [s for i, s in enumerate(samples) if i not in held_out]
     return train, [samples[i] for i in sorted(held_out)], kind
@@ -410,32 +504,13 @@ def _listed(
 
 
 def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
-    """An ImageFolder tree, one folder per class.
-
-    With `train/` and `test/` in it, those; otherwise the first half of the sorted classes
-    trains and the second half tests.
-    """
+    """An ImageFolder tree, one folder per class, or two in `train/` and `test/`."""
     (root,) = _places("folder", data_root)
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _read_trees([root / "train", root / "test"], 1, skipped)
-        both = sorted({s.label for s in train} & {s.label for s in test})
-        if both:
-            raise UserError(
-                "folder: train/ and test/ must hold different classes, but both hold "
-                + ", ".join(both[:NAMED_AT_MOST])
-            )
         return train, test
     (samples,) = _read_trees([root], 1, skipped)
-    classes = sorted({s.label for s in samples})
-    if len(classes) < 4:
-        raise UserError(
-            f"folder: expected at least 4 class folders with images in {root}, got {len(classes)}"
-        )
-    first_half = set(classes[: len(classes) // 2])
-    return (
-        [s for s in samples if s.label in first_half],
-        [s for s in samples if s.label not in first_half],
-    )
+    return samples, None
 
 
 def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:

@@ -182,12 +182,13 @@ def metrics_of(tester: RetrievalTester, split: str) -> dict[str, float]:
     return {name: float(accuracies[tester.accuracies_keyname(name)]) for name in METRICS}
 
 
-def table(untrained: dict[str, float], trained: dict[str, float], title: str) -> str:
-    """Untrained against trained, for the terminal."""
+def table(title: str, columns: dict[str, dict[str, float | None]]) -> str:
+    """Metrics side by side, for the terminal."""
     width = max(map(len, [title, *METRICS.values()]))
-    rows = [f"{title:<{width}}  untrained  trained"]
+    rows = ["  ".join([f"{title:<{width}}", *columns])]
     for key, name in METRICS.items():
-        rows.append(f"{name:<{width}}  {_cell(untrained[key]):>9}  {_cell(trained[key]):>7}")
+        cells = [f"{_cell(metrics[key]):>{len(head)}}" for head, metrics in columns.items()]
+        rows.append("  ".join([f"{name:<{width}}", *cells]))
     return "\n".join(rows)
 
 

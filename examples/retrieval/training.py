@@ -251,16 +251,18 @@ class Training:
         if not self.state["stopped_early"] and self.state["epoch"] < self.config["epochs"]:
             self.trainer.train(self.state["epoch"] + 1, self.config["epochs"])
 
-    def test(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights as they are; on rank 0 only."""
+    def test(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights as they are, if there is one; on rank 0 only."""
+        if not len(self.splits.test):
+            return None
         # A tester of its own: the records hold only what may be looked at to choose an epoch.
         tester = build_tester(self.trainer.data_device, self.config["workers"])
         models = self.trainer.trained_models
         tester.test({"test": self.splits.test}, 0, models["trunk"], models["embedder"])
         return metrics_of(tester, "test")
 
-    def test_best(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
+    def test_best(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights of the best epoch; on rank 0 only."""
         for name, model in self.trainer.trained_models.items():
             model.load_state_dict(self.state["best"]["models"][name])
         return self.test()

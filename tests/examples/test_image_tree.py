@@ -224,8 +224,14 @@ def test_run_folder_lists_classes_and_what_was_skipped(main, tmp_path, quick):
     assert main(*quick, *arguments) == 0
     with (tmp_path / "run" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {(r["class"], r["split"]) for r in rows if r["split"] == "test"} == {
-        (x, "test") for x in "56789"
-    }
+    splits = load(quick[quick.index("--data-root") + 1])
+    for split, decided_by in (
+        ("train", "open set, 0.5 of the classes drawn by --seed 0"),
+        ("val", "held-out images of the training classes, drawn by --val-fraction and --seed"),
+        ("test", "open set, 0.5 of the classes drawn by --seed 0"),
+    ):
+        listed = [r for r in rows if r["split"] == split]
+        assert {r["class"] for r in listed} == class_names(getattr(splits, split))
+        assert {r["decided by"] for r in listed} == {decided_by}
     assert sum(int(r["images"]) for r in rows) == 240
     assert (tmp_path / "run" / "skipped.csv").read_text().split() == ["name,reason"]
