@@ -8,11 +8,26 @@ from typing import Any
 
 import torch
 
-from .arguments import decay, fraction, natural, not_negative_float, positive, positive_float, seed
+from .arguments import (
+    below_one,
+    fraction,
+    natural,
+    not_negative_float,
+    positive,
+    positive_float,
+    seed,
+)
 from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
 from .config_file import read_config
-from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, RetrievalSplits, load_splits
+from .data import (
+    DATA_ROOT_VARIABLE,
+    PML_DATASETS,
+    READERS,
+    TEST_FRACTION,
+    RetrievalSplits,
+    load_splits,
+)
 from .errors import UserError
 from .metrics import RECALL_AT
 from .processes import world_size
@@ -22,6 +37,7 @@ from .trunks import SMALL, SMALL_IMAGE_SIZE
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
     "data_root": None,
+    "test_fraction": None,
     "val_fraction": 0.2,
     "turned_classes": False,
     "skip_verify": False,
@@ -81,7 +97,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
 # What config.json of a run holds beside the settings.
-RECORDED = ("world_size", "versions", "data")
+RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges")
 # What may differ when a run continues; everything else would make it another run.
 RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
 
@@ -95,10 +111,15 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog=(
+            "The test is on classes that are never trained on: those of the data set's own split,\n"
+            "or of --dataset folder those in test/ beside train/. A folder without these is split\n"
+            "by --test-fraction, and --seed draws the classes. If train/ and test/ hold the same\n"
+            "classes, the test is closed-set: its images are searched among the test images of\n"
+            "known classes.\n\n"
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
-            "fewer some images of each. Which ones follows from --seed. Defaults marked * depend\n"
-            "on the data set and are printed when training starts."
+            "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
+            "--seed. Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 
@@ -114,6 +135,13 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
     add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
+    add(
+        data,
+        "--test-fraction",
+        "share of the classes to test on, drawn by --seed, if the data set has no split of its own "
+        f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
+        type=below_one,
+    )
     add(data, "--val-fraction", "share of training data held out", type=fraction)
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
@@ -186,7 +214,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--ema-decay",
         "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
         "none *",
-        type=decay,
+        type=below_one,
     )
     add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
@@ -260,6 +288,7 @@ def splits_of(config: dict[str, Any], data_root: str | None = None) -> Retrieval
         config["seed"],
         config["turned_classes"],
         config["skip_verify"],
+        config["test_fraction"],
     )
 
 

@@ -1,21 +1,26 @@
-"""Evaluation: PML's tester and accuracy calculator, with Recall@k, in bounded memory."""
+"""Evaluation: PML's tester and accuracy calculator, with Recall@k added."""
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import FaissKNN, return_results
 
 from .errors import UserError
 from .processes import unwrap
 
 BATCH_SIZE = 128
+# Neighbours of a part of the queries, all together; evaluation takes some 70 to 90 bytes each.
+NEIGHBOURS_AT_ONCE = 2**21
+# Half of it is the smallest part. Faiss rounds in another way for fewer than 20 queries at once.
+QUERIES_AT_LEAST = 64
 PRIMARY_METRIC = "mean_average_precision_at_r"
 RECALL_AT = (10, 100)
-# Neighbours of all queries that are looked at together; each takes some 64 bytes.
-NEIGHBOURS_AT_ONCE = 2**22
 # Key in the calculator -> name for people. Recall@1 is precision@1.
 _ALWAYS = {
     PRIMARY_METRIC: "MAP@R",
@@ -33,18 +38,22 @@ METRICS = metric_names()
 
 
 class RetrievalAccuracy(AccuracyCalculator):
-    """PML's calculator with Recall@k: the share of queries that find a match in the first k.
+    """PML's calculator with Recall@k, which takes the queries part by part.
 
-    Queries are taken some at a time, so that memory does not grow with the number of images times
-    the number of neighbours. With `r_precision` and MAP@R, neighbours are as many as the largest
-    class has images.
+    A metric is a mean over queries, so the parts' means, weighted by their numbers of queries, give
+    it. MAP@R looks at as many neighbours as the largest class has members; those of all queries at
+    once would take memory in proportion to the images times that class.
     """
 
     def __init__(self, recall_at: Sequence[int] = RECALL_AT, **kwargs):
         self.recall_at = sorted({1, *recall_at})
         for k in self.recall_at[1:]:  # found by name, like methods
             setattr(self, f"calculate_recall_at_{k}", partial(_recall_at, k))
-        super().__init__(include=tuple(metric_names(recall_at)), **kwargs)
+        super().__init__(
+            include=tuple(metric_names(recall_at)),
+            knn_func=FaissKNN(reset_before=False, reset_after=False),
+            **kwargs,
+        )
 
     def requires_knn(self) -> list[str]:
         """Names of the metrics that need the nearest neighbours."""
@@ -65,47 +74,84 @@ class RetrievalAccuracy(AccuracyCalculator):
         reference: torch.Tensor | None = None,
         reference_labels: torch.Tensor | None = None,
         ref_includes_query: bool = False,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
     ) -> dict[str, float]:
-        """The metrics as PML has them, of some queries after the other."""
+        """The metrics by name, as PML's calculator gives them for one-dimensional labels.
+
+        A query without another member of its class among the references does not count.
+
+        Raises:
+            UserError: If embeddings are not finite.
+        """
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
-        counts = torch.unique(reference_labels, return_counts=True)[1]
-        rows = max(1, NEIGHBOURS_AT_ONCE // max(self.recall_at[-1], int(counts.max())))
-        total = dict.fromkeys(self.original_function_dict, 0.0)
-        counted = 0
-        for start in range(0, len(query), rows):
-            labels = query_labels[start : start + rows]
-            matches = _matches(labels, reference_labels) - int(ref_includes_query)
-            weight = int((matches > 0).sum())
-            if weight == 0:
-                continue
-            # PML takes the first references for the queries, if these are among them.
-            first = -start if ref_includes_query else 0
-            part = super().get_accuracy(
-                query[start : start + rows],
-                labels,
-                reference.roll(first, 0),
-                reference_labels.roll(first, 0),
-                ref_includes_query,
+        self.curr_function_dict = self.get_function_dict(include, exclude)
+        query, query_labels, reference, reference_labels = (
+            c_f.numpy_to_torch(x).to(self.device)
+            for x in (query, query_labels, reference, reference_labels)
+        )
+        query, reference = query.float(), reference.float()
+        require_finite(query)
+        require_finite(reference)
+        classes, counts = reference_labels.unique(return_counts=True)
+        k = self.determine_k(counts, len(reference), ref_includes_query)
+        self.knn_func.train(reference)
+        parts: list[tuple[int, dict[str, float]]] = []
+        for part in _parts(len(query), k):
+            labels = query_labels[part]
+            here = torch.isin(classes, labels)
+            not_lone = torch.isin(labels, classes[counts > int(ref_includes_query)])
+            means = self._get_accuracy(
+                self.curr_function_dict,
+                query_labels=labels,
+                knn_labels=reference_labels[self._neighbours(query, part, k, ref_includes_query)],
+                not_lone_query_mask=not_lone,
+                label_counts=(classes[here], counts[here]),
+                ref_includes_query=ref_includes_query,
+                label_comparison_fn=self.label_comparison_fn,
             )
-            for name, value in part.items():
-                total[name] += value * weight
-            counted += weight
-        return {name: x / counted if counted else math.nan for name, x in total.items()}
+            if count := int(not_lone.sum()):
+                parts.append((count, means))
+        self.knn_func.reset()
+        total = sum(count for count, _ in parts)
+        return {
+            name: math.fsum(means[name] * (count / total) for count, means in parts)
+            if parts
+            else math.nan
+            for name in self.curr_function_dict
+        }
+
+    def _neighbours(self, query: torch.Tensor, part: slice, k: int, itself: bool) -> torch.Tensor:
+        """The positions of the `k` nearest references of some queries, without the query itself."""
+        distances, indices = self.knn_func(query[part], k + int(itself))
+        # PML looks for row i's own position at i.
+        _, indices = return_results(distances, indices - part.start, itself)
+        return indices + part.start
 
 
-def _matches(labels: torch.Tensor, reference_labels: torch.Tensor) -> torch.Tensor:
-    """How many references have the label of each query."""
-    known, counts = torch.unique(reference_labels, return_counts=True)
-    place = torch.searchsorted(known, labels).clamp_(max=len(known) - 1)
-    return counts[place] * (known[place] == labels)
+def _parts(queries: int, k: int) -> Iterator[slice]:
+    """Parts of nearly equal size, each with a bounded number of neighbours."""
+    most = max(QUERIES_AT_LEAST, NEIGHBOURS_AT_ONCE // (k + 1))
+    count = math.ceil(queries / most)
+    ends = [queries * i // count for i in range(count + 1)]
+    return (slice(start, end) for start, end in itertools.pairwise(ends))
 
 
 def _recall_at(k, knn_labels, query_labels, not_lone_query_mask, label_comparison_fn, **_) -> float:
     if not not_lone_query_mask.any():
         return math.nan
     matches = label_comparison_fn(query_labels[:, None], knn_labels[:, :k])[not_lone_query_mask]
-    return matches.any(dim=1).float().mean().item()
+    return matches.any(dim=1).double().mean().item()
+
+
+def require_finite(embeddings: torch.Tensor) -> None:
+    """Raise a `UserError` unless the embeddings, and their lengths, are finite."""
+    if not torch.linalg.vector_norm(embeddings, dim=1).isfinite().all():
+        raise UserError(
+            "cannot evaluate: the embeddings are not finite; the weights have diverged, "
+            "try a smaller --lr"
+        )
 
 
 class RetrievalTester(GlobalEmbeddingSpaceTester):
@@ -116,11 +162,7 @@ class RetrievalTester(GlobalEmbeddingSpaceTester):
         embeddings = super().get_embeddings_for_eval(
             unwrap(trunk_model), unwrap(embedder_model), input_imgs
         )
-        if not embeddings.isfinite().all():
-            raise UserError(
-                "cannot evaluate: the embeddings are not finite; the weights have diverged, "
-                "try a smaller --lr"
-            )
+        require_finite(embeddings)
         return embeddings
 
 
@@ -152,13 +194,14 @@ def readable(key: str) -> str:
     return f"{part}: {name}" if part else name
 
 
-def table(untrained: dict[str, float], trained: dict[str, float], title: str) -> str:
-    """Untrained against trained, for the terminal."""
-    width = max(map(len, [title, *map(readable, trained)]))
-    rows = [f"{title:<{width}}  untrained  trained"]
-    for key in trained:
-        before, after = _cell(untrained[key]), _cell(trained[key])
-        rows.append(f"{readable(key):<{width}}  {before:>9}  {after:>7}")
+def table(title: str, columns: dict[str, dict[str, float | None]]) -> str:
+    """Metrics side by side, for the terminal."""
+    keys = dict.fromkeys(key for metrics in columns.values() for key in metrics)
+    width = max(map(len, [title, *map(readable, keys)]))
+    rows = ["  ".join([f"{title:<{width}}", *columns])]
+    for key in keys:
+        cells = [f"{_cell(metrics[key]):>{len(head)}}" for head, metrics in columns.items()]
+        rows.append("  ".join([f"{readable(key):<{width}}", *cells]))
     return "\n".join(rows)
 
 

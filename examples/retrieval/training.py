@@ -260,11 +260,13 @@ class Training:
         if not self.state["stopped_early"] and self.state["epoch"] < self.config["epochs"]:
             self.trainer.train(self.state["epoch"] + 1, self.config["epochs"])
 
-    def test(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights as they are; on rank 0 only.
+    def test(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights as they are, if there is one; on rank 0 only.
 
         Where the data set has several test sets, those of each follow, as `small/...`.
         """
+        if not len(self.splits.test):
+            return None
         # A tester of its own: the records hold only what may be looked at to choose an epoch.
         config = self.config
         tester = build_tester(self.trainer.data_device, config["workers"], config["recall_at"])
@@ -276,8 +278,8 @@ class Training:
             metrics |= {f"{part}/{name}": x for name, x in metrics_of(tester, part).items()}
         return metrics
 
-    def test_best(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
+    def test_best(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights of the best epoch; on rank 0 only."""
         for name, model in self.trainer.trained_models.items():
             model.load_state_dict(self.state["best"]["models"][name])
         return self.test()
