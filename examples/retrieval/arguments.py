@@ -39,7 +39,7 @@ def not_negative_float(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
 
 
-def decay(text: str) -> float:
+def below_one(text: str) -> float:
     """Read a number from 0 to below 1."""
     return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 

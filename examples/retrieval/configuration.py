@@ -8,10 +8,28 @@ from typing import Any
 
 import torch
 
-from .arguments import decay, fraction, natural, not_negative_float, positive, positive_float, seed
+from .arguments import (
+    below_one,
+    fraction,
+    natural,
+    not_negative_float,
+    positive,
+    positive_float,
+    seed,
+)
+from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
-from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS, RetrievalSplits, load_splits
+from .config_file import read_config
+from .data import (
+    DATA_ROOT_VARIABLE,
+    PML_DATASETS,
+    READERS,
+    TEST_FRACTION,
+    RetrievalSplits,
+    load_splits,
+)
 from .errors import UserError
+from .metrics import RECALL_AT
 from .processes import world_size
 from .run_folder import RunFolder
 from .trunks import SMALL, SMALL_IMAGE_SIZE
@@ -19,6 +37,7 @@ from .trunks import SMALL, SMALL_IMAGE_SIZE
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
     "data_root": None,
+    "test_fraction": None,
     "val_fraction": 0.2,
     "turned_classes": False,
     "skip_verify": False,
@@ -26,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "pretrained": False,
     "freeze_batchnorm": False,
     "image_size": None,
+    "color_jitter": 0.4,
     "embedding_size": 128,
     "loss": "PNPLoss",
     "loss_args": None,
@@ -37,7 +57,10 @@ DEFAULTS: dict[str, Any] = {
     "samples_per_class": 4,
     "epochs": 20,
     "patience": 10,
+    "recall_at": list(RECALL_AT),
     "lr": 1e-3,
+    "lr_milestones": [],
+    "lr_gamma": 0.3,
     "loss_lr": None,
     "weight_decay": 0.0,
     "ema_decay": 0.0,
@@ -71,8 +94,10 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
-    **{name: PAPER_TRUNK for name in PML_DATASETS},
+    **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
+# What config.json of a run holds beside the settings.
+RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges")
 # What may differ when a run continues; everything else would make it another run.
 RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
 
@@ -86,16 +111,23 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog=(
+            "The test is on classes that are never trained on: those of the data set's own split,\n"
+            "or of --dataset folder those in test/ beside train/. A folder without these is split\n"
+            "by --test-fraction, and --seed draws the classes. If train/ and test/ hold the same\n"
+            "classes, the test is closed-set: its images are searched among the test images of\n"
+            "known classes.\n\n"
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
-            "fewer some images of each. Which ones follows from --seed. Defaults marked * depend\n"
-            "on the data set and are printed when training starts."
+            "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
+            "--seed. Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 
     def add(group, flag, text, **kwargs):
         default = DEFAULTS.get(flag[2:].replace("-", "_"))
-        plain = default is None or default is False or default == {}
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        plain = default is None or default is False or default in ({}, "")
         shown = "" if plain else f" (default {default})"
         group.add_argument(flag, help=text + shown, **kwargs)
 
@@ -103,6 +135,13 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
     add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
+    add(
+        data,
+        "--test-fraction",
+        "share of the classes to test on, drawn by --seed, if the data set has no split of its own "
+        f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
+        type=below_one,
+    )
     add(data, "--val-fraction", "share of training data held out", type=fraction)
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
@@ -112,6 +151,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         action=switch,
     )
     add(data, "--image-size", "side of the input, in pixels *", type=positive)
+    add(
+        data,
+        "--color-jitter",
+        "how much brightness, contrast and saturation of training images vary, for a timm model",
+        type=not_negative_float,
+    )
     add(data, "--workers", "loader processes *; results depend on it if images vary", type=natural)
 
     model = flags.add_argument_group("model")
@@ -144,7 +189,24 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(training, "--samples-per-class", "images of each class in a batch", type=positive)
     add(training, "--epochs", "epochs at most *", type=positive)
     add(training, "--patience", "epochs without improvement before stopping", type=natural)
+    add(
+        training,
+        "--recall-at",
+        "k of the Recall@k that are measured, besides Recall@1",
+        type=positive,
+        nargs="+",
+        metavar="K",
+    )
     add(training, "--lr", "learning rate of Adam *", type=positive_float)
+    add(
+        training,
+        "--lr-milestones",
+        "epochs after which all learning rates are multiplied by --lr-gamma",
+        type=positive,
+        nargs="+",
+        metavar="EPOCH",
+    )
+    add(training, "--lr-gamma", "see --lr-milestones", type=positive_float)
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=not_negative_float)
     add(
@@ -152,13 +214,19 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--ema-decay",
         "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
         "none *",
-        type=decay,
+        type=below_one,
     )
     add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
 
     run = flags.add_argument_group("run folder")
+    add(
+        run,
+        "--config",
+        "settings in YAML or JSON, such as config.json of a run; flags win",
+        metavar="FILE",
+    )
     add(run, "--output-dir", "where run folders are made (default runs)")
     add(run, "--name", "name of the run folder; must be new")
     add(
@@ -169,6 +237,22 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         metavar="FOLDER",
     )
     return flags
+
+
+def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """What a file sets, with what was typed in its place or, of arguments, added.
+
+    Arguments of a loss or miner are those of the one that the file names.
+    """
+    typed = _with_parsed_arguments(typed)
+    given = read_config(path, parser("", ""), DEFAULTS, RECORDED)
+    for name, arguments in (("loss", "loss_args"), ("miner", "miner_args")):
+        in_file = given.get(name, DEFAULTS[name])
+        if typed.get(name, in_file) != in_file:
+            given.pop(arguments, None)
+        if arguments in typed:
+            typed[arguments] = {**given.get(arguments, {}), **typed[arguments]}
+    return {**given, **typed}
 
 
 def configured(given: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +288,7 @@ def splits_of(config: dict[str, Any], data_root: str | None = None) -> Retrieval
         config["seed"],
         config["turned_classes"],
         config["skip_verify"],
+        config["test_fraction"],
     )
 
 
@@ -246,7 +331,7 @@ def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
     parsed = {
         key: parse_arguments("--" + key.replace("_", "-"), given[key])
         for key in ("loss_args", "miner_args")
-        if key in given
+        if isinstance(given.get(key), list)
     }
     return {**given, **parsed}
 

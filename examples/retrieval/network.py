@@ -16,8 +16,12 @@ PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 def build(config: dict[str, Any]) -> Trunk:
     """The trunk as configured, with the transforms of its images."""
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
-    small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
-    return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+    size = config["image_size"] or SMALL_IMAGE_SIZE
+    # Not known before the data are read, which makes 8 bits of their images itself.
+    small = SmallTransform(size, **images, ranges=config.get("pixel_ranges"))
+    return build_trunk(
+        config["trunk"], config["pretrained"], config["image_size"], small, config["color_jitter"]
+    )
 
 
 def load_best(path: str) -> tuple[torch.nn.Module, Transform]:

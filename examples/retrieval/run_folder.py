@@ -185,6 +185,7 @@ def shared_state(trainer: BaseTrainer) -> dict[str, Any]:
         "models": {k: unwrap(v).state_dict() for k, v in trainer.models.items()},
         "averages": {k: v.state_dict() for k, v in trainer.averages.items()},
         "optimizers": {k: v.state_dict() for k, v in trainer.optimizers.items()},
+        "schedulers": {k: v.state_dict() for k, v in trainer.lr_schedulers.items()},
         "scaler": trainer.scaler.state_dict(),
     }
 
@@ -207,6 +208,8 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
         average.load_state_dict(shared["averages"][name])
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(shared["optimizers"][name])
+    for name, scheduler in trainer.lr_schedulers.items():
+        scheduler.load_state_dict(shared["schedulers"][name])
     trainer.scaler.load_state_dict(shared["scaler"])
     unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
     trainer.sampler.labels[:] = own["sampler"]

@@ -3,6 +3,7 @@
     python train.py                                             # digits, nothing to download
     python train.py --dataset omniglot --data-root DATA
     python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
+    python train.py --config retrieval/configs/online_products.yaml --data-root DATA
     python train.py --resume runs/digits-PNPLoss-Ds-1
     torchrun --nproc-per-node 2 train.py --batch-size 64
 
@@ -21,7 +22,7 @@ import torch
 
 from . import configuration, processes
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed, splits_of
+from .configuration import DEFAULTS, absolute_root, configured, resumed, splits_of, with_file
 from .data import RetrievalSplits
 from .devices import device_of
 from .errors import UserError
@@ -30,7 +31,7 @@ from .network import build
 from .processes import on_rank_zero, say, world_size
 from .run_folder import RunFolder
 from .training import Training, build_loss_and_miner, build_trainer, seed_everything
-from .trunks import SMALL, Trunk, import_timm
+from .trunks import SMALL, Trunk, has_batchnorm, import_timm
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -45,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
     resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
-    run, config = resumed(resume, given) if resume else (None, configured(given))
-    if resume and (name or output_dir):
+    if resume and (name or output_dir or "config" in given):
         raise UserError(
-            "--resume continues in the run's own folder; leave out --name, --output-dir"
+            "--resume continues in the run's own folder as it is configured; leave out --name, "
+            "--output-dir, --config"
         )
+    if "config" in given:
+        given = with_file(given.pop("config"), given)
+    run, config = resumed(resume, given) if resume else (None, configured(given))
     _check_installed()
     device = device_of(config["device"])
     _check_before_data(config)
@@ -63,14 +67,17 @@ def run(args: argparse.Namespace) -> int:
         _show(run.read_json("metrics.json"))
         return 0
 
+    seed_everything(config["seed"])
+    trunk = build(config)
+    _fit_batchnorm(config, given, trunk)
     splits = splits_of(config)
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
+    config["split"] = splits.split_kind
+    config["pixel_ranges"] = splits.pixel_ranges
     config["data_root"] = absolute_root(config)
     if run:
         _check_same_data(run, config)
-    seed_everything(config["seed"])
-    trunk = build(config)
     _set_transforms(splits, trunk)
     trainer = build_trainer(config, splits, trunk, device)
     run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
@@ -154,10 +161,23 @@ def _check_name(output_dir: Path, name: str | None) -> None:
         )
 
 
+def _fit_batchnorm(config: dict[str, Any], given: dict[str, Any], trunk: Trunk) -> None:
+    """Switch a default off where there is no BatchNorm to freeze; refuse one that was typed."""
+    if config["freeze_batchnorm"] and not has_batchnorm(trunk.module):
+        if given.get("freeze_batchnorm"):
+            raise UserError(f"--freeze-batchnorm: the trunk {config['trunk']!r} has no BatchNorm")
+        config["freeze_batchnorm"] = False
+
+
 def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
     """Shrink a default batch to what the classes can fill; refuse one that was typed."""
     largest = splits.train.num_classes * config["samples_per_class"]
     largest -= largest % (world_size() * config["samples_per_class"])
+    if splits.train.num_classes < 2 * world_size():
+        raise UserError(
+            f"expected at least 2 training classes for each of {world_size()} processes, got "
+            f"{splits.train.num_classes}"
+        )
     if config["batch_size"] <= largest:
         return
     if "batch_size" in given or "samples_per_class" in given:
@@ -190,7 +210,8 @@ def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunF
 
 
 def _write_data(run: RunFolder, splits: RetrievalSplits) -> None:
-    run.write_table("classes.csv", ("class", "split", "images"), splits.class_rows())
+    header = ("class", "split", "images", "decided by")
+    run.write_table("classes.csv", header, splits.class_rows())
     run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
 
 
@@ -206,6 +227,7 @@ def _announce(
             f"{name}: {x['images']} images of {x['classes']} classes"
             for name, x in splits.summary().items()
         ),
+        f"split: {splits.split_kind}",
         f"validation: {splits.val_kind}",
         "",
     )
@@ -222,11 +244,13 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     trained = training.test_best()
     training.close()
     state = training.state
+    tested = {"untrained": state["untrained"], "trained": trained} if trained else {}
     metrics = {
         "dataset": config["dataset"],
+        "split": training.splits.split_kind,
+        "closed_set": training.splits.closed_set,
         "test_classes": training.splits.test.num_classes,
-        "untrained": state["untrained"],
-        "trained": trained,
+        **tested,
         "validation": state["best"]["metrics"],
         "primary_metric": PRIMARY_METRIC,
         "best_epoch": state["best"]["epoch"],
@@ -240,6 +264,11 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    title = f"{metrics['dataset']}, {metrics['test_classes']} unseen classes"
-    say("", table(metrics["untrained"], metrics["trained"], title))
+    if "trained" in metrics:
+        which = "known classes, closed set" if metrics["closed_set"] else "unseen classes"
+        title = f"{metrics['dataset']}, {metrics['test_classes']} {which}"
+        say("", table(title, {x: metrics[x] for x in ("untrained", "trained")}))
+    else:
+        title = f"{metrics['dataset']}, {metrics['split']}"
+        say("", table(title, {"validation": metrics["validation"]}))
     say(f"weights of epoch {metrics['best_epoch']}, the best of {metrics['epochs_trained']}")

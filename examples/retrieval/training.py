@@ -11,6 +11,7 @@ import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import logging_presets
+from torch.optim.lr_scheduler import MultiStepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_pnp import GradCache, PNPLoss
@@ -140,6 +141,13 @@ def build_trainer(
         for name, module in trained.items()
         if any(True for _ in module.parameters())
     }
+    schedulers = {
+        f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": MultiStepLR(
+            optimizer, config["lr_milestones"], config["lr_gamma"]
+        )
+        for name, optimizer in optimizers.items()
+        if config["lr_milestones"]
+    }
     iterations = max(1, len(splits.train) // config["batch_size"])
     # From here on every process augments in its own way; numpy draws the batch of all.
     seed_everything(config["seed"] + rank())
@@ -161,6 +169,7 @@ def build_trainer(
             iterations * config["batch_size"],
         ),
         iterations_per_epoch=iterations,
+        lr_schedulers=schedulers,
         freeze_trunk_batchnorm=config["freeze_batchnorm"],
         dataloader_num_workers=config["workers"],
         amp=config["amp"],
@@ -219,7 +228,7 @@ class Training:
         self.splits = splits
         self.run = run
         self.config = config
-        self.tester = build_tester(trainer.data_device, config["workers"])
+        self.tester = build_tester(trainer.data_device, config["workers"], config["recall_at"])
         self.always_zero = True  # every loss of this process so far
         self.state: dict[str, Any] = {
             "epoch": 0,
@@ -251,16 +260,26 @@ class Training:
         if not self.state["stopped_early"] and self.state["epoch"] < self.config["epochs"]:
             self.trainer.train(self.state["epoch"] + 1, self.config["epochs"])
 
-    def test(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights as they are; on rank 0 only."""
-        # A tester of its own: the records hold only what may be looked at to choose an epoch.
-        tester = build_tester(self.trainer.data_device, self.config["workers"])
-        models = self.trainer.trained_models
-        tester.test({"test": self.splits.test}, 0, models["trunk"], models["embedder"])
-        return metrics_of(tester, "test")
+    def test(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights as they are, if there is one; on rank 0 only.
 
-    def test_best(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
+        Where the data set has several test sets, those of each follow, as `small/...`.
+        """
+        if not len(self.splits.test):
+            return None
+        # A tester of its own: the records hold only what may be looked at to choose an epoch.
+        config = self.config
+        tester = build_tester(self.trainer.data_device, config["workers"], config["recall_at"])
+        models = self.trainer.trained_models
+        tests = self.splits.tests()
+        tester.test(tests, 0, models["trunk"], models["embedder"])
+        metrics = metrics_of(tester, "test")
+        for part in list(tests)[1:]:
+            metrics |= {f"{part}/{name}": x for name, x in metrics_of(tester, part).items()}
+        return metrics
+
+    def test_best(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights of the best epoch; on rank 0 only."""
         for name, model in self.trainer.trained_models.items():
             model.load_state_dict(self.state["best"]["models"][name])
         return self.test()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm"],
+    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
     "chunks": ["--grad-cache", 16],
 }
 

@@ -269,6 +269,73 @@ def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
     assert "the embeddings are not finite" in capsys.readouterr().err
 
 
+def test_without_a_test_nothing_is_tested(main, quick, tmp_path, strict_json, capsys):
+    from retrieval.network import load_best
+
+    run = tmp_path / "run"
+    arguments = [*quick, "--output-dir", tmp_path, "--name", "run", "--test-fraction", 0]
+    assert main(*arguments, "--epochs", 1) == 0
+    metrics = strict_json(run / "metrics.json")
+    assert not {"untrained", "trained"} & metrics.keys()
+    assert metrics["test_classes"] == 0
+    assert metrics["split"] == "no test, every class is trained on"
+    assert strict_json(run / "config.json")["data"]["train"]["classes"] == 10
+    lines = capsys.readouterr().out.splitlines()
+    assert "split: no test, every class is trained on" in lines
+    map_at_r = f"{metrics['validation']['mean_average_precision_at_r']:.4f}"
+    assert ["folder,", "no", "test,", "every", "class", "is", "trained", "on", "validation"] in [
+        x.split() for x in lines
+    ]
+    assert ["MAP@R", map_at_r] in [x.split() for x in lines]
+    assert load_best(run)[0](torch.zeros(1, 3, 8, 8)).shape == (1, 128)
+    # It continues, and a finished run shows the same table.
+    assert main("--resume", run, "--epochs", 2) == 0
+    assert main("--resume", run) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_closed_set_is_called_so(main, quick, tmp_path, strict_json, capsys):
+    arguments = list(quick)
+    data = Path(arguments[arguments.index("--data-root") + 1])
+    for part, first in (("train", 0), ("test", 16)):
+        for label in data.iterdir():
+            (tmp_path / "data" / part / label.name).mkdir(parents=True)
+            for i in range(first, first + 8):
+                link = tmp_path / "data" / part / label.name / f"{i}.png"
+                link.symlink_to(label / f"{i:02d}.png")
+    arguments[arguments.index("--data-root") + 1] = tmp_path / "data"
+    assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    assert metrics["closed_set"] and metrics["test_classes"] == 10
+    assert strict_json(tmp_path / "run" / "config.json")["split"] == metrics["split"]
+    out = capsys.readouterr().out
+    assert "split: closed set, the classes of the test are trained on" in out
+    assert "folder, 10 known classes, closed set  untrained  trained" in out
+
+
+@pytest.mark.parametrize("when", ["untrained", "validation", "test"])
+def test_every_evaluation_of_what_is_not_finite_ends_in_one_line(
+    main, quick, tmp_path, capsys, monkeypatch, when
+):
+    from retrieval import metrics
+
+    moments = ["untrained", "validation", "test"]
+    calls = []
+    evaluate = metrics.RetrievalTester.test
+
+    def test(self, datasets, epoch, trunk, embedder, *more):
+        if moments[len(calls)] == when:
+            embedder.bias.data.fill_(float("inf"))
+        calls.append(set(datasets))
+        return evaluate(self, datasets, epoch, trunk, embedder, *more)
+
+    monkeypatch.setattr(metrics.RetrievalTester, "test", test)
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("train.py: error: cannot evaluate: the embeddings are not finite")
+    assert calls == [{"test"}, {"val"}, {"test"}][: moments.index(when) + 1]
+
+
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeypatch, by):
     arguments = list(quick)
@@ -282,3 +349,18 @@ def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeyp
         arguments[at + 1] = root.name
     assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
     assert strict_json(tmp_path / "run" / "config.json")["data_root"] == str(root)
+
+
+def test_learning_rates_fall_at_the_milestones(main, quick, tmp_path):
+    arguments = ["--epochs", 3, "--lr", 0.01, "--loss-lr", 0.1, "--loss", "ProxyAnchorLoss"]
+    arguments += ["--lr-milestones", 1, 2, "--lr-gamma", 0.5, "--output-dir", tmp_path]
+    assert main(*quick, *arguments, "--name", "run") == 0
+    shared = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["shared"]
+    rates = {k: v["param_groups"][0]["lr"] for k, v in shared["optimizers"].items()}
+    assert rates == pytest.approx(
+        {
+            "trunk_optimizer": 0.0025,
+            "embedder_optimizer": 0.0025,
+            "metric_loss_optimizer": 0.025,
+        }
+    )
