@@ -3,14 +3,18 @@
 import argparse
 import sys
 import time
+import traceback
 from importlib import import_module
 
-from . import processes
+from . import processes, screen
 from .errors import UserError
 from .processes import rank, say
 
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
-COMMANDS = {"train": "train an embedding and evaluate it on classes it has never seen"}
+COMMANDS = {
+    "train": "train an embedding and evaluate it on classes it has never seen",
+    "compare": "a table over several runs",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,18 +33,25 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: str, argv: list[str] | None, prog: str) -> int:
     """Run one command, which calls itself `prog`; returns the exit code."""
     module = import_module(f".{command}", __package__)
+    screen.start(silent=rank() > 0)
     try:
         return module.run(module.parser(prog).parse_args(argv))
     except UserError as error:
         if rank() == 0 or not error.common or _is_from_loader(error):
-            print(f"{prog}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+            line = f"{prog}: error: {_one_line(error)}"
+            print(line, file=sys.stderr, flush=True)
+            screen.log_if_possible(line)
         else:
             time.sleep(2)  # torchrun ends all processes with the first; let rank 0 speak before
         return 2
     except KeyboardInterrupt:
         say("interrupted; a run whose folder exists continues with --resume FOLDER")
         return 130
+    except Exception:
+        screen.log_if_possible(traceback.format_exc())
+        raise
     finally:
+        screen.stop()
         processes.stop()
 
 

@@ -12,7 +12,7 @@ from .by_name import parse_arguments
 from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
 from .errors import UserError
 from .processes import world_size
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
 DEFAULTS: dict[str, Any] = {
@@ -44,7 +44,10 @@ DEFAULTS: dict[str, Any] = {
     "amp": False,
     "device": "auto",
     "workers": 0,
+    "threads": None,
 }
+# Settings that came later, as runs from before them had them.
+EARLIER: dict[str, Any] = {"threads": None}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
@@ -73,7 +76,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: PAPER_TRUNK for name in PML_DATASETS},
 }
 # What may differ when a run continues; everything else would make it another run.
-RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
+RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify", "grad_cache")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -156,15 +159,30 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(training, "--seed", "seed of everything random", type=_seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+    add(
+        training,
+        "--threads",
+        "CPU threads of each process (default: what OMP_NUM_THREADS or else torch says); where "
+        "others use the cores, one is often faster; the number changes the last digits of results",
+        type=_positive,
+    )
 
     run = flags.add_argument_group("run folder")
     add(run, "--output-dir", "where run folders are made (default runs)")
     add(run, "--name", "name of the run folder; must be new")
     add(
         run,
+        "--resume-if-exists",
+        "continue the run of this --name if it exists, and start it otherwise: for the command "
+        "line of a scheduler or of torchrun --max-restarts, which is the same each time",
+        action="store_true",
+    )
+    add(
+        run,
         "--resume",
         "run folder to continue, with its own configuration; --epochs may be "
-        "raised, --device, --workers and --grad-cache changed, after which the end may differ",
+        "raised, --device, --workers, --threads and --grad-cache changed, after which the end may "
+        "differ",
         metavar="FOLDER",
     )
     return flags
@@ -244,24 +262,30 @@ def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
     return PAPER_PNP_ARGS if config["pretrained"] else PNP_ARGS
 
 
-def resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
+def resumed(
+    path: str, given: dict[str, Any], asked_by: str = "--resume"
+) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
-    run = RunFolder.existing(path)
-    config = run.read_json("config.json")
+    run = RunFolder.existing(path, asked_by)
+    config = {**EARLIER, **run.read_json(CONFIG)}
     missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
     if missing:
-        raise UserError(f"--resume: {path}/config.json is not of this program: no {missing[0]}")
+        raise UserError(f"{asked_by}: {path}/{CONFIG} is not of this program: no {missing[0]}")
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
-            raise UserError(f"--resume: {flag} can only be raised from {config[key]}, got {value}")
+            raise UserError(
+                f"{asked_by}: {flag} can only be raised from {config[key]}, got {value}"
+            )
         if key in RESUMABLE:
             config[key] = value
         elif config[key] != value:
-            raise UserError(f"--resume: the run has {flag} {config[key]}, so it cannot be {value}")
+            raise UserError(
+                f"{asked_by}: the run has {flag} {config[key]}, so it cannot be {value}"
+            )
     if config["world_size"] != world_size():
         raise UserError(
-            f"--resume: the run was started with {config['world_size']} processes and must "
+            f"{asked_by}: the run was started with {config['world_size']} processes and must "
             f"continue with as many, got {world_size()}"
         )
     return run, config
