@@ -18,7 +18,7 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from .by_name import build_loss, build_miner
 from .data import RetrievalSplits
 from .errors import UserError
-from .metrics import PRIMARY_METRIC, build_tester, metrics_of
+from .metrics import build_tester, metrics_of
 from .processes import (
     gather,
     launched_by_torchrun,

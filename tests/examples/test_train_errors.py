@@ -36,6 +36,9 @@ MISTAKES = {
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run in nowhere",
+    "--resume nowhere --resume-if-exists": "leave out --name, --output-dir and --resume-if-exists",
+    "--resume-if-exists": "--resume-if-exists needs --name",
+    "--resume-if-exists --name a/b": "--name: expected a folder name without separators",
     "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
     "--name ..": "--name: expected a folder name without separators, got '..'",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
@@ -57,6 +60,7 @@ ARGPARSE_MISTAKES = {
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",
     "--ema-decay 1": "expected a number from 0 to below 1, got '1'",
     "--grad-cache -1": "expected an integer of 0 or more, got '-1'",
+    "--threads 0": "expected a positive integer, got '0'",
     "--epoch 3": "unrecognized arguments: --epoch 3",
 }
 
@@ -130,4 +134,6 @@ def test_help_explains_validation(main, capsys):
     with pytest.raises(SystemExit) as exit_:
         main("--help")
     assert exit_.value.code == 0
-    assert "whole classes are held out" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "whole classes are held out" in out
+    assert "the number changes the last digits of results" in out
