@@ -5,10 +5,11 @@ import sys
 import time
 import traceback
 from importlib import import_module
+from typing import TextIO
 
 from . import processes, screen
 from .errors import UserError
-from .processes import rank, say
+from .processes import rank
 
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
 COMMANDS = {
@@ -38,14 +39,14 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
         return module.run(module.parser(prog).parse_args(argv))
     except UserError as error:
         if rank() == 0 or not error.common or _is_from_loader(error):
-            line = f"{prog}: error: {_one_line(error)}"
-            print(line, file=sys.stderr, flush=True)
-            screen.log_if_possible(line)
+            _say_last(f"{prog}: error: {_one_line(error)}", sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes with the first; let rank 0 speak before
         return 2
     except KeyboardInterrupt:
-        say("interrupted; a run whose folder exists continues with --resume FOLDER")
+        if rank() == 0:
+            line = "interrupted; a run whose folder exists continues with --resume FOLDER"
+            _say_last(line, sys.stdout)
         return 130
     except Exception:
         screen.log_if_possible(traceback.format_exc())
@@ -53,6 +54,12 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
     finally:
         screen.stop()
         processes.stop()
+
+
+def _say_last(line: str, stream: TextIO) -> None:
+    """Print and log, and do not fail for a full disk, of which the line may tell."""
+    print(line, file=stream, flush=True)
+    screen.log_if_possible(line)
 
 
 def _is_from_loader(error: UserError) -> bool:

@@ -163,7 +163,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         training,
         "--threads",
         "CPU threads of each process (default: what OMP_NUM_THREADS or else torch says); where "
-        "others use the cores, one is often faster; the number changes the last digits of results",
+        "others use the cores, one may be faster; the number changes the last digits of results",
         type=_positive,
     )
 
