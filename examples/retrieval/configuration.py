@@ -1,9 +1,11 @@
 """What a run is made of: the flags of the command line, their defaults, and an earlier run's."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from .by_name import parse_arguments
 from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
 from .errors import UserError
 from .processes import world_size
-from .run_folder import CONFIG, RunFolder
+from .run_folder import CONFIG, RunFolder, is_unfilled, taken
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
 DEFAULTS: dict[str, Any] = {
@@ -224,6 +226,57 @@ def _decay(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
+@dataclasses.dataclass
+class Place:
+    """Which run folder the flags mean."""
+
+    resume: str | None = None
+    resume_if_exists: bool = False
+    name: str | None = None
+    output_dir: str | None = None
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> "Place":
+        """Take them out of what was typed; the rest is the configuration."""
+        return cls(**{x.name: given.pop(x.name, x.default) for x in dataclasses.fields(cls)})
+
+    @property
+    def parent(self) -> Path:
+        """Where run folders are made."""
+        return Path(self.output_dir or "runs")
+
+    @property
+    def flag(self) -> str:
+        """The flag by which an earlier run is continued."""
+        return "--resume" if self.resume else "--resume-if-exists"
+
+    def earlier_run(self) -> str | None:
+        """The folder of the run to continue, if there is one."""
+        if self.resume:
+            if self != Place(resume=self.resume):
+                raise UserError(
+                    "--resume continues in the run's own folder; leave out --name, --output-dir "
+                    "and --resume-if-exists"
+                )
+            return self.resume
+        if self.name is not None and (
+            self.name in ("", ".", "..") or Path(self.name).name != self.name
+        ):
+            raise UserError(f"--name: expected a folder name without separators, got {self.name!r}")
+        if not self.resume_if_exists:
+            return None
+        if self.name is None:
+            raise UserError("--resume-if-exists needs --name, which says what run it is")
+        path = self.parent / self.name
+        return str(path) if RunFolder.is_at(path) else None
+
+    def check(self) -> None:
+        """Find now what would prevent a new run."""
+        path = self.parent / (self.name or "")
+        if self.name and path.exists() and not (self.resume_if_exists and is_unfilled(path)):
+            raise UserError(taken(path))
 
 
 def configured(given: dict[str, Any]) -> dict[str, Any]:

@@ -12,26 +12,24 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import configuration, processes, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed
+from .configuration import DEFAULTS, Place, absolute_root, configured, resumed
 from .data import RetrievalSplits, load_splits
 from .errors import UserError
 from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import on_rank_zero, say, world_size
 from .progress import advice
-from .run_folder import CONFIG, RunFolder, RunLock, is_unfilled, taken
+from .run_folder import CONFIG, RunFolder, RunLock
 from .training import Training, build_loss_and_miner, build_trainer, seed_everything
 from .trunks import SMALL, Trunk, import_timm
 
@@ -47,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     # PML's trainer formats the loss into its progress bar; not for the user to mend.
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
-    place = Place(**{x.name: given.pop(x.name, x.default) for x in dataclasses.fields(Place)})
+    place = Place.taken_from(given)
     earlier = place.earlier_run()
     run, config = resumed(earlier, given, place.flag) if earlier else (None, configured(given))
     _check_installed()
@@ -57,17 +55,17 @@ def run(args: argparse.Namespace) -> int:
     if not run:
         place.check()
     processes.start(device)
-    if run and _is_finished(run, config):
-        say(f"{run.path} is finished; nothing to do", "")
-        _show(run.read_json("metrics.json"))
-        return 0
     with RunLock() as lock:
         if run:
             on_rank_zero(lambda: _take(lock, run))
+        checkpoint = run.load_checkpoint() if run else None
+        if run and _is_finished(run, config):
+            say(f"{run.path} is finished; nothing to do", "")
+            _show(run.read_json("metrics.json"))
+            return 0
         splits = _load(config, given if not run else config)
         if run:
             _check_same_data(run, config)
-        checkpoint = run.load_checkpoint() if run else None
         seed_everything(config["seed"])
         trunk = build(config)
         _set_transforms(splits, trunk)
@@ -81,47 +79,6 @@ def run(args: argparse.Namespace) -> int:
         training.train()
         on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
     return 0
-
-
-@dataclasses.dataclass
-class Place:
-    """Which run folder the flags mean."""
-
-    resume: str | None = None
-    resume_if_exists: bool = False
-    name: str | None = None
-    output_dir: str = "runs"
-
-    @property
-    def flag(self) -> str:
-        """The flag by which an earlier run is continued."""
-        return "--resume" if self.resume else "--resume-if-exists"
-
-    def earlier_run(self) -> str | None:
-        """The folder of the run to continue, if there is one."""
-        if self.resume:
-            if self != Place(resume=self.resume):
-                raise UserError(
-                    "--resume continues in the run's own folder; leave out --name, --output-dir "
-                    "and --resume-if-exists"
-                )
-            return self.resume
-        if self.name is not None and (
-            self.name in ("", ".", "..") or Path(self.name).name != self.name
-        ):
-            raise UserError(f"--name: expected a folder name without separators, got {self.name!r}")
-        if not self.resume_if_exists:
-            return None
-        if self.name is None:
-            raise UserError("--resume-if-exists needs --name, which says what run it is")
-        path = Path(self.output_dir, self.name)
-        return str(path) if RunFolder.is_at(path) else None
-
-    def check(self) -> None:
-        """Find now what would prevent a new run."""
-        path = Path(self.output_dir, self.name or "")
-        if self.name and path.exists() and not (self.resume_if_exists and is_unfilled(path)):
-            raise UserError(taken(path))
 
 
 # --- checks ---------------------------------------------------------------------------------
@@ -258,7 +215,7 @@ def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
 def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
-    run = RunFolder.create(Path(place.output_dir), place.name, stem, place.resume_if_exists)
+    run = RunFolder.create(place.parent, place.name, stem, place.resume_if_exists)
     _take(lock, run)
     return run
 

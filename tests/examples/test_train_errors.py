@@ -36,6 +36,7 @@ MISTAKES = {
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run in nowhere",
+    "--resume nowhere --output-dir runs": "leave out --name, --output-dir and --resume-if-exists",
     "--resume nowhere --resume-if-exists": "leave out --name, --output-dir and --resume-if-exists",
     "--resume-if-exists": "--resume-if-exists needs --name",
     "--resume-if-exists --name a/b": "--name: expected a folder name without separators",
