@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from . import screen
@@ -47,9 +48,22 @@ def start(device: torch.device) -> None:
     if not launched_by_torchrun():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, store=_store(), rank=rank(), world_size=world_size())
     global _waiting
     _waiting = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_RANK_ZERO)
+
+
+def _store() -> dist.Store:
+    """Where the processes tell each other their addresses.
+
+    torchrun keeps it when it restarts them (pytorch issue 135712), so that some would look for
+    those that died. The number of restarts is the same for all as long as there is one torchrun.
+    """
+    store, _, _ = next(rendezvous("env://", rank(), world_size()))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart {restarts}", store)
+    return store
 
 
 def stop() -> None:
