@@ -208,6 +208,17 @@ def best(run):
     return (run / "checkpoints" / "best.pt").read_bytes()
 
 
+def test_best_checkpoint_that_a_kill_prevented_is_written(short, main, monkeypatch):
+    """The kill came after last.pt, of an epoch that no later one surpasses."""
+    from retrieval.training import Training
+
+    before = best(short)
+    (short / "checkpoints" / "best.pt").unlink()
+    monkeypatch.setattr(Training, "train", lambda self: None)
+    assert main("--resume", short, "--epochs", 2) == 0
+    assert best(short) == before
+
+
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
 def test_a_killed_run_with_more_state_continues_to_the_same_end(whole, main, strict_json, setting):
     run, copies = whole(setting)
