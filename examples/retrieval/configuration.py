@@ -1,9 +1,11 @@
 """What a run is made of: the flags of the command line, their defaults, and an earlier run's."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from .data import (
 from .errors import UserError
 from .metrics import RECALL_AT
 from .processes import world_size
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder, is_unfilled, taken
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
 DEFAULTS: dict[str, Any] = {
@@ -68,7 +70,10 @@ DEFAULTS: dict[str, Any] = {
     "amp": False,
     "device": "auto",
     "workers": 0,
+    "threads": None,
 }
+# Settings that came later, as runs from before them had them.
+EARLIER: dict[str, Any] = {"threads": None}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
@@ -99,7 +104,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 # What config.json of a run holds beside the settings.
 RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges")
 # What may differ when a run continues; everything else would make it another run.
-RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
+RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify", "grad_cache")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -219,6 +224,13 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+    add(
+        training,
+        "--threads",
+        "CPU threads of each process (default: what OMP_NUM_THREADS or else torch says); where "
+        "others use the cores, one may be faster; the number changes the last digits of results",
+        type=positive,
+    )
 
     run = flags.add_argument_group("run folder")
     add(
@@ -231,9 +243,17 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(run, "--name", "name of the run folder; must be new")
     add(
         run,
+        "--resume-if-exists",
+        "continue the run of this --name if it exists, and start it otherwise: for the command "
+        "line of a scheduler or of torchrun --max-restarts, which is the same each time",
+        action="store_true",
+    )
+    add(
+        run,
         "--resume",
         "run folder to continue, with its own configuration; --epochs may be "
-        "raised, --device, --workers and --grad-cache changed, after which the end may differ",
+        "raised, --device, --workers, --threads and --grad-cache changed, after which the end may "
+        "differ",
         metavar="FOLDER",
     )
     return flags
@@ -253,6 +273,57 @@ def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
         if arguments in typed:
             typed[arguments] = {**given.get(arguments, {}), **typed[arguments]}
     return {**given, **typed}
+
+
+@dataclasses.dataclass
+class Place:
+    """Which run folder the flags mean."""
+
+    resume: str | None = None
+    resume_if_exists: bool = False
+    name: str | None = None
+    output_dir: str | None = None
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> "Place":
+        """Take them out of what was typed; the rest is the configuration."""
+        return cls(**{x.name: given.pop(x.name, x.default) for x in dataclasses.fields(cls)})
+
+    @property
+    def parent(self) -> Path:
+        """Where run folders are made."""
+        return Path(self.output_dir or "runs")
+
+    @property
+    def flag(self) -> str:
+        """The flag by which an earlier run is continued."""
+        return "--resume" if self.resume else "--resume-if-exists"
+
+    def earlier_run(self) -> str | None:
+        """The folder of the run to continue, if there is one."""
+        if self.resume:
+            if self != Place(resume=self.resume):
+                raise UserError(
+                    "--resume continues in the run's own folder; leave out --name, --output-dir "
+                    "and --resume-if-exists"
+                )
+            return self.resume
+        if self.name is not None and (
+            self.name in ("", ".", "..") or Path(self.name).name != self.name
+        ):
+            raise UserError(f"--name: expected a folder name without separators, got {self.name!r}")
+        if not self.resume_if_exists:
+            return None
+        if self.name is None:
+            raise UserError("--resume-if-exists needs --name, which says what run it is")
+        path = self.parent / self.name
+        return str(path) if RunFolder.is_at(path) else None
+
+    def check(self) -> None:
+        """Find now what would prevent a new run."""
+        path = self.parent / (self.name or "")
+        if self.name and path.exists() and not (self.resume_if_exists and is_unfilled(path)):
+            raise UserError(taken(path))
 
 
 def configured(given: dict[str, Any]) -> dict[str, Any]:
@@ -304,24 +375,30 @@ def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
     return PAPER_PNP_ARGS if config["pretrained"] else PNP_ARGS
 
 
-def resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
+def resumed(
+    path: str, given: dict[str, Any], asked_by: str = "--resume"
+) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
-    run = RunFolder.existing(path)
-    config = run.read_json("config.json")
+    run = RunFolder.existing(path, asked_by)
+    config = {**EARLIER, **run.read_json(CONFIG)}
     missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
     if missing:
-        raise UserError(f"--resume: {path}/config.json is not of this program: no {missing[0]}")
+        raise UserError(f"{asked_by}: {path}/{CONFIG} is not of this program: no {missing[0]}")
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
-            raise UserError(f"--resume: {flag} can only be raised from {config[key]}, got {value}")
+            raise UserError(
+                f"{asked_by}: {flag} can only be raised from {config[key]}, got {value}"
+            )
         if key in RESUMABLE:
             config[key] = value
         elif config[key] != value:
-            raise UserError(f"--resume: the run has {flag} {config[key]}, so it cannot be {value}")
+            raise UserError(
+                f"{asked_by}: the run has {flag} {config[key]}, so it cannot be {value}"
+            )
     if config["world_size"] != world_size():
         raise UserError(
-            f"--resume: the run was started with {config['world_size']} processes and must "
+            f"{asked_by}: the run was started with {config['world_size']} processes and must "
             f"continue with as many, got {world_size()}"
         )
     return run, config

@@ -5,6 +5,7 @@
     python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
     python train.py --config retrieval/configs/online_products.yaml --data-root DATA
     python train.py --resume runs/digits-PNPLoss-Ds-1
+    python train.py --name mine --resume-if-exists              # start it, or continue it
     torchrun --nproc-per-node 2 train.py --batch-size 64
 
 The parts are those of pytorch-metric-learning: trainer, sampler, tester, accuracy calculator and
@@ -15,21 +16,21 @@ import argparse
 import json
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import configuration, processes
+from . import configuration, processes, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed, splits_of, with_file
+from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, splits_of, with_file
 from .data import RetrievalSplits
 from .devices import device_of
 from .errors import UserError
 from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import on_rank_zero, say, world_size
-from .run_folder import RunFolder
+from .progress import advice
+from .run_folder import CONFIG, RunFolder, RunLock
 from .training import Training, build_loss_and_miner, build_trainer, seed_everything
 from .trunks import SMALL, Trunk, has_batchnorm, import_timm
 
@@ -45,50 +46,44 @@ def run(args: argparse.Namespace) -> int:
     # PML's trainer formats the loss into its progress bar; not for the user to mend.
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
-    resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
-    if resume and (name or output_dir or "config" in given):
-        raise UserError(
-            "--resume continues in the run's own folder as it is configured; leave out --name, "
-            "--output-dir, --config"
-        )
+    place = Place.taken_from(given)
+    if place.resume and "config" in given:
+        raise UserError("--resume continues a run as it is configured; leave out --config")
     if "config" in given:
         given = with_file(given.pop("config"), given)
-    run, config = resumed(resume, given) if resume else (None, configured(given))
+    earlier = place.earlier_run()
+    run, config = resumed(earlier, given, place.flag) if earlier else (None, configured(given))
     _check_installed()
     device = device_of(config["device"])
+    _set_threads(config)
     _check_before_data(config)
-    output_dir = Path(output_dir or "runs")
     if not run:
-        _check_name(output_dir, name)
+        place.check()
     processes.start(device)
-    checkpoint = run.load_checkpoint() if run else None
-    if run and _is_finished(run, config):
-        say(f"{run.path} is finished; nothing to do", "")
-        _show(run.read_json("metrics.json"))
-        return 0
+    with RunLock() as lock:
+        if run:
+            on_rank_zero(lambda: _take(lock, run))
+        checkpoint = run.load_checkpoint() if run else None
+        if run and _is_finished(run, config):
+            say(f"{run.path} is finished; nothing to do", "")
+            _show(run.read_json("metrics.json"))
+            return 0
+        seed_everything(config["seed"])
+        trunk = build(config)
+        _fit_batchnorm(config, given, trunk)
+        splits = _load(config, given if not run else config)
+        if run:
+            _check_same_data(run, config)
+        _set_transforms(splits, trunk)
+        trainer = build_trainer(config, splits, trunk, device)
+        run = on_rank_zero(lambda: run or _new_run(lock, place, config))
+        on_rank_zero(lambda: _write_settings(run, config, splits))
+        _announce(run, config, splits, device)
 
-    seed_everything(config["seed"])
-    trunk = build(config)
-    _fit_batchnorm(config, given, trunk)
-    splits = splits_of(config)
-    _fit_batch(config, given if not resume else config, splits)
-    config["data"] = splits.summary()
-    config["split"] = splits.split_kind
-    config["pixel_ranges"] = splits.pixel_ranges
-    config["data_root"] = absolute_root(config)
-    if run:
-        _check_same_data(run, config)
-    _set_transforms(splits, trunk)
-    trainer = build_trainer(config, splits, trunk, device)
-    run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
-    on_rank_zero(lambda: run.write_json("config.json", config))
-    on_rank_zero(lambda: _write_data(run, splits))
-    _announce(run, config, splits, device)
-
-    training = Training(trainer, splits, run, config)
-    training.start_or_continue(checkpoint)
-    training.train()
-    on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+        training = Training(trainer, splits, run, config)
+        training.start_or_continue(checkpoint)
+        training.train()
+        on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
     return 0
 
 
@@ -149,18 +144,6 @@ def _check_before_data(config: dict[str, Any]) -> None:
     build_loss_and_miner(config, TRIAL_CLASSES)
 
 
-def _check_name(output_dir: Path, name: str | None) -> None:
-    if name is None:
-        return
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"--name: expected a folder name without separators, got {name!r}")
-    if (output_dir / name).exists():
-        raise UserError(
-            f"{output_dir / name} exists; take another --name, or continue it with "
-            f"--resume {output_dir / name}"
-        )
-
-
 def _fit_batchnorm(config: dict[str, Any], given: dict[str, Any], trunk: Trunk) -> None:
     """Switch a default off where there is no BatchNorm to freeze; refuse one that was typed."""
     if config["freeze_batchnorm"] and not has_batchnorm(trunk.module):
@@ -190,9 +173,18 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
 
 
 def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
-    before = run.read_json("config.json")["data"]
+    before = run.read_json(CONFIG)["data"]
     if before != config["data"]:
         raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
+
+
+def _set_threads(config: dict[str, Any]) -> None:
+    """Threads of this process, for torch and faiss, each of which has its own."""
+    import faiss
+
+    config["threads"] = config["threads"] or torch.get_num_threads()
+    torch.set_num_threads(config["threads"])
+    faiss.omp_set_num_threads(config["threads"])
 
 
 # --- parts of a run -------------------------------------------------------------------------
@@ -203,13 +195,33 @@ def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
     splits.val.transform = splits.test.transform = trunk.eval_transform
 
 
-def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunFolder:
+def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
+    """The data, of which the configuration then tells."""
+    splits = splits_of(config)
+    _fit_batch(config, given, splits)
+    config["data"] = splits.summary()
+    config["split"] = splits.split_kind
+    config["pixel_ranges"] = splits.pixel_ranges
+    config["data_root"] = absolute_root(config)
+    return splits
+
+
+def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
-    return RunFolder.create(output_dir, name, stem)
+    run = RunFolder.create(place.parent, place.name, stem, place.resume_if_exists)
+    _take(lock, run)
+    return run
 
 
-def _write_data(run: RunFolder, splits: RetrievalSplits) -> None:
+def _take(lock: RunLock, run: RunFolder) -> None:
+    lock.take(run)
+    screen.log_to(run.log)
+    run.remove_incomplete()
+
+
+def _write_settings(run: RunFolder, config: dict[str, Any], splits: RetrievalSplits) -> None:
+    run.write_json(CONFIG, config)
     header = ("class", "split", "images", "decided by")
     run.write_table("classes.csv", header, splits.class_rows())
     run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
@@ -221,7 +233,8 @@ def _announce(
     shown = {k: v for k, v in config.items() if k in DEFAULTS}
     say(
         f"run folder: {run.path}",
-        f"device: {device}, processes: {world_size()}",
+        f"device: {device}, processes: {world_size()}, threads of each: {config['threads']} "
+        "(--threads; their number changes the last digits of results)",
         "settings: " + ", ".join(f"{k}={v}" for k, v in shown.items()),
         *(
             f"{name}: {x['images']} images of {x['classes']} classes"
@@ -260,7 +273,7 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     }
     run.write_json("metrics.json", metrics)
     _show(metrics)
-    say("", f"written to {run.path}")
+    say(*advice(metrics, config), "", f"written to {run.path}")
 
 
 def _show(metrics: dict[str, Any]) -> None:

@@ -64,6 +64,23 @@ def quick(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def curves():
+    """The TensorBoard scalars of a run: {name: [(step, value), ...]}."""
+
+    def read(run):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (file,) = (run / "tensorboard").iterdir()
+        events = EventAccumulator(str(file)).Reload()
+        return {
+            name: [(x.step, x.value) for x in events.Scalars(name)]
+            for name in events.Tags()["scalars"]
+        }
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def strict_json():
     """Read JSON, refusing NaN and Infinity."""
 

@@ -36,6 +36,10 @@ MISTAKES = {
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run in nowhere",
+    "--resume nowhere --output-dir runs": "leave out --name, --output-dir and --resume-if-exists",
+    "--resume nowhere --resume-if-exists": "leave out --name, --output-dir and --resume-if-exists",
+    "--resume-if-exists": "--resume-if-exists needs --name",
+    "--resume-if-exists --name a/b": "--name: expected a folder name without separators",
     "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
     "--name ..": "--name: expected a folder name without separators, got '..'",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
@@ -59,6 +63,7 @@ ARGPARSE_MISTAKES = {
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",
     "--ema-decay 1": "expected a number from 0 to below 1, got '1'",
     "--grad-cache -1": "expected an integer of 0 or more, got '-1'",
+    "--threads 0": "expected a positive integer, got '0'",
     "--epoch 3": "unrecognized arguments: --epoch 3",
 }
 
@@ -136,3 +141,4 @@ def test_help_explains_test_and_validation(main, capsys):
     assert "whole classes are held out" in out
     assert "split by --test-fraction, and --seed draws the classes" in out
     assert "the test is closed-set" in out
+    assert "the number changes the last digits of results" in out
