@@ -10,7 +10,10 @@ from .errors import UserError
 from .processes import rank, say
 
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
-COMMANDS = {"train": "train an embedding and evaluate it on classes it has never seen"}
+COMMANDS = {
+    "train": "train an embedding and evaluate it on classes it has never seen",
+    "report": "make report.html in a run's folder: a page of what was learned",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -167,6 +167,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "raised, --device, --workers and --grad-cache changed, after which the end may differ",
         metavar="FOLDER",
     )
+    add(run, "--report", "make report.html in it at the end (the default)", action=switch)
     return flags
 
 
@@ -247,10 +248,7 @@ def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
 def resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
     run = RunFolder.existing(path)
-    config = run.read_json("config.json")
-    missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
-    if missing:
-        raise UserError(f"--resume: {path}/config.json is not of this program: no {missing[0]}")
+    config = of_run(run, "--resume")
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
@@ -265,6 +263,21 @@ def resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]
             f"continue with as many, got {world_size()}"
         )
     return run, config
+
+
+def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
+    """The configuration of an earlier run.
+
+    Raises:
+        UserError: If it lacks anything that this program writes.
+    """
+    config = run.read_json("config.json")
+    missing = sorted({*DEFAULTS, "world_size", "data", "versions"} - config.keys())
+    if missing:
+        raise UserError(
+            f"{asked_by}: {run.path}/config.json is not of this program: no {missing[0]}"
+        )
+    return config
 
 
 def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:

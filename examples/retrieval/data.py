@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,6 +165,18 @@ def load_splits(
         LabelledImages(test, unseen),
         kind,
         skipped,
+    )
+
+
+def splits_of(config: dict[str, Any]) -> RetrievalSplits:
+    """The splits of a run, from its configuration."""
+    return load_splits(
+        config["dataset"],
+        config["data_root"],
+        config["val_fraction"],
+        config["seed"],
+        config["turned_classes"],
+        config["skip_verify"],
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from .errors import UserError
 from .run_folder import RunFolder
+from .training import build_embedder, seed_everything
 from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
 
 # How the small trunk's training images vary, and whether they have colours.
@@ -18,6 +19,17 @@ def build(config: dict[str, Any]) -> Trunk:
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
     return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+
+
+def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Transform]:
+    """The network that a run started with, in eval mode, and the transform of its images.
+
+    The seed makes its weights again, as `train` makes them.
+    """
+    seed_everything(config["seed"])
+    trunk = build(config)
+    embedder = build_embedder(trunk, config)
+    return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
 
 
 def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
@@ -36,7 +48,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
     if best is None:
         raise UserError(f"{path} holds no checkpoints/best.pt yet")
     trunk = build(config)
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    embedder = build_embedder(trunk, config)
     trunk.module.load_state_dict(best["models"]["trunk"])
     embedder.load_state_dict(best["models"]["embedder"])
     return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform

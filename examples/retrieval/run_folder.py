@@ -2,10 +2,11 @@
 
 import csv
 import json
+import math
 import os
 import random
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ class RunFolder:
         """Write a CSV, whole or not at all."""
         _replace(self.path / name, lambda path: _write_csv(path, [header, *rows]))
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text, whole or not at all; what cannot be encoded is written as an escape."""
+        _replace(
+            self.path / name,
+            lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"),
+        )
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, None if it is not there."""
         path = self.path / name
@@ -114,6 +122,23 @@ class RunFolder:
                     )
                 connection.close()
 
+    def records(self, files: str, column: str) -> list[tuple[int, float]]:
+        """Steps and values of a column in the first of the logs' CSVs that has it.
+
+        Args:
+            files: A pattern of file names without the suffix.
+            column: Its name.
+        """
+        for path in sorted(self.logs.glob(f"{files}.csv")):
+            values = [
+                (int(row[STEP]), float(row[column]))
+                for row in _as_dicts(_rows_up_to(lambda _: math.inf, path))
+                if column in row
+            ]
+            if values:
+                return values
+        return []
+
     def replay_records(self, writer: Any) -> None:
         """Write the records to a new TensorBoard file; the old ones cannot be cut."""
         if not (self.logs / "logs.db").is_file():
@@ -147,6 +172,15 @@ def _rows_up_to(last_step: Any, path: Path) -> list[list[str]]:
             elif row and len(row) == len(header) and int(row[0]) <= last_step(header):
                 kept.append(row)
     return kept
+
+
+def _as_dicts(rows: Iterable[list[str]]) -> Iterator[dict[str, str]]:
+    header: list[str] = []
+    for row in rows:
+        if row[0] == STEP:
+            header = row
+        else:
+            yield dict(zip(header, row, strict=True))
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

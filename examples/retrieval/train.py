@@ -12,7 +12,6 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 
 import argparse
 import json
-import os
 import time
 import warnings
 from pathlib import Path
@@ -20,17 +19,19 @@ from typing import Any
 
 import torch
 
-from . import configuration, processes
+from . import configuration, processes, report
 from .by_name import TRIAL_CLASSES, try_out
 from .configuration import DEFAULTS, absolute_root, configured, resumed
-from .data import RetrievalSplits, load_splits
-from .errors import UserError
+from .data import RetrievalSplits, splits_of
+from .errors import UserError, require
 from .metrics import PRIMARY_METRIC, table
 from .network import build
-from .processes import on_rank_zero, say, world_size
+from .processes import find_device, on_rank_zero, say, world_size
 from .run_folder import RunFolder
 from .training import Training, build_loss_and_miner, build_trainer, seed_everything
 from .trunks import SMALL, Trunk, import_timm
+
+NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -45,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
     resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
+    with_report = given.pop("report", True)
     run, config = resumed(resume, given) if resume else (None, configured(given))
     if resume and (name or output_dir):
         raise UserError(
             "--resume continues in the run's own folder; leave out --name, --output-dir"
         )
-    _check_installed()
-    device = _device(config["device"])
+    require({**NEEDS, **(report.NEEDS if with_report else {})})
+    device = find_device(config["device"])
     _check_before_data(config)
     output_dir = Path(output_dir or "runs")
     if not run:
@@ -63,14 +65,7 @@ def run(args: argparse.Namespace) -> int:
         _show(run.read_json("metrics.json"))
         return 0
 
-    splits = load_splits(
-        config["dataset"],
-        config["data_root"],
-        config["val_fraction"],
-        config["seed"],
-        config["turned_classes"],
-        config["skip_verify"],
-    )
+    splits = splits_of(config)
     _fit_batch(config, given if not resume else config, splits)
     config["data"] = splits.summary()
     config["data_root"] = absolute_root(config)
@@ -89,25 +84,12 @@ def run(args: argparse.Namespace) -> int:
     training.start_or_continue(checkpoint)
     training.train()
     on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+    if with_report:
+        on_rank_zero(lambda: _report(run, config, splits, device))
     return 0
 
 
 # --- checks ---------------------------------------------------------------------------------
-
-
-def _check_installed() -> None:
-    missing = []
-    for module, package in (
-        ("faiss", "faiss-cpu"),
-        ("record_keeper", "record-keeper"),
-        ("tensorboard", "tensorboard"),
-    ):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise UserError(f"missing packages; install them with pip install {' '.join(missing)}")
 
 
 def _check_before_data(config: dict[str, Any]) -> None:
@@ -182,26 +164,6 @@ def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
         raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 # --- parts of a run -------------------------------------------------------------------------
 
 
@@ -264,6 +226,20 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     run.write_json("metrics.json", metrics)
     _show(metrics)
     say("", f"written to {run.path}")
+
+
+def _report(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+) -> None:
+    try:
+        path = report.make(run, config, splits, device)
+    except Exception as error:  # the run is finished and saved, whatever becomes of its report
+        say(
+            f"warning: the report could not be made: {type(error).__name__}: {error}",
+            f"make it with python examples/retrieval report {run.path}",
+        )
+    else:
+        say(f"report: {path}")
 
 
 def _show(metrics: dict[str, Any]) -> None:

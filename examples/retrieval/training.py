@@ -118,7 +118,7 @@ def build_trainer(
     config: dict[str, Any], splits: RetrievalSplits, trunk: Trunk, device: torch.device
 ) -> RetrievalTrainer:
     """The trainer with models, loss, miner, optimizers and sampler as configured."""
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    embedder = build_embedder(trunk, config)
     loss, miner = build_loss_and_miner(config, splits.train.num_classes)
     models = {
         "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
@@ -166,6 +166,11 @@ def build_trainer(
         amp=config["amp"],
         ema_decay=config["ema_decay"],
     )
+
+
+def build_embedder(trunk: Trunk, config: dict[str, Any]) -> torch.nn.Module:
+    """What maps the trunk's features to an embedding."""
+    return torch.nn.Linear(trunk.num_features, config["embedding_size"])
 
 
 def _in_chunks(trunk: torch.nn.Module, chunk_size: int) -> torch.nn.Module:

@@ -23,12 +23,17 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 @dataclasses.dataclass
 class Trunk:
-    """A network that turns images into features, and how images are made ready for it."""
+    """A network that turns images into features, and how images are made ready for it.
+
+    `mean` and `std` are what the transforms normalise by, for each channel or for all.
+    """
 
     module: nn.Module
     num_features: int
     train_transform: Transform
     eval_transform: Transform
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
 
 class SmallConvNet(nn.Sequential):
@@ -158,7 +163,7 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
     train, evaluate = (
         TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
     )
-    return Trunk(module, module.num_features, train, evaluate)
+    return Trunk(module, module.num_features, train, evaluate, config["mean"], config["std"])
 
 
 def import_timm(name: str) -> ModuleType:
