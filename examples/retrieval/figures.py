@@ -12,6 +12,7 @@ import torch
 INK = "#7d828a"
 COLORS = {"untrained": "#d9822b", "trained": "#3d8bd4"}
 STYLE = {
+    "axes.axisbelow": True,
     "axes.edgecolor": INK,
     "axes.grid": True,
     "axes.labelcolor": INK,
@@ -46,6 +47,8 @@ def curve(title: str, epochs: Sequence[float], values: Sequence[float]) -> Diagr
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.ticklabel_format(axis="y", useOffset=False)
+        if min(values) == max(values) > 0:
+            axes.set_ylim(0, 2 * values[0])
 
     alt = (
         f"{title} over {epochs[-1]:g} epochs: {values[0]:.4g} at first, {values[-1]:.4g} at last, "

@@ -205,7 +205,7 @@ class TestResults:
         samples = [self.samples[i] for i in chosen]
         return Map(
             planes[self.networks[0]][1],
-            {name: _on_canvas(plane) for name, (plane, _) in planes.items()},
+            {name: _on_canvas(planes[name][0]) for name in self.embeddings},
             [(label, next(colors), groups[label]) for label in sorted(groups)],
             [f"{x.label} · {_file(x)}" for x in samples],
             sprite(samples, MAP_SIDE),
