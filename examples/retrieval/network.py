@@ -6,7 +6,7 @@ import torch
 
 from .errors import UserError
 from .run_folder import RunFolder
-from .training import build_embedder, seed_everything
+from .seeding import seed_everything
 from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
 
 # How the small trunk's training images vary, and whether they have colours.
@@ -19,6 +19,11 @@ def build(config: dict[str, Any]) -> Trunk:
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     small = SmallTransform(config["image_size"] or SMALL_IMAGE_SIZE, **images)
     return build_trunk(config["trunk"], config["pretrained"], config["image_size"], small)
+
+
+def build_embedder(trunk: Trunk, config: dict[str, Any]) -> torch.nn.Module:
+    """What maps the trunk's features to an embedding."""
+    return torch.nn.Linear(trunk.num_features, config["embedding_size"])
 
 
 def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Transform]:

@@ -28,7 +28,8 @@ from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import find_device, on_rank_zero, say, world_size
 from .run_folder import RunFolder
-from .training import Training, build_loss_and_miner, build_trainer, seed_everything
+from .seeding import seed_everything
+from .training import Training, build_loss_and_miner, build_trainer
 from .trunks import SMALL, Trunk, import_timm
 
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}

@@ -1,7 +1,6 @@
 """Everything that PML's trainer is made of, and what happens when an epoch ends."""
 
 import math
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from .by_name import build_loss, build_miner
 from .data import RetrievalSplits
 from .errors import UserError
 from .metrics import PRIMARY_METRIC, build_tester, metrics_of
+from .network import build_embedder
 from .processes import (
     gather,
     launched_by_torchrun,
@@ -31,6 +31,7 @@ from .processes import (
     world_size,
 )
 from .run_folder import RunFolder, own_state, restore, shared_state
+from .seeding import seed_everything
 from .trunks import Trunk
 
 RECORDS_PER_EPOCH = 5
@@ -105,15 +106,6 @@ class PartOfBatches(MPerClassSampler):
         return super().__len__() // world_size()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def build_trainer(
     config: dict[str, Any], splits: RetrievalSplits, trunk: Trunk, device: torch.device
 ) -> RetrievalTrainer:
@@ -166,11 +158,6 @@ def build_trainer(
         amp=config["amp"],
         ema_decay=config["ema_decay"],
     )
-
-
-def build_embedder(trunk: Trunk, config: dict[str, Any]) -> torch.nn.Module:
-    """What maps the trunk's features to an embedding."""
-    return torch.nn.Linear(trunk.num_features, config["embedding_size"])
 
 
 def _in_chunks(trunk: torch.nn.Module, chunk_size: int) -> torch.nn.Module:
