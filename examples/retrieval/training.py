@@ -42,6 +42,9 @@ class RetrievalTrainer(MetricLossOnly):
 
     The embedder and the loss stay in float32: a similarity rounded to bfloat16 is off by up to
     0.002, which a ranking loss then divides by a temperature of about 0.01.
+
+    A loss that collects statistics does so in the iterations that are recorded, because for a large
+    batch counting takes longer than the loss itself.
     """
 
     def __init__(self, *args, amp: bool = False, ema_decay: float = 0.0, **kwargs):
@@ -61,6 +64,13 @@ class RetrievalTrainer(MetricLossOnly):
                 name: AveragedModel(unwrap(model), multi_avg_fn=average, use_buffers=True)
                 for name, model in self.models.items()
             }
+        self.record_every = max(1, self.iterations_per_epoch // RECORDS_PER_EPOCH)
+        self.counting = [
+            module
+            for loss in self.loss_funcs.values()
+            for module in loss.modules()
+            if getattr(module, "collect_stats", False)
+        ]
 
     @property
     def trained_models(self) -> dict[str, torch.nn.Module]:
@@ -73,6 +83,12 @@ class RetrievalTrainer(MetricLossOnly):
         """The trunk's features, in float32."""
         with self.autocast:
             return super().get_trunk_output(data).float()
+
+    def calculate_loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The loss of a batch, with statistics if this iteration is recorded."""
+        for module in self.counting:
+            module.collect_stats = self.iteration % self.record_every == 0
+        super().calculate_loss(batch)
 
     def backward(self) -> None:
         """Backward of the scaled loss."""
@@ -275,7 +291,7 @@ class Training:
             record_keeper,
             primary_metric=PRIMARY_METRIC,
             save_models=False,  # one atomic checkpoint instead of a file per object
-            log_freq=max(1, iterations // RECORDS_PER_EPOCH),
+            log_freq=self.trainer.record_every,
         )
         self.tester.end_of_testing_hook = self.hooks.end_of_testing_hook
         self.evaluate = self.hooks.end_of_epoch_hook(

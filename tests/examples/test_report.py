@@ -679,3 +679,26 @@ def test_training_image_is_shown_as_it_was(mode):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     tensor = SmallTransform(8, mode)(Image.fromarray(pixels))
     assert np.array_equal(to_image(tensor, (0.5,), (0.5,)), pixels)
+
+
+def test_negatives_are_counted_where_they_are_recorded(main, quick, tmp_path, monkeypatch):
+    """And only there, since counting takes longer than the loss of a large batch."""
+    from retrieval.run_folder import RunFolder
+
+    from pml_pnp import PNPLoss
+
+    forward, counted = PNPLoss.compute_loss, []
+
+    def watched(self, *arguments):
+        result = forward(self, *arguments)
+        counted.append(self.negatives_before_positive if self.collect_stats else None)
+        return result
+
+    monkeypatch.setattr(PNPLoss, "compute_loss", watched)
+    assert main(*quick, "--epochs", 2, "--output-dir", tmp_path, "--name", "run") == 0
+    calls = counted[-22:]  # 11 iterations an epoch, after those that try the loss out
+    recorded = RunFolder(tmp_path / "run").records("metric_loss_*", "negatives_before_positive")
+    assert [step for step, _ in recorded] == [i for i, x in enumerate(calls) if x is not None]
+    assert len(recorded) == 12
+    assert [x for _, x in recorded] == [x for x in calls if x is not None]
+    assert any(x > 0 for _, x in recorded)
