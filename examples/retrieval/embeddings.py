@@ -61,7 +61,7 @@ def to_plane(embeddings: torch.Tensor) -> tuple[np.ndarray, str]:
         except ImportError:
             pass
         else:
-            reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=0)
+            reducer = UMAP(UMAP_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1)
             return reducer.fit_transform(points), "UMAP"
     from sklearn.decomposition import PCA
 

@@ -84,7 +84,7 @@ def negatives_histogram(counts: dict[str, torch.Tensor]) -> Diagram:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("negatives before the positive")
         axes.set_ylabel("share of pairs")
-        axes.legend()
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
     none = ", ".join(f"{x[0]:.1%} {network}" for network, x in shares.items())
     return Diagram(title, _drawn(9.4, 3.0, draw), f"{title}; pairs without any: {none}")
