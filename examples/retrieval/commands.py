@@ -14,6 +14,7 @@ from .processes import rank
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
 COMMANDS = {
     "train": "train an embedding and evaluate it on classes it has never seen",
+    "report": "make report.html in a run's folder: a page of what was learned",
     "search": "find the images of a folder that are most like given ones",
     "export": "write the network and its embeddings for use elsewhere",
     "compare": "a table over several runs",

@@ -28,7 +28,6 @@ from .data import (
     READERS,
     TEST_FRACTION,
     RetrievalSplits,
-    load_splits,
 )
 from .errors import UserError
 from .metrics import RECALL_AT
@@ -256,6 +255,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "differ",
         metavar="FOLDER",
     )
+    add(run, "--report", "make report.html in it at the end (the default)", action=switch)
     return flags
 
 
@@ -350,17 +350,24 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def splits_of(config: dict[str, Any], data_root: str | None = None) -> RetrievalSplits:
-    """The data of a run, from another folder if they have moved."""
-    return load_splits(
-        config["dataset"],
-        data_root or config["data_root"],
-        config["val_fraction"],
-        config["seed"],
-        config["turned_classes"],
-        config["skip_verify"],
-        config["test_fraction"],
-    )
+def splits_of_run(config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
+    """The images of an earlier run, at their place or at another.
+
+    Raises:
+        UserError: If they are not there, or not the same ones.
+    """
+    config = {**config, "data_root": data_root or config["data_root"]}
+    advice = "name the folder that holds the images of the run with --data-root"
+    try:
+        splits = splits_of(config)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    if splits.summary() != config["data"]:
+        raise UserError(
+            f"the images in {config['data_root']} are not those of the run: were "
+            f"{config['data']}, are {splits.summary()}; {advice}"
+        )
+    return splits
 
 
 def absolute_root(config: dict[str, Any]) -> str | None:
@@ -380,10 +387,7 @@ def resumed(
 ) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
     run = RunFolder.existing(path, asked_by)
-    config = {**EARLIER, **run.read_json(CONFIG)}
-    missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
-    if missing:
-        raise UserError(f"{asked_by}: {path}/{CONFIG} is not of this program: no {missing[0]}")
+    config = of_run(run, asked_by)
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
@@ -402,6 +406,19 @@ def resumed(
             f"continue with as many, got {world_size()}"
         )
     return run, config
+
+
+def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
+    """The configuration of an earlier run.
+
+    Raises:
+        UserError: If it lacks anything that this program writes.
+    """
+    config = {**EARLIER, **run.read_json(CONFIG)}
+    missing = sorted({*DEFAULTS, "world_size", "data", "versions"} - config.keys())
+    if missing:
+        raise UserError(f"{asked_by}: {run.path}/{CONFIG} is not of this program: no {missing[0]}")
+    return config
 
 
 def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:

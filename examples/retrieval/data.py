@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,6 +254,19 @@ def load_splits(
     for part in (splits.train, splits.val, splits.test):
         part.pixel_ranges = ranges
     return splits
+
+
+def splits_of(config: dict[str, Any]) -> RetrievalSplits:
+    """The splits of a run, from its configuration."""
+    return load_splits(
+        config["dataset"],
+        config["data_root"],
+        config["val_fraction"],
+        config["seed"],
+        config["turned_classes"],
+        config["skip_verify"],
+        config["test_fraction"],
+    )
 
 
 def with_turned_classes(samples: list[Sample]) -> list[Sample]:

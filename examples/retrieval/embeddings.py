@@ -1,82 +1,129 @@
-"""Embed images with the network of a run, in batches, with a progress bar."""
+"""Embeddings of many images, and their picture in the plane."""
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import tqdm
-from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from .data import Sample
+from .data import LabelledImages, Sample
 from .errors import UserError
 from .image_tree import Skipped
+from .metrics import BATCH_SIZE
+from .processes import rank
 from .trunks import Transform
 
-BATCH_SIZE = 128
-
-
-class _Tensors(Dataset):
-    """Images as tensors with their places; what cannot be read, with the reason."""
-
-    def __init__(self, samples: Sequence[Sample], transform: Transform):
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> tuple[int, torch.Tensor | str]:
-        try:
-            return i, self.transform(self.samples[i].open())
-        except UserError as error:
-            return i, str(error)
+# Fewer points than this have no neighbourhoods for UMAP to keep.
+FEWEST_FOR_UMAP = 20
+UMAP_NEIGHBOURS = 15
 
 
 def embed(
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: torch.nn.Module,
+    images: Dataset,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    normalize: bool = True,
+    workers: int = 0,
+    description: str = "embedding",
+    unreadable: Callable[[int, str], None] | None = None,
+) -> torch.Tensor:
+    """Embed images in batches, with a progress bar.
+
+    Args:
+        network: Maps `(batch, channels, size, size)` to `(batch, d)`; it is put in eval mode.
+        images: Tensors of one size, or tuples that start with them.
+        batch_size: How many images go through the network at a time.
+        device: Where the network computes; it is moved there.
+        normalize: Scale each embedding to length 1.
+        workers: Loader processes; 0 loads in this one.
+        description: What stands before the bar.
+        unreadable: Called with the number of an image that cannot be read, and the reason.
+
+    Returns:
+        `(N, d)`, float32, on the CPU, in the order of the images that can be read.
+
+    Raises:
+        UserError: If an image cannot be read and there is no `unreadable`, or the embeddings are
+            not finite.
+    """
+    network = network.to(device).eval()
+    batches = DataLoader(_Readable(images), batch_size, num_workers=workers, collate_fn=list)
+    embeddings, number = [], 0
+    with torch.inference_mode():
+        for batch in tqdm.tqdm(batches, desc=description, disable=None if rank() == 0 else True):
+            for i, image in enumerate(batch, number):
+                if isinstance(image, UserError):
+                    if unreadable is None:
+                        raise image
+                    unreadable(i, str(image))
+            number += len(batch)
+            read = [image for image in batch if not isinstance(image, UserError)]
+            if read:
+                embeddings.append(network(torch.stack(read).to(device)).float().cpu())
+    if not embeddings:
+        return torch.empty(0, 0)
+    joined = torch.cat(embeddings)
+    if not joined.isfinite().all():
+        raise UserError("the embeddings are not finite; the weights have diverged")
+    return torch.nn.functional.normalize(joined) if normalize else joined
+
+
+def embed_samples(
+    network: torch.nn.Module,
     samples: Sequence[Sample],
     transform: Transform,
-    device: torch.device | None = None,
-    workers: int = 0,
-    skipped: list[Skipped] | None = None,
+    device: torch.device | str,
+    workers: int,
+    skipped: list[Skipped],
 ) -> tuple[torch.Tensor, list[int]]:
     """Embed what can be read of some images.
 
-    Args:
-        network: From `(batch, channels, size, size)` to `(batch, d)`, on `device`, in eval mode.
-        samples: The images.
-        transform: From an image to what the network takes.
-        device: Where the network is; the CPU by default.
-        workers: Processes that read images.
-        skipped: Takes those that cannot be read.
-
     Returns:
-        `(n, d)` in float32 on the CPU, each of length 1, and which `n` of the samples they are of.
-
-    Raises:
-        UserError: If an image cannot be read and there is no `skipped`, or an embedding is not
-            finite.
+        `(n, d)`, of length 1, and the numbers of these `n` samples; the others are in `skipped`.
     """
-    loader = DataLoader(
-        _Tensors(samples, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
+    images = LabelledImages(samples, sorted({x.label for x in samples}))
+    images.transform = transform
+    missing: dict[int, str] = {}
+    embeddings = embed(
+        network, images, BATCH_SIZE, device, workers=workers, unreadable=missing.__setitem__
     )
-    found, places = [], []
-    with (
-        torch.inference_mode(),
-        tqdm.tqdm(total=len(samples), desc="embedding", disable=None) as bar,
-    ):
-        for batch in loader:
-            bar.update(len(batch))
-            for i, reason in batch:
-                if isinstance(reason, str):
-                    if skipped is None:
-                        raise UserError(reason)
-                    skipped.append(Skipped(samples[i].name, reason))
-            read = [(i, image) for i, image in batch if not isinstance(image, str)]
-            if read:
-                places += [i for i, _ in read]
-                images = torch.stack([image for _, image in read]).to(device)
-                found.append(normalize(network(images).float()).cpu())
-    embeddings = torch.cat(found) if found else torch.empty(0, 0)
-    if not embeddings.isfinite().all():
-        raise UserError("the embeddings are not finite; the weights have diverged")
-    return embeddings, places
+    skipped += [Skipped(samples[i].name, reason) for i, reason in missing.items()]
+    return embeddings, [i for i in range(len(samples)) if i not in missing]
+
+
+class _Readable(Dataset):
+    """Images, and in place of those that cannot be read the errors."""
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor | UserError:
+        try:
+            image = self.images[i]
+        except UserError as error:
+            return error
+        return image[0] if isinstance(image, list | tuple) else image
+
+
+def to_plane(embeddings: torch.Tensor) -> tuple[np.ndarray, str]:
+    """Points in the plane, and the method: UMAP where it is installed, otherwise PCA."""
+    points = embeddings.numpy()
+    if len(points) >= FEWEST_FOR_UMAP:
+        try:
+            from umap import UMAP
+        except ImportError:
+            pass
+        else:
+            reducer = UMAP(UMAP_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1)
+            return reducer.fit_transform(points), "UMAP"
+    from sklearn.decomposition import PCA
+
+    plane = np.zeros((len(points), 2), dtype=np.float32)
+    dimensions = min(2, *points.shape)
+    plane[:, :dimensions] = PCA(dimensions, random_state=0).fit_transform(points)
+    return plane, "PCA"

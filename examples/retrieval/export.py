@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from .arguments import natural
-from .configuration import splits_of
+from .configuration import of_run, splits_of_run
 from .data import Sample
-from .devices import device_of
-from .embeddings import embed
+from .embeddings import embed_samples
 from .errors import UserError
 from .image_tree import Skipped, read_trees, summary
 from .network import load_best
-from .processes import say
+from .processes import find_device, say
 from .run_folder import RunFolder
 from .trunks import SmallTransform, TimmTransform, Transform
 
@@ -107,14 +106,12 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else run.path / "export"
     if output.exists():
         raise UserError(f"{output} exists; name a new folder by --output")
-    config = run.read_json("config.json")
+    config = of_run(run, "export")
     network, transform = load_best(args.run)
     skipped: list[Skipped] = []
     samples = _samples(args, config, skipped)
-    device = device_of(args.device)
-    embeddings, places = embed(
-        network.to(device), samples, transform, device, args.workers, skipped
-    )
+    device = find_device(args.device)
+    embeddings, places = embed_samples(network, samples, transform, device, args.workers, skipped)
     if skipped:
         say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
     if not places:
@@ -156,7 +153,7 @@ def _samples(
     args: argparse.Namespace, config: dict[str, Any], skipped: list[Skipped]
 ) -> list[Sample]:
     if not args.images:
-        return splits_of(config, args.data_root).test.samples
+        return splits_of_run(config, args.data_root).test.samples
     root = Path(args.images)
     if not root.is_dir():
         raise UserError(f"--images: expected a folder of images, got {args.images}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .data import Sample
-from .embeddings import embed
+from .embeddings import embed_samples
 from .errors import UserError
 from .image_tree import Skipped, read_trees
 from .network import load_best
@@ -59,7 +59,7 @@ class Index:
         if not root.is_dir():
             raise UserError(f"--index: expected a folder of images, got {folder}")
         network, self.transform = load_best(run)
-        self.network, self.device, self.workers = network.to(device), device, workers
+        self.network, self.device, self.workers = network, device, workers
         weights = (self.run.checkpoints / "best.pt").read_bytes()
         of = hashlib.sha256(str(root.resolve()).encode() + weights).hexdigest()[:12]
         self.name = f"index/{root.resolve().name}-{of}.npz"
@@ -101,7 +101,7 @@ class Index:
     def embed(self, names: list[str], skipped: list[Skipped]) -> tuple[np.ndarray, list[int]]:
         """Embeddings of image files, and which of them could be read."""
         samples = [Sample(name, "", Path(name)) for name in names]
-        embeddings, places = embed(
+        embeddings, places = embed_samples(
             self.network, samples, self.transform, self.device, self.workers, skipped
         )
         return embeddings.numpy(), places

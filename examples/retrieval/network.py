@@ -6,6 +6,7 @@ import torch
 
 from .errors import UserError
 from .run_folder import RunFolder
+from .seeding import seed_everything
 from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
 
 # How the small trunk's training images vary, and whether they have colours.
@@ -24,6 +25,22 @@ def build(config: dict[str, Any]) -> Trunk:
     )
 
 
+def build_embedder(trunk: Trunk, config: dict[str, Any]) -> torch.nn.Module:
+    """What maps the trunk's features to an embedding."""
+    return torch.nn.Linear(trunk.num_features, config["embedding_size"])
+
+
+def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Transform]:
+    """The network that a run started with, in eval mode, and the transform of its images.
+
+    The seed makes its weights again, as `train` makes them.
+    """
+    seed_everything(config["seed"])
+    trunk = build(config)
+    embedder = build_embedder(trunk, config)
+    return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
+
+
 def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
     """The trained network of a run, in eval mode, and the transform that its images need.
 
@@ -40,7 +57,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
     if best is None:
         raise UserError(f"{path} holds no checkpoints/best.pt yet")
     trunk = build(config)
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    embedder = build_embedder(trunk, config)
     trunk.module.load_state_dict(best["models"]["trunk"])
     embedder.load_state_dict(best["models"]["embedder"])
     return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform

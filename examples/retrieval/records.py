@@ -5,6 +5,7 @@ process and many, and with and without a memory, so that the curves of several r
 """
 
 import csv
+import math
 import os
 import socket
 import sqlite3
@@ -27,18 +28,17 @@ from .run_folder import RunFolder
 STEP = "~iteration~"  # record-keeper's name for the step column
 DATABASE = "logs.db"
 EPOCH = "epoch"  # a column of what is recorded once per epoch
-RECORDS_PER_EPOCH = 5
 
 
 class Records:
     """PML's hooks for one run: they record, evaluate and tell when to stop."""
 
-    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, iterations_per_epoch: int):
+    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, trainer: BaseTrainer):
         """Continue the records of a run where `epoch` ended."""
         self.run = run
         self.tester = tester
         with writing(run.logs, run.logs / DATABASE):
-            cut(run.logs, epoch, iterations_per_epoch)
+            cut(run.logs, epoch, trainer.iterations_per_epoch)
         self.curves = Curves(run.tensorboard)
         with writing(run.logs, run.logs / DATABASE):
             replay(run.logs, self.curves)
@@ -50,12 +50,11 @@ class Records:
             primary_metric=PRIMARY_METRIC,
             save_models=False,  # one atomic checkpoint instead of a file per object
         )
-        self.every = max(1, iterations_per_epoch // RECORDS_PER_EPOCH)
         tester.end_of_testing_hook = self.hooks.end_of_testing_hook
 
     def add(self, trainer: BaseTrainer) -> None:
         """Record an iteration, if it is its turn."""
-        if trainer.iteration % self.every == 0:
+        if trainer.is_recorded:
             for group, values in varying(trainer).items():
                 self.keeper.update_records(
                     values, trainer.get_global_iteration(), parent_name=group
@@ -186,6 +185,27 @@ def replay(logs: Path, curves: Curves) -> None:
                 if isinstance(values[series], int | float):
                     curves.add_scalar(f"{name}/{series}", values[series], values[STEP])
     connection.close()
+
+
+def read(logs: Path, files: str, column: str) -> list[tuple[int, float]]:
+    """Steps and values of a column in the first of the CSVs that has it.
+
+    Args:
+        logs: Their folder.
+        files: A pattern of file names without the suffix.
+        column: Its name.
+    """
+    for path in sorted(logs.glob(f"{files}.csv")):
+        header: list[str] = []
+        values = []
+        for row in _rows_up_to(lambda _: math.inf, path):
+            if row[0] == STEP:
+                header = row
+            elif column in header:
+                values.append((int(row[0]), float(row[header.index(column)])))
+        if values:
+            return values
+    return []
 
 
 def _rows_up_to(last_step: Callable[[list[str]], int], path: Path) -> list[list[str]]:

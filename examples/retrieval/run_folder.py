@@ -98,6 +98,13 @@ class RunFolder:
         """Write numpy arrays to an npz, whole or not at all."""
         replace(self.path / name, lambda path: _write_arrays(path, arrays))
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text, whole or not at all; what cannot be encoded is written as an escape."""
+        replace(
+            self.path / name,
+            lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"),
+        )
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, None if it is not there."""
         path = self.path / name

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from .arguments import natural, positive
 from .data import Sample
-from .devices import device_of
 from .errors import UserError
 from .image_tree import Skipped, read_trees
 from .image_tree import summary as summary_of
 from .index import Index, Neighbor
-from .processes import say
+from .processes import find_device, say
 
 ROWS_AT_MOST = 40  # of a sheet
 
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if path and Path(path).exists():
             raise UserError(f"{flag}: {path} exists; name a new file")
     queries = _queries(Path(args.query))
-    index = Index(args.run, args.index, device_of(args.device), args.workers)
+    index = Index(args.run, args.index, find_device(args.device), args.workers)
     if index.skipped:
         say(f"skipped {len(index.skipped)} files and folders:", *summary_of(index.skipped))
     say(

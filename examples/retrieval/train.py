@@ -20,19 +20,21 @@ from typing import Any
 
 import torch
 
-from . import configuration, processes, screen
+from . import configuration, processes, report, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, splits_of, with_file
-from .data import RetrievalSplits
-from .devices import device_of
-from .errors import UserError
+from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, with_file
+from .data import RetrievalSplits, splits_of
+from .errors import UserError, require
 from .metrics import PRIMARY_METRIC, table
 from .network import build
-from .processes import on_rank_zero, say, world_size
+from .processes import find_device, on_rank_zero, say, world_size
 from .progress import advice
 from .run_folder import CONFIG, RunFolder, RunLock
-from .training import Training, build_loss_and_miner, build_trainer, seed_everything
+from .seeding import seed_everything
+from .training import Training, build_loss_and_miner, build_trainer
 from .trunks import SMALL, Trunk, has_batchnorm, import_timm
+
+NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -47,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
     place = Place.taken_from(given)
+    with_report = given.pop("report", True)
     if place.resume and "config" in given:
         raise UserError("--resume continues a run as it is configured; leave out --config")
     if "config" in given:
         given = with_file(given.pop("config"), given)
     earlier = place.earlier_run()
     run, config = resumed(earlier, given, place.flag) if earlier else (None, configured(given))
-    _check_installed()
-    device = device_of(config["device"])
+    require({**NEEDS, **(report.NEEDS if with_report else {})})
+    device = find_device(config["device"])
     _set_threads(config)
     _check_before_data(config)
     if not run:
@@ -84,25 +87,12 @@ def run(args: argparse.Namespace) -> int:
         training.start_or_continue(checkpoint)
         training.train()
         on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+        if with_report:
+            on_rank_zero(lambda: _report(run, config, splits, device))
     return 0
 
 
 # --- checks ---------------------------------------------------------------------------------
-
-
-def _check_installed() -> None:
-    missing = []
-    for module, package in (
-        ("faiss", "faiss-cpu"),
-        ("record_keeper", "record-keeper"),
-        ("tensorboard", "tensorboard"),
-    ):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise UserError(f"missing packages; install them with pip install {' '.join(missing)}")
 
 
 def _check_before_data(config: dict[str, Any]) -> None:
@@ -274,6 +264,20 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     run.write_json("metrics.json", metrics)
     _show(metrics)
     say(*advice(metrics, config), "", f"written to {run.path}")
+
+
+def _report(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+) -> None:
+    try:
+        path = report.make(run, config, splits, device)
+    except Exception as error:  # the run is finished and saved, whatever becomes of its report
+        say(
+            f"warning: the report could not be made: {type(error).__name__}: {error}",
+            f"make it with python examples/retrieval report {run.path}",
+        )
+    else:
+        say(f"report: {path}")
 
 
 def _show(metrics: dict[str, Any]) -> None:

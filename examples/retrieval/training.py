@@ -1,7 +1,6 @@
 """Everything that PML's trainer is made of, and what happens when an epoch ends."""
 
 import math
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from .by_name import build_loss, build_miner
 from .data import RetrievalSplits
 from .errors import UserError
 from .metrics import build_tester, metrics_of
+from .network import build_embedder
 from .processes import (
     gather,
     launched_by_torchrun,
@@ -33,7 +33,10 @@ from .processes import (
 from .progress import Progress
 from .records import Records
 from .run_folder import RunFolder, own_state, restore, shared_state
+from .seeding import seed_everything
 from .trunks import Trunk
+
+RECORDS_PER_EPOCH = 5
 
 
 class RetrievalTrainer(MetricLossOnly):
@@ -41,6 +44,9 @@ class RetrievalTrainer(MetricLossOnly):
 
     The embedder and the loss stay in float32: a similarity rounded to bfloat16 is off by up to
     0.002, which a ranking loss then divides by a temperature of about 0.01.
+
+    A loss that collects statistics does so in the iterations that are recorded, because for a large
+    batch counting takes longer than the loss itself.
     """
 
     def __init__(
@@ -63,6 +69,18 @@ class RetrievalTrainer(MetricLossOnly):
                 name: AveragedModel(unwrap(model), multi_avg_fn=average, use_buffers=True)
                 for name, model in self.models.items()
             }
+        self.record_every = max(1, self.iterations_per_epoch // RECORDS_PER_EPOCH)
+        self.counting = [
+            module
+            for loss in self.loss_funcs.values()
+            for module in loss.modules()
+            if getattr(module, "collect_stats", False)
+        ]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the records get this iteration."""
+        return self.iteration % self.record_every == 0
 
     @property
     def trained_models(self) -> dict[str, torch.nn.Module]:
@@ -80,6 +98,12 @@ class RetrievalTrainer(MetricLossOnly):
         """The trunk's features, in float32."""
         with self.autocast:
             return super().get_trunk_output(data).float()
+
+    def calculate_loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The loss of a batch, with statistics if this iteration is recorded."""
+        for module in self.counting:
+            module.collect_stats = self.is_recorded
+        super().calculate_loss(batch)
 
     def backward(self) -> None:
         """Backward of the scaled loss."""
@@ -113,20 +137,11 @@ class PartOfBatches(MPerClassSampler):
         return super().__len__() // world_size()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def build_trainer(
     config: dict[str, Any], splits: RetrievalSplits, trunk: Trunk, device: torch.device
 ) -> RetrievalTrainer:
     """The trainer with models, loss, miner, optimizers and sampler as configured."""
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    embedder = build_embedder(trunk, config)
     loss, miner = build_loss_and_miner(config, splits.train.num_classes)
     models = {
         "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
@@ -302,7 +317,7 @@ class Training:
             self.records.close()
 
     def _open_records(self, epoch: int) -> None:
-        self.records = Records(self.run, self.tester, epoch, self.trainer.iterations_per_epoch)
+        self.records = Records(self.run, self.tester, epoch, self.trainer)
         self.evaluate = self.records.evaluation(self.splits, self.config["patience"])
 
     def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:

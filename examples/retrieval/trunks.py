@@ -25,12 +25,17 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 @dataclasses.dataclass
 class Trunk:
-    """A network that turns images into features, and how images are made ready for it."""
+    """A network that turns images into features, and how images are made ready for it.
+
+    `mean` and `std` are what the transforms normalise by, for each channel or for all.
+    """
 
     module: nn.Module
     num_features: int
     train_transform: Transform
     eval_transform: Transform
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
 
 class SmallConvNet(nn.Sequential):
@@ -183,7 +188,8 @@ def _from_timm(
         TimmTransform(timm.data.create_transform(**config, **varied), config, ranges)
         for varied in ({"is_training": True, "color_jitter": color_jitter or None}, {})
     )
-    return Trunk(module, _num_features(module, name, config["input_size"]), train, evaluate)
+    features = _num_features(module, name, config["input_size"])
+    return Trunk(module, features, train, evaluate, config["mean"], config["std"])
 
 
 def _make(timm: ModuleType, name: str, pretrained: bool, image_size: int | None) -> nn.Module:

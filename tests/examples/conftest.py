@@ -60,7 +60,7 @@ def quick(tmp_path_factory):
             image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
             image.save(root / str(label) / f"{i:02d}.png")
     data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
-    return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2]
+    return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
 
 
 @pytest.fixture(scope="session")

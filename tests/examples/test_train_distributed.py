@@ -31,7 +31,7 @@ def finished(environment, quick, tmp_path_factory):
         [*memory, "--name", "parts", "--epochs", 1],
         ["--resume", folder / "parts", "--epochs", 2],
         [*new, "--name", "proxies", "--epochs", 1, "--loss", "ProxyAnchorLoss"],
-        [*frozen, "--name", PLAIN],
+        [*frozen, "--name", PLAIN, "--report"],
         [*frozen, "--name", "at once"],
         [*frozen, "--name", "in chunks", "--grad-cache", 7],
         ["--batch-size", 33, "--samples-per-class", 3],
@@ -63,6 +63,13 @@ def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
     assert strict_json(folder / "whole" / "config.json")["world_size"] == 2
     whole, parts = (numbers(folder / x, strict_json) for x in ("whole", "parts"))
     assert whole == parts and whole["epochs_trained"] == 2
+
+
+def test_one_process_of_two_makes_the_report(finished):
+    process, folder = finished
+    path = folder / PLAIN / "report.html"
+    assert process.stdout.count(f"report: {path}") == 1 and path.is_file()
+    assert "Nothing is shown of the" not in path.read_text(encoding="utf-8")
 
 
 def test_processes_augment_differently_and_share_batches_weights_and_proxies(finished):

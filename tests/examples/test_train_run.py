@@ -50,6 +50,7 @@ def test_run_folder_holds_everything(finished):
         "tensorboard",
         "checkpoints",
         "metrics.json",
+        "report.html",
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
 
