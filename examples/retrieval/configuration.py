@@ -28,6 +28,7 @@ from .data import (
     READERS,
     TEST_FRACTION,
     RetrievalSplits,
+    splits_of,
 )
 from .errors import UserError
 from .metrics import RECALL_AT

@@ -122,7 +122,11 @@ def timm(monkeypatch):
         return transform
 
     fake.create_model = create_model
-    data.resolve_model_data_config = lambda model: {"input_size": (3, 224, 224)}
+    data.resolve_model_data_config = lambda model: {
+        "input_size": (3, 224, 224),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
     data.create_transform = create_transform
     monkeypatch.setitem(sys.modules, "timm", fake)
     monkeypatch.setitem(sys.modules, "timm.data", data)
