@@ -63,6 +63,8 @@ def duration(seconds: float) -> str:
 
 def advice(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What to say where training made retrieval worse, and nothing elsewhere."""
+    if "trained" not in metrics:
+        return []
     before, after = (metrics[x][PRIMARY_METRIC] for x in ("untrained", "trained"))
     if before is None or after is None or after >= before:
         return []

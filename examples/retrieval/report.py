@@ -197,9 +197,11 @@ def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], l
         ("negatives_before_positive, in a batch", "*", "negatives_before_positive"),
     ):
         records = read(folder.logs, files, column)
+        if files == "learning_rates" and not config["lr_milestones"]:  # not recorded
+            steps = read(folder.logs, "loss_histories", "total_loss")
+            records = [(step, config["lr"]) for step, _ in steps]
         if not records:
-            is_constant = files == "learning_rates" and not config["lr_milestones"]
-            missing += [] if is_constant else [title]
+            missing.append(title)
             continue
         # Accuracies are recorded once per epoch, the rest by iterations counted from 0.
         by_epoch = column.endswith("_level0")

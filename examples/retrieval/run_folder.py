@@ -96,6 +96,8 @@ class RunFolder:
 
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write numpy arrays to an npz, whole or not at all."""
+        with writing(self.path / name):
+            (self.path / name).parent.mkdir(exist_ok=True)
         replace(self.path / name, lambda path: _write_arrays(path, arrays))
 
     def write_text(self, name: str, text: str) -> None:

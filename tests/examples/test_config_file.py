@@ -128,7 +128,7 @@ def test_file_that_is_absent_or_no_json_is_named(main, capsys, tmp_path):
 
 def test_resume_has_a_configuration_of_its_own(main, capsys, tmp_path):
     assert main("--resume", tmp_path, "--config", tmp_path / "settings.yaml") == 2
-    assert "leave out --name, --output-dir, --config" in capsys.readouterr().err
+    assert "as it is configured; leave out --config" in capsys.readouterr().err
 
 
 def test_a_batch_from_a_file_is_not_made_smaller(main, capsys, tmp_path):

@@ -335,11 +335,11 @@ def test_untrained_and_trained_network_give_the_metrics_of_the_run(finished, str
 @pytest.mark.parametrize("perfect", [False, True])
 def test_two_test_classes(main, arguments, images, tmp_path, perfect):
     root = tmp_path / "images"
-    for name in "0123":
-        shutil.copytree(images / name, root / name)
+    for split, name in (("train", "0"), ("train", "1"), ("test", "2"), ("test", "3")):
+        shutil.copytree(images / name, root / split / name)
     if perfect:  # each test class one image, again and again
         for name in "23":
-            for path in (root / name).glob("*.png"):
+            for path in (root / "test" / name).glob("*.png"):
                 Image.new("L", (8, 8), 50 * int(name)).save(path)
     options = [*arguments, "--data-root", root, "--batch-size", 4, "--epochs", 1]
     assert main(*options, "--output-dir", tmp_path, "--name", "run") == 0
@@ -482,7 +482,7 @@ def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
         for name in ("untrained", "trained")
     }
     run = RunFolder(copied)
-    splits = RetrievalSplits(images, images, images, "held-out classes")
+    splits = RetrievalSplits(images, images, images, "held-out classes", "by hand", False, [], {})
     content = contents(run, run.read_json("config.json"), splits, embeddings, [])
     run.write_text("report.html", render(content))
     assert (copied / "report.html").stat().st_size < 10 * MEGABYTES
@@ -657,17 +657,15 @@ def test_plane_of_any_embeddings(shape):
 
 
 def test_records_are_read_across_headers_and_cut_lines(tmp_path):
-    from retrieval.run_folder import RunFolder
+    from retrieval.records import read
 
-    run = RunFolder(tmp_path)
-    assert run.records("*", "loss") == []
-    run.logs.mkdir()
-    (run.logs / "a.csv").write_text("~iteration~,other\n0,1\n")
-    (run.logs / "b.csv").write_text(
+    assert read(tmp_path / "logs", "*", "loss") == []
+    (tmp_path / "a.csv").write_text("~iteration~,other\n0,1\n")
+    (tmp_path / "b.csv").write_text(
         "~iteration~,loss\n0,0.5\n1,0.25\n~iteration~,new,loss\n2,9,0.125\n3,9\n"
     )
-    assert run.records("*", "loss") == [(0, 0.5), (1, 0.25), (2, 0.125)]
-    assert run.records("a*", "loss") == []
+    assert read(tmp_path, "*", "loss") == [(0, 0.5), (1, 0.25), (2, 0.125)]
+    assert read(tmp_path, "a*", "loss") == []
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -683,7 +681,7 @@ def test_training_image_is_shown_as_it_was(mode):
 
 def test_negatives_are_counted_where_they_are_recorded(main, quick, tmp_path, monkeypatch):
     """And only there, since counting takes longer than the loss of a large batch."""
-    from retrieval.run_folder import RunFolder
+    from retrieval.records import read
 
     from pml_pnp import PNPLoss
 
@@ -697,7 +695,7 @@ def test_negatives_are_counted_where_they_are_recorded(main, quick, tmp_path, mo
     monkeypatch.setattr(PNPLoss, "compute_loss", watched)
     assert main(*quick, "--epochs", 2, "--output-dir", tmp_path, "--name", "run") == 0
     calls = counted[-22:]  # 11 iterations an epoch, after those that try the loss out
-    recorded = RunFolder(tmp_path / "run").records("metric_loss_*", "negatives_before_positive")
+    recorded = read(tmp_path / "run" / "logs", "metric_loss", "negatives_before_positive")
     assert [step for step, _ in recorded] == [i for i, x in enumerate(calls) if x is not None]
     assert len(recorded) == 12
     assert [x for _, x in recorded] == [x for x in calls if x is not None]

@@ -114,7 +114,7 @@ def timm(monkeypatch):
         fake.made.append((name, pretrained, num_classes, kwargs))
         return models[name](**kwargs)
 
-    def create_transform(input_size, is_training=False, color_jitter=None):
+    def create_transform(input_size, mean, std, is_training=False, color_jitter=None):
         def transform(image):
             pixels = np.asarray(image.resize(input_size[1:]), dtype=np.float32) / 255
             return torch.from_numpy(pixels).permute(2, 0, 1)
