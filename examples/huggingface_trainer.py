@@ -1,29 +1,26 @@
-"""Fine-tune a sentence transformer on CLINC150 by the Trainer of Hugging Face transformers.
+"""Fine-tune a sentence transformer on CLINC150 by the Trainer of Hugging Face's transformers.
 
-pip install -c constraints.txt ".[huggingface]"
-python examples/huggingface_trainer.py ../data NEW_FOLDER
+`pip install -c constraints.txt ".[huggingface]"`; `python examples/huggingface_trainer.py DATA NEW`
 """
 
 import sys
 
 import torch
+import transformers
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sentences import LONGEST, Embedder, bundled_model, requests
-from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
-from transformers import DataCollatorWithPadding as Padding
 
 from pml_pnp import losses
 
 
-class RetrievalTrainer(Trainer):
+class RetrievalTrainer(transformers.Trainer):
     loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
 
     def get_train_dataloader(self):
-        labels, size = [x["labels"] for x in self.train_dataset], self.args.train_batch_size
-        sampler = MPerClassSampler(labels, 4, size, self.args.max_steps * size)
-        return DataLoader(self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator)
+        data, size = self.train_dataset, self.args.train_batch_size
+        sampler = MPerClassSampler([x["labels"] for x in data], 4, size, self.args.max_steps * size)
+        return torch.utils.data.DataLoader(data, size, None, sampler, collate_fn=self.data_collator)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         labels = inputs.pop("labels")
@@ -38,26 +35,23 @@ def map_at_r(prediction):
 
 
 def main(data_root, output, folder=None, **kwargs):
-    folder = folder or bundled_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder or bundled_model())
     texts, intents = requests(data_root)
     names = list(dict.fromkeys(intents))
-    data = [
-        {**tokenizer(text, truncation=True, max_length=LONGEST), "labels": names.index(intent)}
-        for text, intent in zip(texts, intents, strict=True)
-    ]
+    tokens = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
+    data = [{"input_ids": tokens[i], "labels": names.index(x)} for i, x in enumerate(intents)]
     settings = {"max_steps": 30, "per_device_train_batch_size": 64, "learning_rate": 5e-5, **kwargs}
     settings |= {"remove_unused_columns": False, "label_names": ["labels"], "save_strategy": "no"}
     trainer = RetrievalTrainer(
-        model := Embedder(AutoModel.from_pretrained(folder)),
-        TrainingArguments(output, **settings),
-        data_collator=Padding(tokenizer),
+        Embedder(transformers.AutoModel.from_pretrained(folder or bundled_model())),
+        transformers.TrainingArguments(output, **settings),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
         train_dataset=[x for x in data if x["labels"] % 3],
         eval_dataset=[x for x in data if x["labels"] % 3 == 0],
         compute_metrics=map_at_r,
     )
     before, _ = trainer.evaluate(), trainer.train()
-    model.transformer.save_pretrained(output)
+    trainer.model.transformer.save_pretrained(output)
     return before, trainer.evaluate()
 
 

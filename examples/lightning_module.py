@@ -1,7 +1,6 @@
 """Train by PyTorch Lightning; the memory of the loss is saved in Lightning's checkpoints.
 
-pip install -c constraints.txt ".[lightning]"
-python examples/lightning_module.py
+`pip install -c constraints.txt ".[lightning]"`; `python examples/lightning_module.py`
 """
 
 import pytorch_lightning as lightning
