@@ -296,17 +296,17 @@ INTRODUCTION = """\
 # Time and memory
 
 A step is forward and backward of the loss, from embeddings to their gradient. The floor is the part
-of it that every loss on a similarity matrix has: normalize the embeddings, multiply them to
-similarities, and backward from a gradient that is already there, as autograd does it. Autograd
-makes two products for the gradient of a batch that is multiplied with itself. `PNPLoss` makes one,
-and can therefore take less than the floor.
+of a step that every loss on a similarity matrix needs: normalize the embeddings, multiply them, and
+propagate a given gradient of the similarities back to the embeddings by autograd. For a batch that
+is multiplied with itself, autograd computes two products in backward. `PNPLoss` computes one, and
+can therefore be faster than the floor.
 
-`PNPLoss` computes the sigmoids of a block of queries once, sums them to ranks, and turns them into
-the gradient while they are still in the cache. On a CPU the sigmoid of a difference is computed as
-a ratio, g<sub>p</sub> / (g<sub>p</sub> + g<sub>n</sub>) with g = exp(-s / `anneal`). That takes M
-exponentials for each query instead of one for each of its positives and references, and is done as
-long as they fit into the dtype. [loss.md](loss.md#chunks-and-memory) says which matrices are held
-in which case."""
+`PNPLoss` computes the sigmoids of a block of queries once, sums them to ranks, and computes the
+gradient from them while they are still in the cache. On a CPU the sigmoid of a difference is
+computed as a ratio, g<sub>p</sub> / (g<sub>p</sub> + g<sub>n</sub>) with g = exp(-s / `anneal`), if
+all g of a block fit into the dtype. This takes M exponentials for each query instead of one for
+each pair of a positive and a reference. [loss.md](loss.md#chunks-and-memory) says which matrices
+each case needs."""
 
 MEASURING = """\
 ## Measure it yourself

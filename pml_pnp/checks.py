@@ -1,4 +1,4 @@
-"""Checks of what a user passes, each with an error that says what was expected and what came."""
+"""Input validation; every error message says what was expected and what was given."""
 
 import math
 from numbers import Integral, Real
@@ -8,14 +8,15 @@ from torch import Tensor
 
 from pml_pnp.variants import VARIANTS
 
-# What the formulas hold in each dtype without overflow, and without underflow to zero.
+# Largest hyperparameter for which the formulas neither overflow nor underflow to zero in a dtype;
+# the smallest is its inverse.
 RANGES = {torch.float32: 1e30, torch.float64: 1e300}
 
 
 def check_hyperparameters(
     *, b, alpha, anneal, variant, include_self, dtype: torch.dtype | None = None
 ) -> None:
-    """Raise TypeError or ValueError unless PNPLoss accepts all, and can compute in `dtype`."""
+    """Raise TypeError or ValueError unless these are valid, also for computing in `dtype`."""
     for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a positive finite number, got {value!r}")
@@ -41,25 +42,26 @@ def _as_float(number: Real) -> float:
 
 
 def check_part(name: str, part) -> None:
-    """Raise TypeError unless a reducer or regularizer is None or an instance, no class or name."""
+    """Raise TypeError unless a reducer or regularizer is None or an instance of its class."""
     if part is None or (callable(part) and not isinstance(part, type)):
         return
     got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
     raise TypeError(f"{name} must be an instance of a {name} of pytorch_metric_learning, got {got}")
 
 
-def check_chunk_size(chunk_size) -> None:
-    """Raise TypeError or ValueError unless it is None or a positive integer."""
-    if chunk_size is None:
+def check_chunk_size(chunk_size, or_none: bool = False) -> None:
+    """Raise TypeError or ValueError unless this is a positive integer, or None if allowed."""
+    if chunk_size is None and or_none:
         return
+    expected = "a positive integer or None" if or_none else "a positive integer"
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-        raise TypeError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        raise TypeError(f"chunk_size must be {expected}, got {chunk_size!r}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size}")
+        raise ValueError(f"chunk_size must be {expected}, got {chunk_size}")
 
 
 def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
-    """Raise TypeError or ValueError unless these are arguments that PNPLoss can be called with."""
+    """Raise TypeError or ValueError unless these are valid arguments of a call of PNPLoss."""
     shape = "(batch size, embedding size)"
     check_matrix("embeddings", embeddings, shape)
     if labels is not None:
@@ -89,7 +91,7 @@ def check_inputs(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None
 
 
 def check_tuple(indices_tuple, n: int, m: int) -> None:
-    """Raise TypeError or ValueError unless it is a tuple of a miner for n queries, m references."""
+    """Raise TypeError or ValueError unless this is a miner's tuple for n queries, m references."""
     expected = "indices_tuple must be 3 or 4 one-dimensional tensors of indices"
     if not isinstance(indices_tuple, (tuple, list)):
         raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
@@ -112,7 +114,7 @@ def check_tuple(indices_tuple, n: int, m: int) -> None:
     filled = [position for position in range(len(sizes)) if lengths[position]]
     if not filled:
         return
-    # One transfer for all of them; an index left unchecked would end a CUDA process.
+    # One transfer from the device for all extremes. A bad index would end a CUDA process.
     extremes = torch.stack(
         [torch.stack(indices_tuple[i].long().aminmax()) for i in filled]
     ).tolist()
@@ -127,7 +129,7 @@ def check_tuple(indices_tuple, n: int, m: int) -> None:
 
 
 def check_matrix(name: str, matrix, shape: str) -> None:
-    """Raise TypeError or ValueError unless it is a floating point matrix; `shape` describes it."""
+    """Raise TypeError or ValueError unless this is a floating point matrix of shape `shape`."""
     if not isinstance(matrix, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(matrix).__name__}")
     if not matrix.is_floating_point():
@@ -137,7 +139,7 @@ def check_matrix(name: str, matrix, shape: str) -> None:
 
 
 def check_vector(name: str, vector, length: int, meaning: str = "") -> None:
-    """Raise TypeError or ValueError unless it is a tensor of shape (length,)."""
+    """Raise TypeError or ValueError unless this is a tensor of shape (length,)."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     if vector.shape != (length,):
@@ -145,14 +147,21 @@ def check_vector(name: str, vector, length: int, meaning: str = "") -> None:
 
 
 def check_labels(name: str, labels, length: int, meaning: str = "") -> None:
-    """Raise TypeError or ValueError unless they are a real tensor of shape (length,)."""
+    """Raise TypeError or ValueError unless this is a real tensor of shape (length,)."""
     check_vector(name, labels, length, meaning)
     if labels.is_complex():
         raise TypeError(f"{name} must be real, got {labels.dtype}")
 
 
+def check_enqueue_mask(enqueue_mask, length: int) -> None:
+    """Raise TypeError or ValueError unless this is a bool tensor of shape (length,)."""
+    check_vector("enqueue_mask", enqueue_mask, length)
+    if enqueue_mask.dtype != torch.bool:
+        raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
+
+
 def check_relation(similarity: Tensor, **given) -> None:
-    """Raise unless labels, with or without ref_labels, or else two fitting masks are given."""
+    """Raise TypeError or ValueError unless either valid labels or two valid masks are given."""
     names = [name for name, value in given.items() if value is not None]
     n, m = similarity.shape
     if names == ["positive_mask", "negative_mask"]:

@@ -1,4 +1,4 @@
-"""How PNPLoss calls a distance of the user, and when it may compute it itself instead."""
+"""How PNPLoss calls a distance, and when it may compute the matrix product itself instead."""
 
 import copy
 
@@ -10,23 +10,26 @@ from torch.nn.modules import module as torch_module
 
 from pml_pnp.precision import at_least_float32
 
-# PML 0.9.92, which powerful-benchmarker pins, has none; nothing is an instance of ().
+# PML 0.9.92, which powerful-benchmarker pins, has no BatchedDistance; isinstance(x, ()) is False.
 BatchedDistance = getattr(distances, "BatchedDistance", ())
 SELF_SIMILARITY_BLOCK = 128
 
 
 def similarity_matrix(distance, queries: Tensor, references: Tensor | None) -> Tensor:
-    """What `distance` returns, (N, M), in at least float32; without references, for the queries.
+    """Call `distance` and return its matrix, (N, M), in at least float32.
+
+    Args:
+        distance: of PML, or any callable like it
+        queries: (N, d)
+        references: (M, d), or None to compare the queries with each other
 
     Raises:
-        TypeError: it is no floating point tensor.
-        ValueError: it has another shape.
+        TypeError: the distance does not return a floating point tensor.
+        ValueError: the matrix has another shape.
     """
     expected = (len(queries), len(queries if references is None else references))
-    if isinstance(distance, BatchedDistance) and len(queries) == 0:
-        distance = distance.distance
     if isinstance(distance, BatchedDistance):
-        matrix = _collected(distance, queries, references)
+        matrix = _joined_blocks(distance, queries, references)
     else:
         matrix = distance(queries, references)
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
@@ -39,30 +42,32 @@ def similarity_matrix(distance, queries: Tensor, references: Tensor | None) -> T
     return matrix.to(at_least_float32(matrix.dtype))
 
 
-def _collected(distance, queries: Tensor, references: Tensor | None):
-    """The parts that a BatchedDistance makes, in one matrix.
+def _joined_blocks(distance, queries: Tensor, references: Tensor | None):
+    """Join the blocks of rows that a BatchedDistance computes.
 
-    A copy is called, with the hooks and methods of the original, so that the user's own `iter_fn`
-    is left alone.
+    The call is made on a copy, with the hooks and methods of the original, so that the `iter_fn` of
+    the user is neither called nor replaced.
     """
-    parts = []
+    if len(queries) == 0:  # there would be no block
+        return distance.distance(queries, references)
+    blocks = []
     batched = copy.copy(distance)
-    batched.iter_fn = lambda mat, start, end: parts.append(mat)
+    batched.iter_fn = lambda mat, start, end: blocks.append(mat)
     returned = batched(queries, references)
-    return torch.cat(parts) if returned is None else returned
+    return torch.cat(blocks) if returned is None else returned
 
 
 def self_similarities(distance, queries: Tensor) -> Tensor:
-    """What `distance` returns for each query and itself, (N,), from the diagonals of blocks."""
+    """Similarity of each query to itself by `distance`, (N,), from the diagonals of blocks."""
     blocks = queries.split(SELF_SIMILARITY_BLOCK)
     return torch.cat([similarity_matrix(distance, block, None).diagonal() for block in blocks])
 
 
 def is_product(distance) -> bool:
-    """Whether `distance(x, y)` is the product of both, or of their directions, and no more.
+    """Whether `distance(x, y)` is the matrix product of x and y, or of their directions.
 
-    That is so for PML's cosine similarity and dot product themselves, not for a subclass, and only
-    while nobody has changed their methods or looks on through hooks.
+    True for PML's CosineSimilarity and DotProductSimilarity, not for a subclass, and only if their
+    methods have not been replaced and no hook or record receives what they compute.
     """
     return (
         type(distance) in (CosineSimilarity, DotProductSimilarity)
@@ -74,51 +79,50 @@ def is_product(distance) -> bool:
 
 
 def is_unmodified(module: torch.nn.Module, *methods: str) -> bool:
-    """Whether a module of PML, or of this package, does what its class was written to do.
+    """Whether a module has no hooks, and the methods are those of PML or of this package.
 
-    Not if one of the methods has been replaced, in the class or the instance, or if a hook sees its
-    calls.
+    A method may have been replaced in the class or in the instance.
     """
-    own, cls = vars(module), type(module)
+    attributes, cls = vars(module), type(module)
     origins = [getattr(getattr(cls, name), "__module__", None) or "" for name in methods]
     return (
-        not any([own[name] for name in _HOOKS_OF_ONE])
-        and not any([name in own for name in methods])
+        not any([attributes[name] for name in _HOOKS_OF_A_MODULE])
+        and not any([name in attributes for name in methods])
         and all([x.startswith(("pytorch_metric_learning.", "pml_pnp.")) for x in origins])
     )
 
 
-_HOOKS_OF_ONE = [name for name in vars(torch.nn.Identity()) if name.endswith("_hooks")]
+_HOOKS_OF_A_MODULE = [name for name in vars(torch.nn.Identity()) if name.endswith("_hooks")]
 
 
-def _table(register):
-    """Weak reference to the table in which hooks on all modules are registered."""
+def _global_hooks(register):
+    """Weak reference to the dictionary in which `register` stores hooks on all modules."""
     handle = register(lambda *_: None)
     handle.remove()
     return handle.hooks_dict_ref
 
 
-_HOOKS_OF_ALL = [
-    _table(torch_module.register_module_forward_hook),
-    _table(torch_module.register_module_forward_pre_hook),
-    _table(torch_module.register_module_full_backward_pre_hook),
+_GLOBAL_HOOKS = [
+    _global_hooks(torch_module.register_module_forward_hook),
+    _global_hooks(torch_module.register_module_forward_pre_hook),
+    _global_hooks(torch_module.register_module_full_backward_pre_hook),
 ]
 _IDENTITY, _PROBE = torch.nn.Identity(), torch.empty(0, requires_grad=True)
 
 
-def all_modules_are_watched() -> bool:
-    """Whether hooks see the calls of all modules."""
-    if any([table() for table in _HOOKS_OF_ALL]):
+def has_global_hooks() -> bool:
+    """Whether hooks are registered on all modules of the process."""
+    if any([hooks() for hooks in _GLOBAL_HOOKS]):
         return True
-    # Backward hooks make a module return another tensor than it was given.
+    # A global backward hook, too, makes a module wrap its input in another tensor.
     return torch.is_grad_enabled() and _IDENTITY(_PROBE) is not _PROBE
 
 
 def frozen(module):
-    """A copy of a module as it is now, with the same parameters and copies of its buffers.
+    """Copy a module as it is now, with the same parameters and copies of its buffers.
 
-    What is computed with it in backward is what was computed in forward. An object that is no
-    module is returned as it is.
+    With the copy, backward computes again what forward computed, even if the module has been
+    changed since. An object that is not a module is returned unchanged.
     """
     if not isinstance(module, torch.nn.Module):
         return module

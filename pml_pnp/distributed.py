@@ -1,4 +1,4 @@
-"""The loss over the embeddings of all ranks: PML's DistributedLossWrapper with a third mode."""
+"""PML's wrappers for the embeddings of all ranks, with an exact mode that divides the work."""
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,9 @@ SUMS = (reducers.SumReducer,)
 
 
 class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
-    """PML's DistributedLossWrapper, with a mode that is exact and shares the work out.
+    """PML's DistributedLossWrapper, with a mode that is exact and divides the work among ranks.
 
-    The loss to compute is that of one process on the joined batch, the rows of all ranks.
+    The loss is that of a single process with the joined batch, which has the rows of all ranks.
 
     | efficient | queries of a rank | references | gradient after averaging over the ranks |
     |---|---|---|---|
@@ -30,8 +30,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     | True, as in PML | its own | all, without gradient | without the part of the references |
     | "exact" | its own | all, with gradient | of the joined batch |
 
-    A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that all hold the
-    same queue; PML's wrapper puts each rank's own rows first.
+    A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that its queue is the
+    same on every rank. PML's wrapper puts each rank's own rows first.
 
     Args:
         loss: any that PML's wrapper takes. With "exact" a PNPLoss, or this package's
@@ -39,32 +39,32 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             DivisorReducer, ClassWeightedReducer or SumReducer, without embedding_regularizer.
         efficient: False (default), True or "exact".
 
-    Call with what PML's takes, of this rank:
-        embeddings: (N, d). Ranks may pass different numbers of rows with "exact" and with a
-            CrossBatchMemory, also none: then (0, d), from the model, so that it takes part in
-            backward.
+    Call with the arguments of PML's wrapper, for this rank:
+        embeddings: (N, d). With "exact" and with a CrossBatchMemory, N may differ between ranks. A
+            rank without examples passes the (0, d) output of its model for an empty batch, so that
+            the model takes part in backward.
         labels: (N,).
         indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
-            DistributedMinerWrapper makes them. With "exact" those of this rank's queries count.
-            Not with a CrossBatchMemory, which may have a miner of its own, or a SelfSupervisedLoss.
+            DistributedMinerWrapper makes them; "exact" uses those of this rank's queries. Not with
+            a CrossBatchMemory, which may have its own miner, or a SelfSupervisedLoss.
         ref_emb, ref_labels: references of this rank. With a SelfSupervisedLoss the views of
             `embeddings`, which may also come second, as in its own call.
         enqueue_mask: (N,), bool, with a CrossBatchMemory.
 
     Returns:
         False, True: as in PML, the loss of this rank's call times the number of ranks. "exact": the
-        loss of the joined batch, the same number on every rank. Gradients are such that their mean
-        over the ranks, as DistributedDataParallel and FSDP take it, is that of the joined batch,
-        also for parameters of the loss; gradients that are summed must be divided by the number of
-        ranks. Without a process group, or with one rank, what the loss returns.
+        loss of the joined batch, the same number on every rank. The mean of the gradients over the
+        ranks, which DistributedDataParallel and FSDP compute, is the gradient of the joined batch,
+        also for parameters of the loss. A sum of gradients must be divided by the number of ranks.
+        Without a process group, or with one rank, the return value of the loss.
 
     Raises:
-        TypeError, ValueError: a loss, reducer or argument that the mode does not take; arguments
-            that do not fit together, on every rank alike.
+        TypeError, ValueError: the mode does not support a loss, reducer or argument; arguments do
+            not fit together (raised on every rank).
         RuntimeError: another rank was given bad arguments.
 
-    Every rank must make the same calls, forward and backward. A rank that ends with an error takes
-    the others along, at the latest after the timeout of the process group.
+    Every rank must make the same calls, forward and backward. If a rank ends with another error,
+    the others end after the timeout of the process group at the latest.
 
     Memory: with "exact" the gathered embeddings and their gradient, 2 x (sum of N) x d numbers, and
     what the loss needs for N queries.
@@ -109,7 +109,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
                 )
             if is_alone:
                 return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
-            return self._with_memory(embeddings, labels, indices_tuple, enqueue_mask)
+            return self._loss_with_memory(embeddings, labels, indices_tuple, enqueue_mask)
         if enqueue_mask is not None:
             raise ValueError("enqueue_mask needs a CrossBatchMemory, got one without it")
         if self.efficient != EXACT:
@@ -120,7 +120,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             if is_alone and indices_tuple is None:
                 return loss(embeddings, views)
             try:
-                arguments = self._of_views(embeddings, views, indices_tuple)
+                arguments = self._self_supervised_arguments(embeddings, views, indices_tuple)
             except (TypeError, ValueError) as caught:
                 if is_alone:
                     raise
@@ -128,10 +128,10 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             loss = loss.loss
         if is_alone:
             return loss(*arguments)
-        return _of_all_ranks(loss, *_exact_arguments(loss, *arguments, error))
+        return _joined_loss(loss, *_exact_arguments(loss, *arguments, error))
 
-    def _with_memory(self, embeddings, labels, indices_tuple, enqueue_mask):
-        """Loss of the joined batch with a CrossBatchMemory."""
+    def _loss_with_memory(self, embeddings, labels, indices_tuple, enqueue_mask):
+        """Compute the loss of the joined batch with a CrossBatchMemory."""
         error = None
         if indices_tuple is not None:
             error = ValueError(
@@ -151,12 +151,12 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         if self.efficient != EXACT:
             return self.loss(*batch) * len(parts)
         arguments = self.loss.loss_arguments(*batch, rows=joined.own_rows)
-        return _of_all_ranks(self.loss.loss, *arguments)
+        return _joined_loss(self.loss.loss, *arguments)
 
-    def _of_views(self, embeddings, views, indices_tuple) -> tuple:
-        """What SelfSupervisedLoss calls its loss with.
+    def _self_supervised_arguments(self, embeddings, views, indices_tuple) -> tuple:
+        """Return the arguments with which SelfSupervisedLoss calls its loss.
 
-        A row and its view have a label that no other row of any rank has.
+        A row and its view have the same label, and no other row of any rank has it.
         """
         if indices_tuple is not None:
             raise ValueError("SelfSupervisedLoss takes no indices_tuple, got one")
@@ -170,7 +170,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             )
         labels = torch.arange(len(embeddings), device=embeddings.device) * dist.get_world_size()
         labels += dist.get_rank()
-        if getattr(self.loss, "symmetric", False):  # PML 2.0 has no other
+        if getattr(self.loss, "symmetric", False):  # PML 2.0 has no such attribute
             batch = torch.cat([embeddings, views]), torch.cat([labels, labels])
             return *batch, None, None, None
         return embeddings, labels, None, views, labels.clone()
@@ -180,9 +180,9 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     """PML's DistributedMinerWrapper, for ranks that may have different numbers of rows.
 
     The pairs or triplets are over the joined batch with this rank's rows first: with
-    `efficient=True` those of this rank's queries, else all. For DistributedLossWrapper with
-    `efficient="exact"` use True, which mines what that needs and no more. PML's own also drops,
-    from pairs with `ref_emb`, those of a query and the reference of the same number.
+    `efficient=True` those of this rank's queries, otherwise all. DistributedLossWrapper with
+    `efficient="exact"` needs only the former. With `ref_emb`, PML's wrapper drops the pairs of a
+    query and the reference of the same index; this one does not.
     """
 
     def forward(self, emb, labels, ref_emb=None, ref_labels=None):
@@ -211,7 +211,7 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 
 
 def _check_loss(loss) -> None:
-    """Raise TypeError unless the joined loss can be put together from those of the ranks."""
+    """Raise TypeError unless the joined loss is a mean or sum of the losses of the ranks."""
     if not isinstance(loss, PNPLoss):
         raise TypeError(
             'efficient="exact" needs a PNPLoss, or a CrossBatchMemory of pml_pnp.losses or a '
@@ -233,7 +233,7 @@ def _check_loss(loss) -> None:
 def _exact_arguments(
     loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, error: Exception | None
 ) -> tuple:
-    """What a rank calls its loss with: own queries, all references, this rank's first."""
+    """Return the arguments of this rank's loss: its queries, all references, its own first."""
     if ref_emb is embeddings and ref_labels is labels:
         ref_emb = ref_labels = None
     joined = Joined(
@@ -244,7 +244,7 @@ def _exact_arguments(
         labels = joined.labels[joined.rank]
     all_labels = joined.labels if ref_emb is None else joined.ref_labels
     all_labels = None if all_labels is None else torch.cat(joined.own_first(all_labels))
-    # The gradient is summed over the ranks in the dtype that is gathered.
+    # The gradient is summed over the ranks in the dtype of the gathered embeddings.
     dtype = at_least_float32(embeddings.dtype)
     if ref_emb is None:
         embeddings = with_gradient(embeddings, joined.needs_grad)
@@ -256,7 +256,7 @@ def _exact_arguments(
     columns = torch.arange(n, device=embeddings.device) if ref_emb is None else None
     if indices_tuple is not None:
         joined.check_tuple(indices_tuple, len(references))
-        indices_tuple = _of_queries(indices_tuple, n, embeddings.device)
+        indices_tuple = _pairs_of_first(n, indices_tuple, embeddings.device)
         if columns is not None:
             indices_tuple = without_self_pairs(indices_tuple, columns)
     elif columns is not None and takes_query_columns(loss):
@@ -267,8 +267,8 @@ def _exact_arguments(
     return embeddings, labels, indices_tuple, references, all_labels
 
 
-def _of_queries(indices_tuple, n: int, device) -> tuple[Tensor, ...]:
-    """The pairs of the first n queries."""
+def _pairs_of_first(n: int, indices_tuple, device) -> tuple[Tensor, ...]:
+    """Return the pairs of the first n queries."""
     indices_tuple = [plain(i).to(device, torch.int64) for i in indices_tuple]
     if len(indices_tuple) == 3:
         a, p, q = indices_tuple
@@ -277,19 +277,19 @@ def _of_queries(indices_tuple, n: int, device) -> tuple[Tensor, ...]:
     return a1[a1 < n], p[a1 < n], a2[a2 < n], q[a2 < n]
 
 
-def _of_all_ranks(loss, queries, labels, indices_tuple, references, ref_labels) -> Tensor:
-    """The loss of the queries of all ranks, from that of this rank's queries.
+def _joined_loss(loss, queries, labels, indices_tuple, references, ref_labels) -> Tensor:
+    """Compute the loss of the queries of all ranks, from that of this rank's queries.
 
-    The gradient is the number of ranks times this rank's part, so that the mean over the ranks is
-    the whole.
+    Its gradient is the part of this rank times the number of ranks, so that the mean over the ranks
+    is the gradient of the joined loss.
     """
     _check_loss(loss)
-    own = loss(queries, labels, indices_tuple, references, ref_labels)
+    loss_of_rank = loss(queries, labels, indices_tuple, references, ref_labels)
     if references.requires_grad:
-        # Every rank has to take part in the backward of gathering, also one whose loss is constant.
-        own = own + references[:0].sum().to(own.dtype)
-    dtype = at_least_float32(own.dtype)
-    part = own.to(dtype)
+        # All ranks take part in the backward of gathering, also one whose loss is constant.
+        loss_of_rank = loss_of_rank + references[:0].sum().to(loss_of_rank.dtype)
+    dtype = at_least_float32(loss_of_rank.dtype)
+    part = loss_of_rank.to(dtype)
     number = part.new_ones(())
     if type(loss.reducer) in MEANS:
         number = _number_of_counted(len(queries), labels, indices_tuple, ref_labels, part)
@@ -300,11 +300,11 @@ def _of_all_ranks(loss, queries, labels, indices_tuple, references, ref_labels) 
         divisor = total[1].clamp(min=1)
         total, part = total / divisor, part / divisor.to(dtype)
     part = part * dist.get_world_size()
-    return _WithValue.apply(part, total[0].to(dtype)).to(own.dtype)
+    return _ReplaceValue.apply(part, total[0].to(dtype)).to(loss_of_rank.dtype)
 
 
 def _number_of_counted(n: int, labels, indices_tuple, ref_labels, like: Tensor) -> Tensor:
-    """How many queries have a positive besides themselves, (), on device and of dtype of `like`."""
+    """Number of queries that have a positive besides themselves, (), dtype and device of `like`."""
     if indices_tuple is None or isinstance(indices_tuple, QueryColumns):
         columns = None if indices_tuple is None else indices_tuple.columns
         return Relation.from_labels(labels, ref_labels, columns).counted.sum().to(like)
@@ -313,8 +313,8 @@ def _number_of_counted(n: int, labels, indices_tuple, ref_labels, like: Tensor) 
     return counted.sum()
 
 
-class _WithValue(torch.autograd.Function):
-    """A value with the gradient of another tensor."""
+class _ReplaceValue(torch.autograd.Function):
+    """Returns `value`, and passes its gradient to x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def pnp_loss(
     include_self: bool = True,
     is_inverted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    r"""PNP loss of every query, from the similarities of N queries to M references.
+    r"""Compute the PNP loss of N queries from their similarities to M references.
 
     With :math:`s_{aj}` the similarity of query a to reference j, P(a) its positives, N(a) its
     negatives, :math:`\tau` = `anneal` and k = +1 for a similarity, -1 for a distance,
@@ -40,12 +40,12 @@ def pnp_loss(
     R is the soft number of negatives ranked before p (paper, eq. 5), f is chosen by `variant`
     (`pml_pnp.variants.VARIANTS`, paper eqs. 5, 7, 9, 12, 13).
 
-    Say which reference is what to which query in one of three ways:
+    Positives and negatives are given in one of three ways:
 
     - `labels` alone: the references are the queries (M = N), in the same order. Equal labels make a
       positive, unequal ones a negative, and the diagonal is the query itself.
     - `labels` and `ref_labels`: the references are another set.
-    - `positive_mask` and `negative_mask`, taken as they are: leave the query itself out of both.
+    - `positive_mask` and `negative_mask`, neither of which may contain the query itself.
 
     Args:
         similarity: (N, M), any floating dtype and device.
@@ -60,16 +60,16 @@ def pnp_loss(
             according to pytorch-metric-learning.
         anneal: temperature of the sigmoid, in units of `similarity`. Positive; 0.01 in the paper.
         variant: "O", "Iu", "Ib", "Ds", "Dq", or a differentiable callable f(R) that maps a tensor
-            to one of the same shape, elementwise. It may be an `nn.Module` with parameters of its
-            own.
-        include_self: count the query as its own positive, as the authors' code does.
+            to one of the same shape, elementwise. The parameters of an `nn.Module` receive
+            gradients.
+        include_self: whether to count the query as its own positive, as the authors' code does.
         is_inverted: True if larger means closer (a similarity), False for a distance; the name is
             pytorch-metric-learning's.
 
     Returns:
         `losses` (N,), in the dtype of `similarity` and on its device, and `counted` (N,), bool. A
         query without a positive besides itself is not counted and has loss zero: average with
-        `losses[counted].mean()`. float16 and bfloat16 are computed in float32.
+        `losses[counted].mean()`. float16 and bfloat16 input is computed in float32.
 
     Raises:
         TypeError: an argument that should be a tensor or a number is something else; `similarity`
@@ -78,9 +78,9 @@ def pnp_loss(
             `alpha` or `b` is not positive and finite; `variant` is an unknown name;
             `self_similarity` is missing; the callable changes the shape.
 
-    Memory: two N x M matrices, `similarity` and its gradient; the N x |P(a)| x M sigmoids are
-    summed in blocks as they are made. A callable `variant` makes them again in backward, and takes
-    some matrices more.
+    Memory: two N x M matrices, `similarity` and its gradient. The N x |P(a)| x M sigmoids are
+    computed and summed in blocks. With a callable `variant` they are computed again in backward,
+    and a few matrices more are needed.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.8, 0.9], [0.8, 1.0, 0.7], [0.9, 0.7, 1.0]])
@@ -139,7 +139,7 @@ def pnp_loss(
 def ranking_statistics(
     similarity: Tensor, positive_mask: Tensor, negative_mask: Tensor, *, is_inverted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """How a batch is ranked, by hard counts over all its (query, positive) pairs.
+    """Count the negatives ranked before positives, over all (query, positive) pairs of a batch.
 
     Args:
         similarity: (N, M), float32 or float64.

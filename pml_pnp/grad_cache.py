@@ -1,11 +1,10 @@
-"""A model whose batch is embedded in chunks, so that its activations never exist all at once."""
+"""GradCache embeds a batch in chunks, so that only the activations of one chunk are in memory."""
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,22 +12,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from pml_pnp.checks import check_chunk_size
+
 
 class GradCache(nn.Module):
     """Embeds a batch chunk by chunk, with the gradients of the whole batch.
 
     A loss that compares all examples of a batch with each other needs all embeddings at once, but
-    not the activations that made them. The forward pass calls the model on `chunk_size` examples
-    at a time and keeps the embeddings alone; the backward pass, which knows the gradient of the
-    loss with respect to every embedding, calls the model on one chunk after the other again and
-    sends that chunk's gradient through it:
+    not the activations of the model. The forward pass calls the model on `chunk_size` examples at a
+    time and keeps only the embeddings. The backward pass starts with the gradient of the loss with
+    respect to every embedding; for one chunk after the other, it calls the model again and
+    propagates the gradient of the chunk through it:
 
         z_c = model(x_c),  dL/dw = sum over chunks c of (dz_c/dw)^T dL/dz_c
 
     Value and gradient are those of `model(x)` up to rounding, if the model treats the examples of
     a batch independently of each other. Dropout draws the same masks in both passes.
 
-    The wrapper takes the model's place: in PML's trainers and testers, with every loss, miner and
+    The wrapper is used like the model: in PML's trainers and testers, with every loss, miner and
     optimizer, with autocast and `GradScaler`, around a model that `torch.compile` has compiled,
     and inside or around `DistributedDataParallel`, which synchronizes the gradients once per
     backward pass in both orders. `state_dict`, `load_state_dict`, the names of parameters and
@@ -40,20 +41,20 @@ class GradCache(nn.Module):
         chunk_size: Number of examples that the model is called on at once; a positive integer.
 
     Shapes:
-        - Every tensor argument, also inside of tuples, lists and (as Hugging Face's models take
-          them) dicts and `UserDict`: `(N, ...)`, with the same N. Tensors without dimensions and
-          arguments that are no tensors are passed to every call as they are.
+        - Every tensor argument, also inside of tuples, lists, dicts and `UserDict` (for models of
+          Hugging Face): `(N, ...)`, with the same N. Tensors without dimensions and arguments that
+          are not tensors are passed to every call unchanged.
         - Every tensor that the model returns, alone or in a tuple, list or dict (`ModelOutput`):
           `(rows of the chunk, ...)`; it is returned as `(N, ...)`.
 
-    Memory: activations of `chunk_size` examples instead of N; beyond them the inputs, the outputs
-    and the small graph of each chunk. Time: one more forward pass. A batch of at most
-    `chunk_size` examples is passed on in one call without a second pass. Without gradients (under
-    `no_grad`, or if nothing requires them) the batch is embedded in chunks once.
+    Memory: activations of `chunk_size` examples instead of N, and in addition the inputs, the
+    outputs and the small graph of each chunk. Time: one more forward pass. For a batch of at most
+    `chunk_size` examples the model is called once, without a second pass. Without gradients (under
+    `no_grad`, or if nothing requires them) each chunk is embedded once.
 
     Batch statistics: a `BatchNorm` layer in training mode normalizes by the mean and variance of
     a chunk, and each chunk updates the running statistics (and `num_batches_tracked`) once, in
-    the forward pass, as calling the model on the chunks in turn would. The second pass works on
+    the forward pass, as separate calls of the model on the chunks would. The second pass works on
     copies of all buffers, so it updates nothing. Hooks of the model and of its submodules run in
     both passes; hooks of the wrapper run once per batch.
 
@@ -81,18 +82,15 @@ class GradCache(nn.Module):
         ['0.0.weight', '0.0.bias', '1.weight', '1.bias']
 
     Source: Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Memory
-    Limited Setup*, RepL4NLP 2021 (arXiv 2101.06983), which keeps the gradients of the embeddings
-    by hand. Here `torch.utils.checkpoint` does so inside one ordinary backward pass.
+    Limited Setup*, RepL4NLP 2021 (arXiv 2101.06983), which stores the gradients of the embeddings
+    explicitly. Here `torch.utils.checkpoint` does the same within one ordinary backward pass.
     """
 
     def __init__(self, model: nn.Module, chunk_size: int = 64):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-            raise TypeError(f"chunk_size must be a positive integer, got {chunk_size!r}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive integer, got {chunk_size}")
+        check_chunk_size(chunk_size)
         for name, part in model.named_modules():
             if isinstance(part, DistributedDataParallel) and part is not model:
                 raise ValueError(
@@ -104,7 +102,7 @@ class GradCache(nn.Module):
 
     @torch.compiler.disable  # dynamo cannot trace checkpoint with a context of its own
     def forward(self, *args, **kwargs) -> Any:
-        """The model's output for the whole batch."""
+        """Return the model's output for the whole batch."""
         if isinstance(self.module, DistributedDataParallel):
             return self._inside_ddp(*args, **kwargs)
         tensors = _batched_tensors(args, kwargs)
@@ -125,15 +123,15 @@ class GradCache(nn.Module):
 
         run = _CalledTwice(self.module, call) if torch.is_grad_enabled() else call
         count = -(-batch_size // self.chunk_size)
-        bounds = [batch_size * i // count for i in range(count + 1)]  # no chunk of one left over
+        bounds = [batch_size * i // count for i in range(count + 1)]  # chunks of nearly equal size
         outputs = []
         for start, end in pairwise(bounds):
-            own_rows = partial(_own_rows, end - start)
-            outputs.append(_map(own_rows, "output", run(*(t[start:end] for t in tensors))))
+            checked = partial(_checked_and_copied, end - start)
+            outputs.append(_map(checked, "output", run(*(t[start:end] for t in tensors))))
         return _map(_joined, "output", *outputs)
 
     def _inside_ddp(self, *args, **kwargs) -> Any:
-        """One forward pass of DistributedDataParallel, in which its own module runs in chunks."""
+        """Call DistributedDataParallel once, with its module called in chunks inside."""
         ddp, module = self.module, self.module.module
         ddp.module = GradCache(module, self.chunk_size)
         try:
@@ -142,23 +140,23 @@ class GradCache(nn.Module):
             ddp.module = module
 
     def extra_repr(self) -> str:
-        """What `print` shows beside the model."""
+        """Return what `print` shows in addition to the model."""
         return f"chunk_size={self.chunk_size}"
 
-    # --- in the model's place: its attributes, its names, its checkpoints
+    # --- attributes, names and checkpoints are those of the model
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Python asks an instance for __deepcopy__ and the like, before there is a module too.
+            # Python looks for __deepcopy__ and the like, also before `module` is set.
             if name.startswith("__") or "module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in ("module", "chunk_size") or name in self.__dict__ or hasattr(type(self), name)
-        if own or not hasattr(self, name):
+        of_wrapper = ("module", "chunk_size", *self.__dict__)
+        if name in of_wrapper or hasattr(type(self), name) or not hasattr(self, name):
             super().__setattr__(name, value)
         else:
             setattr(self.module, name, value)
@@ -166,9 +164,10 @@ class GradCache(nn.Module):
     def named_modules(
         self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The wrapper, then the model's modules by the model's own names.
+        """Yield the wrapper, then the model's modules under the names that the model gives them.
 
-        Names of parameters and buffers follow from these, here and in a module that contains this.
+        PyTorch derives the names of parameters and buffers from these, also in a module that
+        contains the wrapper.
         """
         memo = set() if memo is None else memo
         if self not in memo:
@@ -178,25 +177,25 @@ class GradCache(nn.Module):
             yield from self.module.named_modules(memo, prefix, remove_duplicate)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Any]:
-        """That of the model."""
+        """Return the `state_dict` of the model."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs) -> Any:
-        """Load one of the model or of this wrapper: they are the same."""
+        """Load a `state_dict` of the model or of this wrapper, which are the same."""
         return self.module.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
-        # Called where this is part of a module that is loaded.
+        # Called when a module that contains this wrapper loads its state_dict.
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _CalledTwice:
-    """Calls a model under `checkpoint`: now, and again in the backward pass with the same result.
+    """Calls a model under `checkpoint`, which calls it again in backward with the same result.
 
-    `checkpoint` restores the inputs, the random state and autocast. What a model also has, its
-    training mode, its buffers and its parameters, is looked after here.
+    `checkpoint` restores the inputs, the random state and autocast. Training mode and buffers of
+    the model are restored here, and an error is raised if its parameters have changed.
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]):
@@ -210,7 +209,7 @@ class _CalledTwice:
             for name, buffer in m._buffers.items()
             if buffer is not None
         ]
-        self.changing = self.buffers  # those that the first pass changes: all, until it has run
+        self.changing = self.buffers  # those that a forward pass changes; all before the first one
         self.note_versions()
 
     def __call__(self, *rows: Tensor) -> Any:
@@ -233,21 +232,22 @@ class _CalledTwice:
                 second_pass.values[id(buffers), name] = value
         self.changing = [(b, n) for b, n in self.changing if (id(b), n) in second_pass.values]
         self.note_versions()
-        # The gradients of all chunks with respect to one cast weight would add up in float16.
+        # With a shared cast of the weights, the gradients of all chunks would add up in float16.
         torch.clear_autocast_cache()
         return output
 
     def note_versions(self) -> None:
-        """Remember which state of the parameters the last pass left."""
+        """Record the versions of the parameters, to notice a later change."""
         self.versions = [p._version for p in self.parameters]
 
 
 class _SecondPass:
-    """Context in which one chunk is computed again, which leaves the model as it was before.
+    """Context in which a chunk is computed again, and after which the model is as it was before.
 
     Attributes:
-        values: What those buffers held before the first pass that it changed. The running
-            statistics of BatchNorm need not be among them: in training mode nothing reads them.
+        values: what the buffers that the first pass changed contained before, by module and name.
+            The running statistics of BatchNorm, whose change leaves their version as it was, may be
+            missing: in training mode nothing reads them.
     """
 
     def __init__(self, first_pass: _CalledTwice):
@@ -284,9 +284,9 @@ class _SecondPass:
 
 
 def _map(function: Callable[..., Any], where: str, value: Any, *others: Any) -> Any:
-    """Apply `function(where, leaf, *leaves)` to the leaves of structures of one form.
+    """Apply `function(where, leaf, *leaves)` to the leaves of structures of the same form.
 
-    A structure is a tuple, a list or a dict (any mapping that can be written to) of structures.
+    A structure is a tuple, a list or a mutable mapping (dict) of structures, or a leaf.
     """
     for other in others:
         if _form(other) != _form(value):
@@ -310,6 +310,7 @@ def _map(function: Callable[..., Any], where: str, value: Any, *others: Any) -> 
 
 
 def _form(value: Any) -> str:
+    """Describe type and length or keys of a structure."""
     name = type(value).__name__
     if isinstance(value, MutableMapping):
         return f"{name} with keys {list(value)}"
@@ -323,7 +324,7 @@ def _is_batched(value: Any) -> bool:
 
 
 def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that have one row per example, in the order in which `_map` meets them."""
+    """Return the tensors that have one row per example, in the order of `_map`."""
     found: dict[str, Tensor] = {}
 
     def collect(where: str, value: Any) -> None:
@@ -345,7 +346,7 @@ def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _check_rows(count: int, where: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless chunks of this can be joined to a batch."""
+    """Raise TypeError or ValueError unless an output has `count` rows or can be left as it is."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) != count:
             raise ValueError(
@@ -359,8 +360,8 @@ def _check_rows(count: int, where: str, value: Any) -> None:
         )
 
 
-def _own_rows(count: int, where: str, value: Any) -> Any:
-    """Check a chunk's output, and copy it if it would keep a larger tensor alive."""
+def _checked_and_copied(count: int, where: str, value: Any) -> Any:
+    """Check a chunk's output, and copy it if it is a view of a larger tensor."""
     _check_rows(count, where, value)
     if isinstance(value, Tensor) and value.layout == torch.strided:
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
@@ -368,6 +369,7 @@ def _own_rows(count: int, where: str, value: Any) -> Any:
 
 
 def _joined(where: str, *values: Any) -> Any:
+    """Join the outputs of the chunks."""
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if any(v != values[0] for v in values):

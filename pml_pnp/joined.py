@@ -1,4 +1,4 @@
-"""The batch of all ranks: what they exchange, and checks of it that no rank waits in vain for."""
+"""The joined batch of all ranks: gathering, and checks that raise on every rank together."""
 
 from typing import NamedTuple
 
@@ -6,40 +6,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pml_pnp.checks import check_inputs, check_tuple
-from pml_pnp.memory import check_enqueue_mask
+from pml_pnp.checks import check_enqueue_mask, check_inputs, check_tuple
 from pml_pnp.pairs import plain
 
 
 class _Part(NamedTuple):
-    """What a rank says about its arguments, in integers."""
+    """Description of the arguments of a rank, as integers, which the ranks exchange."""
 
-    is_bad: int = 0
-    given: int = 0  # one bit for each of GIVEN
+    is_bad: int = 0  # whether this rank has raised an error
+    given: int = 0  # one bit for each argument in OPTIONAL, whether it is given
     rows: int = 0
     size: int = 0
-    dtype: int = 0  # place in DTYPES
+    dtype: int = 0  # index in DTYPES
     ref_rows: int = 0
-    floating_labels: int = 0  # of embeddings or references
+    floating_labels: int = 0  # whether labels or ref_labels are floating point
     needs_grad: int = 0
     ref_needs_grad: int = 0
 
     def __str__(self) -> str:
-        """What must be the same on every rank."""
-        names = [name for bit, name in enumerate(GIVEN) if self.given >> bit & 1]
+        """Describe what must be the same on every rank."""
+        names = [name for bit, name in enumerate(OPTIONAL) if self.given >> bit & 1]
         return f"embeddings of size {self.size} in {DTYPES[self.dtype]} with {' and '.join(names)}"
 
 
-GIVEN = ["labels", "ref_emb", "ref_labels", "enqueue_mask", "indices_tuple"]
+OPTIONAL = ["labels", "ref_emb", "ref_labels", "enqueue_mask", "indices_tuple"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NO_TRIPLETS = (torch.empty(0, dtype=torch.int64),) * 3
 
 
 class Joined:
-    """The batch of all ranks.
+    """The joined batch of all ranks, which all of them construct at the same time.
 
-    Made on every rank at a time: the first thing that is exchanged is whether the arguments are
-    good, so that all ranks raise if those of one are bad, instead of waiting for it.
+    The ranks first exchange whether their arguments are valid, so that all raise an error if those
+    of one are not, instead of waiting for it.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Joined:
         has_tuple: bool = False,
         error: Exception | None = None,
     ) -> None:
-        if not isinstance(embeddings, Tensor):  # there is no device on which to tell the others
+        if not isinstance(embeddings, Tensor):  # no device is known to exchange anything
             raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
         self.rank = dist.get_rank()
         self.device = device = embeddings.device
@@ -87,24 +86,24 @@ class Joined:
 
     @property
     def own_rows(self) -> slice:
-        """Rows of this rank where the batch is joined in the order of the ranks."""
+        """Rows of this rank in the joined batch, in the order of the ranks."""
         start = sum(self.rows[: self.rank])
         return slice(start, start + self.rows[self.rank])
 
     def own_first(self, parts: list[Tensor]) -> list[Tensor]:
-        """Parts of the ranks, this rank's before those of the others."""
+        """Reorder the parts of the ranks, so that this rank's comes first."""
         return [parts[self.rank], *parts[: self.rank], *parts[self.rank + 1 :]]
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """What belongs to the rows of each rank, differentiable."""
+        """Gather a tensor with a row for each of the embeddings; differentiable."""
         return _gather_rows(x, self.rows)
 
     def gather_references(self, x: Tensor) -> list[Tensor]:
-        """What belongs to the references of each rank, differentiable."""
+        """Gather a tensor with a row for each of the references; differentiable."""
         return _gather_rows(x, self.ref_rows)
 
     def check_tuple(self, indices_tuple, number_of_references: int) -> None:
-        """Raise on all ranks unless each has a tuple over the joined batch."""
+        """Raise an error on all ranks unless each has a valid tuple over the joined batch."""
         error = None
         try:
             check_tuple(indices_tuple, sum(self.rows), number_of_references)
@@ -124,11 +123,12 @@ def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
 
 
 def with_gradient(x: Tensor, is_needed: bool) -> Tensor:
-    """The tensor, which takes part in backward if that of another rank does."""
+    """Let x require a gradient if that of another rank does, so that all take part in backward."""
     return x.detach().requires_grad_() if is_needed and not x.requires_grad else x
 
 
 def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Part:
+    """Describe the arguments of this rank."""
     given = [x is not None for x in (labels, ref_emb, ref_labels, mask)] + [has_tuple]
     if embeddings.dtype not in DTYPES:
         raise TypeError(f"embeddings must be of one of {DTYPES}, got {embeddings.dtype}")
@@ -145,7 +145,7 @@ def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Pa
 
 
 def _gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
-    """Rows of every rank, as many as `rows` says, in rank order; differentiable."""
+    """Gather tensors with `rows[rank]` rows, in the order of the ranks; differentiable."""
     longest = max(rows)
     missing = longest - len(x)
     if missing:
@@ -155,16 +155,16 @@ def _gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
 
 
 def _gather(x: Tensor) -> Tensor:
-    """Tensors of every rank, (ranks, *shape of x)."""
+    """Gather tensors of one shape, (ranks, *shape of x)."""
     gathered = x.new_empty(dist.get_world_size(), *x.shape)
     dist.all_gather(list(gathered), x.contiguous())
     return gathered
 
 
-# torch.distributed.nn.functional has the same two, but is deprecated from torch 2.13 on, and its
+# torch.distributed.nn.functional has both functions, but is deprecated from torch 2.13 on, and its
 # successor is not public.
 class _Gather(torch.autograd.Function):
-    """x of every rank; backward sums over the ranks what they have as gradient of x."""
+    """Gathers x of every rank; backward sums the gradients of x over the ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -172,15 +172,15 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return _SumOfOwn.apply(grad)
+        return _ReduceScatter.apply(grad)
 
 
-class _SumOfOwn(torch.autograd.Function):
-    """Sum over the ranks of their x[rank of this one]; backward gathers."""
+class _ReduceScatter(torch.autograd.Function):
+    """Sums x over the ranks, and returns the row of this rank; backward gathers."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        if x.is_cpu:  # not every backend of a CPU can reduce and scatter at a time
+        if x.is_cpu:  # not every CPU backend has reduce_scatter
             total = x.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total)
             return total[dist.get_rank()].clone()

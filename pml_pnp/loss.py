@@ -11,15 +11,15 @@ from torch import Tensor
 
 from pml_pnp.checks import check_chunk_size, check_hyperparameters, check_inputs, check_part
 from pml_pnp.distances import (
-    all_modules_are_watched,
     frozen,
+    has_global_hooks,
     is_product,
     is_unmodified,
     self_similarities,
     similarity_matrix,
 )
 from pml_pnp.ops.product import mean_of_losses, zero_or_nan
-from pml_pnp.ops.recompute import Call, Recomputed
+from pml_pnp.ops.recompute import Call, RandomState, Recomputed, clone_constant
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
 from pml_pnp.pairs import Pairs, QueryColumns, plain
@@ -31,9 +31,9 @@ LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class PNPLoss(BaseMetricLossFunction):
     r"""Penalize the negatives that are ranked before a positive (PNP, AAAI 2022, arXiv 2102.04640).
 
-    For every query a of the batch, with positives P(a), negatives N(a), :math:`s_{aj}` what
-    `distance` returns, k = +1 for a similarity (`distance.is_inverted`) or -1 for a distance,
-    :math:`\tau` = `anneal`:
+    Let P(a) and N(a) be the positives and negatives of a query a, :math:`s_{aj}` what `distance`
+    returns for it and reference j, k = +1 for a similarity (`distance.is_inverted`) or -1 for a
+    distance, and :math:`\tau` = `anneal`. The loss of the query is
 
     .. math::
         R(a,p) = \sum_{n \in N(a)} \sigma\left(\frac{k (s_{an} - s_{ap})}{\tau}\right)
@@ -44,35 +44,38 @@ class PNPLoss(BaseMetricLossFunction):
         b: slope of "Ib", whose gradient grows to 1/b. Default 2, the paper's value.
         alpha: exponent of "Dq". Default 1, as in PML; 4 in the authors' README, 8 in the paper
             according to PML.
-        anneal: temperature :math:`\tau`, in units of `distance`. Default 0.01, the paper's. It, `b`
-            and `alpha` may be from 1e-30 to 1e30, or to 1e300 either way for float64 embeddings.
+        anneal: temperature :math:`\tau`, in units of `distance`. Default 0.01, the paper's. `b`,
+            `alpha` and `anneal` may be from 1e-30 to 1e30, for float64 embeddings from 1e-300 to
+            1e300.
         variant: f(R) by name, "O": R (the paper's equation 5), "Iu": (1 + R) log(1 + R) (7), "Ib":
             (bR - log(1 + bR)) / b² (9), "Ds": log(1 + R) (12), "Dq": 1 - 1 / (1 + R)^alpha (13, the
             paper's best); or a differentiable callable that maps a tensor R to one of the same
-            shape, elementwise. An `nn.Module` with parameters is trained along.
+            shape, elementwise. The parameters of an `nn.Module` receive gradients.
         include_self: whether the query is its own positive, as in the paper's code and in PML.
-        chunk_size: number of queries to compare with the references at a time. The N x M
-            similarities are then never held at once. Values are the same up to rounding. Default
-            None, all queries at once.
-        **kwargs: PML's own: `distance` (any; default `CosineSimilarity`), `reducer` (any; default
-            `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`.
+        chunk_size: number of queries to compare with the references at a time, so that the N x M
+            similarities are never all in memory. Values are the same up to rounding. Default None,
+            all queries at once.
+        **kwargs: arguments of every PML loss: `distance` (any; default `CosineSimilarity`),
+            `reducer` (any; default `MeanReducer`), `embedding_regularizer`, `embedding_reg_weight`,
+            `collect_stats`.
 
     Call with:
         embeddings: (N, d), any floating dtype, any device.
         labels: (N,), real; may be left out if `indices_tuple` is given.
         indices_tuple: triplets or pairs, as every PML miner returns them. They define P(a) and
             N(a); a repeated pair counts once, a pair of a query with itself not at all.
-        ref_emb: (M, d), references to rank instead of the batch. With them the query's similarity
-            to itself is `distance` of its embedding to itself.
+        ref_emb: (M, d), references to rank instead of the batch. The similarity of a query to
+            itself is then `distance` of its embedding to itself.
         ref_labels: (M,), real; needed with `ref_emb` unless `indices_tuple` is given.
 
     Returns:
-        What the reducer makes of L(a) over the queries with at least one positive besides
-        themselves (reduction type "element"); zero, connected to the graph, if there is none. Every
-        L(a) is NaN if an embedding or reference, or a length that `distance` divides by, is NaN or
-        infinite. Everything is computed in at least float32, with autocast off. The result has the
-        dtype of `embeddings` and is on their device; under autocast it is float32 for float16 and
-        bfloat16 embeddings. `DoNothingReducer` returns the dictionary that PML's reducers take.
+        The reducer's result for L(a) of the queries that have at least one positive besides
+        themselves (reduction type "element"), or zero, connected to the graph, if there are none.
+        Every L(a) is NaN if an embedding or reference, or a length that `distance` divides by, is
+        NaN or infinite. Everything is computed in at least float32, with autocast off. The result
+        has the dtype of `embeddings` and is on their device; under autocast it is float32 for
+        float16 and bfloat16 embeddings. `DoNothingReducer` returns the dictionary that PML's
+        reducers take.
 
     Raises:
         TypeError: an argument is not of the type described above; a `reducer`, `distance` or
@@ -83,7 +86,7 @@ class PNPLoss(BaseMetricLossFunction):
             or tuple, or `ref_labels` without `ref_emb`; lengths or embedding sizes that do not fit;
             a tuple that is not of 3 or 4 index tensors, or an index outside the batch or the
             references; a distance that returns a matrix of another shape.
-        RuntimeError: memory does not suffice for the N x M similarities, where PyTorch notices; in
+        RuntimeError: PyTorch reports that the N x M similarities do not fit into memory; in
             backward, a tensor that it needs has been changed in place.
 
     Statistics: with `collect_stats=True`, `negatives_before_positive` is the mean number of
@@ -92,10 +95,11 @@ class PNPLoss(BaseMetricLossFunction):
     without the queries themselves.
 
     Memory: two N x M matrices, the similarities and their gradient, and what `distance` needs
-    (PML's SNRDistance N x M x d). With a `chunk_size` only those of a chunk, computed again in
-    backward. A cosine similarity or dot product under a `MeanReducer` computes nothing again and
-    takes one N x M matrix on a CPU, 128 MiB of it at a time for `ref_emb`. The N x |P(a)| x M
-    sigmoids are never held together. A tuple and a callable `variant` take a few matrices more.
+    (N x M x d for PML's SNRDistance). With a `chunk_size` N is that of a chunk, and backward
+    computes each chunk again. With a cosine similarity or dot product under a `MeanReducer` nothing
+    is computed twice, and a CPU needs one N x M matrix, with `ref_emb` at most 128 MiB of it at a
+    time. The N x |P(a)| x M sigmoids are never all in memory. A tuple and a callable `variant` need
+    a few matrices more.
 
     Example:
         >>> import torch
@@ -129,7 +133,7 @@ class PNPLoss(BaseMetricLossFunction):
         check_hyperparameters(
             b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
         )
-        check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size, or_none=True)
         for name in ("reducer", "embedding_regularizer"):
             check_part(name, kwargs.get(name))
         super().__init__(**kwargs)
@@ -144,15 +148,9 @@ class PNPLoss(BaseMetricLossFunction):
         self.variant = variant
         self.include_self = include_self
         self.chunk_size = chunk_size
+        variant_record = "variant" if isinstance(variant, str) else "variant_name"
         self.add_to_recordable_attributes(
-            list_of_names=[
-                "b",
-                "alpha",
-                "anneal",
-                "variant" if isinstance(variant, str) else "variant_name",
-                "include_self",
-            ],
-            is_stat=False,
+            list_of_names=["b", "alpha", "anneal", variant_record, "include_self"], is_stat=False
         )
         self.add_to_recordable_attributes(
             list_of_names=["negatives_before_positive", "positives_behind_negatives"], is_stat=True
@@ -160,33 +158,28 @@ class PNPLoss(BaseMetricLossFunction):
 
     @property
     def variant_name(self) -> str:
-        """`variant` as text; recorded in its place if it is a callable, which cannot be."""
+        """The name of `variant`, which PML records instead of a callable."""
         if isinstance(self.variant, str):
             return self.variant
         return getattr(self.variant, "__name__", type(self.variant).__name__)
 
     def get_default_distance(self):
-        """Return what `distance=None` stands for."""
+        """Return the distance to use if none is given."""
         return CosineSimilarity()
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Compute the loss; the class docstring describes the arguments."""
         if indices_tuple is not None and torch.compiler.is_compiling():
-            # A tuple of another length would be compiled anew at every call.
+            # The length of a tuple changes from call to call, and each length would be compiled.
             eagerly = torch.compiler.disable(self.forward)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        check_inputs(
-            embeddings,
-            labels,
-            None if isinstance(indices_tuple, QueryColumns) else indices_tuple,
-            ref_emb,
-            ref_labels,
-        )
+        given_tuple = None if isinstance(indices_tuple, QueryColumns) else indices_tuple
+        check_inputs(embeddings, labels, given_tuple, ref_emb, ref_labels)
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
         embeddings, labels, ref_labels = plain(embeddings), plain(labels), plain(ref_labels)
-        # Distance, loss, regularizer and reducer all work in float32 at least: a similarity that is
-        # rounded to bfloat16 is off by up to 0.002, and is then divided by anneal.
+        # Distance, loss, regularizer and reducer compute in at least float32: rounding a similarity
+        # to bfloat16 changes it by up to 0.002, and anneal, which divides it, is about 0.01.
         dtype = at_least_float32(embeddings.dtype)
         device = embeddings.device.type
         autocast = is_autocast_on(device)
@@ -198,17 +191,18 @@ class PNPLoss(BaseMetricLossFunction):
         return loss
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb=None, ref_labels=None):
-        """Return per-query losses for the reducer; PML calls this, and PML 2 sets `ref_emb`.
+        """Return the dictionary that PML's reducers take, with the losses of the queries.
 
-        A plain `MeanReducer` gets its mean: to pick out the elements that it would average, the
-        host would have to wait for the GPU. A subclass with a `compute_loss` of its own gets the
-        elements all the same.
+        PML's `forward` calls this; PML 2 passes the embeddings as `ref_emb` if none is given. For a
+        plain `MeanReducer` the mean is computed here: to select the queries that count, the host
+        would have to wait for the GPU. A subclass that overrides this method or `forward` gets the
+        losses of the queries.
         """
-        is_lean = self.chunk_size is not None and self.chunk_size < len(embeddings)
-        if is_lean and torch.compiler.is_compiling():
+        in_chunks = self.chunk_size is not None and self.chunk_size < len(embeddings)
+        if in_chunks and torch.compiler.is_compiling():
             eagerly = torch.compiler.disable(self.compute_loss)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        # PML's losses, too, tell the batch from a set of references by identity.
+        # PML's own losses recognize the batch as its own references by identity, too.
         is_own_reference = ref_emb is embeddings and ref_labels is labels
         references = None if is_own_reference else ref_emb  # in PML 0.9 always None
         n, m = embeddings.shape[0], (embeddings if references is None else references).shape[0]
@@ -221,13 +215,13 @@ class PNPLoss(BaseMetricLossFunction):
             is_inverted=self.distance.is_inverted,
             dtype=embeddings.dtype,
         )
-        check_chunk_size(self.chunk_size)
+        check_chunk_size(self.chunk_size, or_none=True)
         pairs = Pairs(
             labels, indices_tuple, ref_labels, n, m, references is None, embeddings.device
         )
-        takes_mean = self._takes_mean()
+        is_plain_mean = self._reducer_is_plain_mean()
         try:
-            if takes_mean and self._multiplies(embeddings):
+            if is_plain_mean and self._similarity_is_product(embeddings):
                 mean, counts = mean_of_losses(
                     embeddings,
                     references,
@@ -238,15 +232,17 @@ class PNPLoss(BaseMetricLossFunction):
                     with_counts=self.collect_stats,
                 )
             else:
-                part = partial(_losses_of, self.distance, settings, pairs, self.collect_stats)
-                if is_lean:
-                    again = partial(_losses_of, *self._as_they_are(settings), pairs, False)
-                    call = Call.of(part, again, self.chunk_size, embeddings, references)
-                    losses, counted, counts = Recomputed.apply(*call, *self._trained())
+                losses_of = partial(_losses_of, self.distance, settings, pairs, self.collect_stats)
+                if in_chunks:
+                    in_backward = partial(_losses_of, *self._frozen(settings), pairs, False)
+                    random_state = RandomState(embeddings)
+                    call = Call(losses_of, in_backward, self.chunk_size, random_state)
+                    tensors = map(clone_constant, (embeddings, references))
+                    losses, counted, counts = Recomputed.apply(call, *tensors, *self.parameters())
                 else:
-                    losses, counted, counts = part(slice(0, n), embeddings, references)
-                losses = losses + _broken(self.distance, embeddings, references)
-                if takes_mean:
+                    losses, counted, counts = losses_of(slice(0, n), embeddings, references)
+                losses = losses + _nan_unless_finite(self.distance, embeddings, references)
+                if is_plain_mean:
                     mean = losses.sum() / counted.sum().clamp(min=1)
         except RuntimeError as error:
             if any(text in str(error) for text in LACK_OF_MEMORY):
@@ -257,11 +253,11 @@ class PNPLoss(BaseMetricLossFunction):
                 )
             raise
         if self.collect_stats:
-            # torch 2.4 makes no list of what torch.func wraps.
+            # Tensor.tolist fails in torch 2.4 for a tensor that torch.func wraps.
             before, behind, positives = map(float, counts.view(-1, 3).sum(dim=0).cpu())
             self.negatives_before_positive = before / max(1, positives)
             self.positives_behind_negatives = behind / max(1, positives)
-        if takes_mean:
+        if is_plain_mean:
             return _already_reduced(mean)
         indices = counted.nonzero().squeeze(1)
         if len(indices) == 0:
@@ -275,8 +271,8 @@ class PNPLoss(BaseMetricLossFunction):
             }
         }
 
-    def _takes_mean(self) -> bool:
-        """Whether the reducer takes the mean of the elements, and nobody else sees them."""
+    def _reducer_is_plain_mean(self) -> bool:
+        """Whether the reducer takes the mean of the losses, and no other code receives them."""
         cls, reducer = type(self), self.reducer
         return (
             cls.forward is PNPLoss.forward
@@ -286,27 +282,24 @@ class PNPLoss(BaseMetricLossFunction):
             and is_unmodified(reducer, "forward", "reduce_the_loss", "element_reduction")
         )
 
-    def _multiplies(self, embeddings: Tensor) -> bool:
-        """Whether the similarities are a product that need not be handed to anybody."""
+    def _similarity_is_product(self, embeddings: Tensor) -> bool:
+        """Whether the similarities are a matrix product, and no other code receives them."""
         return (
             isinstance(self.variant, str)
             and type(embeddings) is Tensor
             and not torch.compiler.is_compiling()
             and is_product(self.distance)
-            and not all_modules_are_watched()
+            and not has_global_hooks()
         )
 
     def keeps_references(self, embeddings: Tensor) -> bool:
-        """Whether backward reads `ref_emb`, which must then stay as it is until it is done."""
-        return not (self._takes_mean() and self._multiplies(plain(embeddings)))
+        """Whether backward reads `ref_emb`, which must then not be changed in place before it."""
+        return not (
+            self._reducer_is_plain_mean() and self._similarity_is_product(plain(embeddings))
+        )
 
-    def _trained(self) -> list[Tensor]:
-        """Parameters of distance and variant."""
-        modules = [x for x in (self.distance, self.variant) if isinstance(x, torch.nn.Module)]
-        return list(dict.fromkeys(p for module in modules for p in module.parameters()))
-
-    def _as_they_are(self, settings: Settings) -> tuple[object, Settings]:
-        """Distance and settings as later changes do not reach them, for backward."""
+    def _frozen(self, settings: Settings) -> tuple[object, Settings]:
+        """Copies of distance and settings for backward, which later changes do not affect."""
         if not torch.is_grad_enabled():
             return self.distance, settings
         return frozen(self.distance), settings._replace(variant=frozen(settings.variant))
@@ -321,17 +314,17 @@ def _losses_of(
     queries: Tensor,
     references: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L(a) of some queries, which of them count, and `ranking_counts`, (1, 3)."""
-    whole = rows == slice(0, queries.shape[0])
-    part = queries if whole else queries[rows]
-    own = None
+    """L(a) of the queries in `rows`, which of them count, and their `ranking_counts`, (1, 3)."""
+    is_whole = rows == slice(0, queries.shape[0])
+    block = queries if is_whole else queries[rows]
+    self_similarity = None
     if references is None:
-        references = None if whole else queries
+        references = None if is_whole else queries
     elif settings.include_self:
-        own = self_similarities(distance, part)
-    s = similarity_matrix(distance, part, references)
+        self_similarity = self_similarities(distance, block)
+    s = similarity_matrix(distance, block, references)
     relation = pairs.of(rows)
-    losses = query_losses(s, own, relation, settings)
+    losses = query_losses(s, self_similarity, relation, settings)
     if with_counts:
         counts = ranking_counts(s, relation, settings.scale > 0)
     else:
@@ -339,15 +332,16 @@ def _losses_of(
     return losses, relation.counted, counts.unsqueeze(0)
 
 
-def _broken(distance, *tensors: Tensor | None) -> Tensor:
-    """Zero, or NaN where an embedding, or a length by which it is divided, is NaN or infinite."""
+def _nan_unless_finite(distance, *tensors: Tensor | None) -> Tensor:
+    """NaN if an embedding, or a length that `distance` divides by, is NaN or infinite, else 0."""
     p = getattr(distance, "p", None)
-    by_length = getattr(distance, "normalize_embeddings", False) and isinstance(p, (int, float))
+    normalizes = getattr(distance, "normalize_embeddings", False) and isinstance(p, (int, float))
     given = [x.detach() for x in tensors if x is not None]
-    if by_length:
+    if normalizes:
         given = [torch.linalg.vector_norm(x, p, dim=1) for x in given]
     return sum(zero_or_nan(x) for x in given)
 
 
 def _already_reduced(loss: Tensor) -> dict:
+    """The dictionary for a loss that PML's reducers return as it is."""
     return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}

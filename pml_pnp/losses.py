@@ -1,8 +1,9 @@
 """All of `pytorch_metric_learning.losses`, with this package's PNPLoss in it.
 
-Change the import line of an existing pipeline to `from pml_pnp import losses` and nothing else:
-`losses.PNPLoss` and `losses.CrossBatchMemory` are the ones of this package,
-`losses.SelfSupervisedLoss` is PML's and takes PNPLoss too, and every other name is PML's own.
+In an existing pipeline only the import line changes, to `from pml_pnp import losses`.
+`losses.PNPLoss` and `losses.CrossBatchMemory` are those of this package,
+`losses.SelfSupervisedLoss` is a subclass of PML's that also takes PNPLoss, and every other name is
+PML's own.
 
 Example:
     >>> from pml_pnp import losses
@@ -23,6 +24,6 @@ if "PNPLoss" not in __all__:
 
 
 class SelfSupervisedLoss(_pml.SelfSupervisedLoss):
-    """PML's SelfSupervisedLoss, which takes PNPLoss too."""
+    """PML's SelfSupervisedLoss, which also takes PNPLoss."""
 
     supported_losses = with_pnp_loss(_pml.SelfSupervisedLoss)

@@ -1,4 +1,4 @@
-"""CrossBatchMemory, which ranks the embeddings of earlier batches along with those of a batch."""
+"""CrossBatchMemory, which adds the embeddings of earlier batches to the references of a batch."""
 
 import warnings
 
@@ -8,48 +8,48 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.checks import check_inputs, check_vector
-from pml_pnp.distances import all_modules_are_watched, is_unmodified
+from pml_pnp.checks import check_enqueue_mask, check_inputs
+from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
 from pml_pnp.pairs import QueryColumns, plain
 
 
-# PML's wrappers admit a loss by its class name, from a list that lacks PNPLoss.
 def with_pnp_loss(wrapper) -> staticmethod:
-    """`supported_losses` of a wrapper of PML, and PNPLoss with all that is derived from it."""
-    supported = wrapper.supported_losses  # bound now: registration replaces it on the original
+    """The losses that a PML wrapper accepts, by class name, with PNPLoss and its subclasses."""
+    supported = wrapper.supported_losses  # read now, since `register` replaces it in PML's class
     return staticmethod(lambda: [*supported(), *_names_of_family(PNPLoss)])
 
 
 def _names_of_family(cls: type) -> list[str]:
-    """Names of a class and of all that are derived from it so far."""
+    """Names of a class and of all its subclasses that exist so far."""
     return [cls.__name__, *(n for sub in cls.__subclasses__() for n in _names_of_family(sub))]
 
 
 class CrossBatchMemory(pml_losses.CrossBatchMemory):
-    """PML's CrossBatchMemory, which takes PNPLoss too: a queue of embeddings as references.
+    """PML's CrossBatchMemory, a queue of embeddings as references, which also takes PNPLoss.
 
     A call enqueues the batch and then calls the loss with the batch as queries and the queue as
-    references. A query is not compared with its own copy in the queue. Without a miner PML lists
-    all N x M pairs of batch and queue, which takes longer than to rank them; PNPLoss is told
-    instead where in the queue the batch is.
+    references. A query is not compared with its own copy in the queue. Without a miner, PML lists
+    all N x M pairs of batch and queue, which takes longer than the loss itself. Here PNPLoss gets
+    the positions of the batch in the queue instead.
 
     Args:
         loss: PNPLoss or a loss that PML's CrossBatchMemory takes.
         embedding_size: d.
         memory_size: length of the queue; a full one loses its oldest embeddings.
         miner: called with the batch and the queue; its pairs or triplets go to the loss.
-        **kwargs: PML's own: `collect_stats`.
+        **kwargs: PML's `collect_stats`.
 
     Call with:
-        embeddings: (N, d), any floating dtype; the queue takes on their dtype and device.
+        embeddings: (N, d), any floating dtype; the queue is moved to their dtype and device.
         labels: (N,). The queue keeps integers as int64 and floating point labels as float64.
-        indices_tuple: pairs or triplets besides those of the miner (without one, of all pairs):
-            anchors are rows of the batch, positives and negatives rows of `embedding_memory`.
-        enqueue_mask: (N,), bool. The rows where it is true are enqueued and are no queries, the
+        indices_tuple: pairs or triplets in addition to those of the miner or, without a miner, to
+            all pairs. Anchors are rows of the batch, positives and negatives rows of
+            `embedding_memory`.
+        enqueue_mask: (N,), bool. The rows where it is true are enqueued and are not queries, the
             others are queries and are not enqueued. Not together with `indices_tuple`.
-        ref_labels: None. PML's `DistributedLossWrapper` without a process group passes ref_emb in
-            the place of `enqueue_mask`, and this.
+        ref_labels: must be None. PML's `DistributedLossWrapper` without a process group passes its
+            `ref_emb` at the position of `enqueue_mask`, followed by this.
 
     Returns:
         What the loss returns.
@@ -60,13 +60,13 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
             `embedding_size`; lengths that do not fit; `indices_tuple` and `enqueue_mask` together;
             `ref_labels`.
 
-    Saving: `state_dict` holds the queue, its position and whether it is full. One of PML's
-    CrossBatchMemory has neither of the latter: the queue then starts anew, with a warning (torch
-    2.4 needs `strict=False` for it).
+    Saving: `state_dict` holds the queue, its position and whether it is full. That of PML's
+    CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning
+    (torch 2.4 needs `strict=False` for it).
 
     Memory: memory_size x (d + 1) numbers. Several calls may precede a backward, so a loss whose
     backward reads the references gets a copy of the queue. PNPLoss with a cosine similarity or dot
-    product, a named variant and a `MeanReducer` does not read them, and gets the queue itself.
+    product, a named variant and a `MeanReducer` does not read them, and gets no copy.
 
     Example:
         >>> from pml_pnp import losses
@@ -95,18 +95,17 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     def loss_arguments(
         self, embeddings, labels, indices_tuple=None, enqueue_mask=None, rows: slice | None = None
     ) -> tuple:
-        """Enqueue the batch, and return what the loss is to be called with.
+        """Enqueue the batch, and return the arguments to call the loss with.
 
         Args:
-            embeddings: as those below, of `forward`
+            embeddings: this and the next three are the arguments of `forward`
             labels: (N,)
             indices_tuple: pairs or triplets
             enqueue_mask: (N,), bool
-            rows: which rows of the batch may be queries; all without it
+            rows: which rows of the batch may be queries; default all
 
         Returns:
-            queries, their labels, pairs or triplets or what PNPLoss takes in their place,
-            references, their labels
+            queries, their labels, pairs, triplets or QueryColumns, references, their labels
         """
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         self.reset_stats()
@@ -127,7 +126,9 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
             embeddings, labels = embeddings[is_query], labels[is_query]
         size = self.memory_size if self.has_been_filled else self.queue_idx
         references, ref_labels = self.embedding_memory[:size], self.label_memory[:size]
-        if torch.is_grad_enabled() and _keeps_references(self.loss, embeddings):
+        if torch.is_grad_enabled() and (
+            not takes_query_columns(self.loss) or self.loss.keeps_references(embeddings)
+        ):
             references, ref_labels = references.clone(), ref_labels.clone()
         indices_tuple = self.create_indices_tuple(
             embeddings, labels, references, ref_labels, indices_tuple, enqueue_mask is None
@@ -135,7 +136,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         return embeddings, labels, indices_tuple, references, ref_labels
 
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
-        """Put embeddings and labels in the place of the oldest ones."""
+        """Write embeddings and labels over the oldest ones of the queue."""
         self._check_fits(batch_size)
         end = self.queue_idx + batch_size
         places = torch.arange(self.queue_idx, end, device=labels.device)
@@ -148,11 +149,11 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     def create_indices_tuple(
         self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
     ):
-        """Pairs or triplets for the loss, or what PNPLoss takes in their place."""
+        """Make the pairs or triplets for the loss, or QueryColumns for PNPLoss."""
         columns = self.curr_batch_idx if do_remove_self_comparisons else None
         if self.miner is None and input_indices_tuple is None and takes_query_columns(self.loss):
             return None if columns is None else QueryColumns(columns)
-        if len(labels) == 0 or len(L_mem) == 0:  # not every miner takes that
+        if len(labels) == 0 or len(L_mem) == 0:  # some miners fail with empty tensors
             indices_tuple = tuple(self.curr_batch_idx.new_empty(0) for _ in range(4))
         elif self.miner is not None:
             indices_tuple = self.miner(embeddings, labels, E_mem, L_mem)
@@ -167,16 +168,16 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         return indices_tuple if columns is None else without_self_pairs(indices_tuple, columns)
 
     def get_extra_state(self) -> Tensor:
-        """Position of the queue and whether it has been filled, for `state_dict`."""
+        """Return the position of the queue and whether it is full, for `state_dict`."""
         return torch.tensor([self.queue_idx, self.has_been_filled])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take both from a `state_dict`."""
+        """Restore position and fullness of the queue from a `state_dict`."""
         queue_idx, has_been_filled = state.tolist()
         self.queue_idx, self.has_been_filled = queue_idx, bool(has_been_filled)
 
     def _check(self, embeddings, labels, indices_tuple, enqueue_mask) -> None:
-        """Raise TypeError or ValueError unless these can be enqueued and ranked."""
+        """Raise TypeError or ValueError unless these are valid arguments of `forward`."""
         if labels is None:
             raise TypeError("labels must be a tensor, got NoneType")
         check_inputs(embeddings, labels, None, None, None)
@@ -196,6 +197,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))
 
     def _check_fits(self, batch_size: int) -> None:
+        """Raise ValueError if the queue is shorter than the batch."""
         if batch_size > self.memory_size:
             raise ValueError(
                 f"at most memory_size, {self.memory_size}, embeddings can be enqueued at a time, "
@@ -203,7 +205,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
             )
 
     def _on_one_device(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Take the queue to dtype and device of embeddings, and labels to those of the queue."""
+        """Move the queue to dtype and device of the embeddings; return labels in the queue's."""
         labels = plain(labels)
         is_floating = labels.is_floating_point() or self.label_memory.is_floating_point()
         dtype = torch.float64 if is_floating else torch.int64
@@ -212,29 +214,17 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         return labels.to(embeddings.device, dtype)
 
 
-def check_enqueue_mask(enqueue_mask, n: int) -> None:
-    """Raise TypeError or ValueError unless it is a bool tensor of shape (n,)."""
-    check_vector("enqueue_mask", enqueue_mask, n)
-    if enqueue_mask.dtype != torch.bool:
-        raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
-
-
 def takes_query_columns(loss) -> bool:
-    """Whether a loss is a PNPLoss whose arguments nobody else sees, so that they may be our own."""
+    """Whether a loss is a PNPLoss, and no other code receives the arguments it is called with."""
     return (
         isinstance(loss, PNPLoss)
         and is_unmodified(loss, "forward", "compute_loss")
-        and not all_modules_are_watched()
+        and not has_global_hooks()
     )
 
 
-def _keeps_references(loss, embeddings: Tensor) -> bool:
-    """Whether a loss may read its references after the call."""
-    return not takes_query_columns(loss) or loss.keeps_references(embeddings)
-
-
 def without_self_pairs(indices_tuple, columns: Tensor):
-    """The pairs or triplets that do not compare a query a with reference `columns[a]`."""
+    """Drop the pairs or triplets that compare a query a with reference `columns[a]`, its copy."""
     if len(indices_tuple) == 3:
         a, p, n = indices_tuple
         keep = (columns[a] != p) & (columns[a] != n)
@@ -245,7 +235,7 @@ def without_self_pairs(indices_tuple, columns: Tensor):
 
 
 def _before_loading(memory: CrossBatchMemory, state_dict: dict, prefix: str, *_) -> None:
-    """Make room for what is loaded, and start the queue anew if its position is not known."""
+    """Adapt the dtype of the labels, and let the queue start anew if its position is missing."""
     labels = state_dict.get(prefix + "label_memory")
     if labels is None:
         return

@@ -9,23 +9,23 @@ from torch import Tensor
 class Relation(NamedTuple):
     """Positives and negatives of N queries among M references.
 
-    The positives of query a are the `number[a]` columns from `columns[start[a]]` on, so that no
-    shape depends on how many there are. Where the references hold the queries, a itself is listed
-    among its positives, once.
+    The positives of query a are `columns[start[a] : start[a] + number[a]]`, so that no shape
+    depends on how many there are. If the references contain the queries, a itself is one of them.
     """
 
-    columns: Tensor  # (K,) int64, references
+    columns: Tensor  # (K,) int64, columns of the similarity matrix, which are references
     start: Tensor  # (N,) int64
-    number: Tensor  # (N,) int64, of listed positives
-    counted: Tensor  # (N,) bool, the queries with a positive besides themselves
+    number: Tensor  # (N,) int64, of positives in `columns`
+    counted: Tensor  # (N,) bool, whether the query has a positive besides itself
     not_negative: Tensor | None  # (N, M) bool, or None if all but the positives are negatives
-    query_column: Tensor | None  # (N,) int64, which reference is query a, or None if none is
+    query_column: Tensor | None  # (N,) int64, the column of each query itself; None if it has none
 
     @staticmethod
     def from_labels(labels: Tensor, ref_labels: Tensor, query_column: Tensor | None) -> "Relation":
         """Equal labels (N,) and (M,) make a positive, unequal ones a negative; NaN equals nothing.
 
-        The label of a query that is a reference is that of the reference.
+        With `query_column`, `labels` must be `ref_labels[query_column]`. A query then equals itself
+        even if its label is NaN.
         """
         labels, ref_labels = _as_integers(labels, ref_labels, query_column)
         ordered, columns = ref_labels.sort(stable=True)
@@ -38,7 +38,7 @@ class Relation(NamedTuple):
     def from_masks(
         positive_mask: Tensor, negative_mask: Tensor, query_column: Tensor | None = None
     ) -> "Relation":
-        """Both masks (N, M) bool; their entries for a query and its own column are not used."""
+        """Masks (N, M) bool define the pairs; their entries at `query_column` are ignored."""
         not_negative = ~negative_mask
         if query_column is not None:
             positive_mask = positive_mask.scatter(1, query_column.unsqueeze(1), True)
@@ -50,22 +50,21 @@ class Relation(NamedTuple):
         return Relation(columns, start, number, counted, not_negative, query_column)
 
     def of(self, rows: slice) -> "Relation":
-        """Positives and negatives of some of the queries."""
+        """Return the relation of the queries in `rows`."""
         columns, *of_queries = self
         return Relation(columns, *(None if x is None else x[rows] for x in of_queries))
 
     def sizes(self) -> tuple[int, int]:
-        """Smallest and largest number of listed positives of a query; waits for a GPU."""
+        """Smallest and largest `number`; the host waits for a GPU."""
         if len(self.number) == 0:
             return 0, 0
         low, high = self.number.aminmax()
         return int(low), int(high)
 
-    def positives(self, rows: slice, width: int, smallest: int) -> Tensor:
-        """Columns of the positives of some queries, (rows, width), with sizes as of `sizes`.
+    def positives(self, rows: slice, smallest: int, width: int) -> Tensor:
+        """Columns of the positives of the queries in `rows`, (rows, width); sizes as of `sizes`.
 
-        A query that has fewer than `width` repeats its last one; a query without any gets columns
-        of no meaning.
+        Shorter lists are padded with their last column, empty ones with arbitrary columns.
         """
         place = torch.arange(width, device=self.start.device)
         if smallest < width:
@@ -76,10 +75,9 @@ class Relation(NamedTuple):
         return self.columns.take(place) if width else place
 
     def used(self, rows: slice, index: Tensor, with_query: bool) -> Tensor:
-        """Which entries of `positives` enter a loss, (rows, width) bool.
+        """Which entries of `index`, the result of `positives`, enter the loss, (rows, width) bool.
 
-        Not the repeated ones, not those of a query that does not count, and the query itself only
-        `with_query`.
+        Padding and queries that do not count do not, and the query itself only `with_query`.
         """
         number = (self.number[rows] * self.counted[rows]).unsqueeze(1)
         used = torch.arange(index.shape[1], device=index.device) < number
@@ -88,45 +86,38 @@ class Relation(NamedTuple):
         return used
 
     def fill_non_negatives_(self, x: Tensor, rows: slice, index: Tensor, value: float) -> None:
-        """Set x (rows, M) to `value` where it is no negative; `index` as from `positives`."""
+        """Set x (rows, M) to `value` if not a negative; `index` is the result of `positives`."""
         if self.not_negative is not None:
             x.masked_fill_(self.not_negative[rows], value)
         elif self.query_column is not None:
             x.scatter_(1, index, value)
-        else:  # `index` has no meaning where a query has no positives
+        else:  # the columns of a query without positives are arbitrary, and keep their values
             has_positives = (self.number[rows] > 0).unsqueeze(1)
-            x.scatter_(1, index, x.gather(1, index).masked_fill_(has_positives, value))
-
-    def negative_mask(self, m: int) -> Tensor:
-        """(N, M) bool."""
-        if self.not_negative is not None:
-            return ~self.not_negative
-        place = torch.empty_like(self.columns)
-        place[self.columns] = torch.arange(m, device=place.device)
-        place = place - self.start.unsqueeze(1)
-        return (place < 0) | (place >= self.number.unsqueeze(1))
+            values = x.detach().gather(1, index).masked_fill_(has_positives, value)
+            x.scatter_(1, index, values)
 
 
 class QueryColumns(NamedTuple):
-    """What `CrossBatchMemory` passes to PNPLoss as `indices_tuple` in place of N x M pairs.
+    """What `CrossBatchMemory` passes to PNPLoss as `indices_tuple` instead of N x M pairs.
 
-    It means all pairs that the labels make, without those of a query and its own copy in memory.
+    It stands for all pairs of queries and references except those of a query and its own copy.
     """
 
-    columns: Tensor  # (N,) int64, where in the references the queries are
+    columns: Tensor  # (N,) int64, the reference that is the copy of each query
 
 
 class Pairs:
-    """Positives and negatives of a batch, handed out for some queries at a time.
+    """Positives and negatives of a batch, for any block of its queries.
 
-    Labels are sorted once, when this is made; the masks of a tuple are made for the rows that are
-    asked for, so that chunks never hold N x M of them. Nothing here changes with what was given.
+    Labels are sorted once, in the constructor. The masks of a tuple are made for one block at a
+    time, so that with chunks no N x M mask exists. The arguments are copied: changing them in place
+    later has no effect.
     """
 
     def __init__(
         self, labels, indices_tuple, ref_labels, n: int, m: int, is_own_reference: bool, device
     ) -> None:
-        """Read what a loss of PML is called with, for n queries and m references."""
+        """Take the arguments of a PML loss, with n queries and m references."""
         self._rows, self._m = slice(0, n), m
         self._query_column = self._by_labels = self._tuple = None
         if is_own_reference:
@@ -140,7 +131,7 @@ class Pairs:
             self._tuple = [plain(i).to(device, torch.int64, copy=True) for i in indices_tuple]
 
     def of(self, rows: slice) -> Relation:
-        """Positives and negatives of some queries."""
+        """Return the relation of the queries in `rows`."""
         if self._by_labels is not None:
             return self._by_labels if rows == self._rows else self._by_labels.of(rows)
         anchors, positives, *rest = self._tuple
@@ -150,18 +141,18 @@ class Pairs:
         return Relation.from_masks(self._mask(rows, anchors, positives), negative_mask, column)
 
     def _mask(self, rows: slice, queries: Tensor, references: Tensor) -> Tensor:
-        """(rows, M) bool, true at the pairs whose query lies in `rows`."""
+        """Mask (rows, M) bool of the pairs whose query is in `rows`."""
         inside = (queries >= rows.start) & (queries < rows.stop)
-        entries = (rows.stop - rows.start) * self._m
-        flat = torch.zeros(entries, dtype=torch.bool, device=queries.device)
-        flat[((queries - rows.start) * self._m + references)[inside]] = True
-        return flat.view(rows.stop - rows.start, self._m)
+        height = rows.stop - rows.start
+        mask = torch.zeros(height, self._m, dtype=torch.bool, device=queries.device)
+        mask.view(-1)[((queries - rows.start) * self._m + references)[inside]] = True
+        return mask
 
 
 def plain(x):
-    """The same tensor without the type of a subclass that only adds methods (fastai, torchvision).
+    """Turn a tensor subclass that only adds methods (fastai, torchvision) into a plain tensor.
 
-    A subclass with a dispatch of its own, such as DTensor, is left as it is.
+    Other values are returned unchanged, also a subclass with its own dispatch, such as DTensor.
     """
     if type(x) is Tensor or not isinstance(x, Tensor):
         return x
@@ -172,7 +163,7 @@ def plain(x):
 def _as_integers(
     labels: Tensor, ref_labels: Tensor, query_column: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Integers that are equal where the labels are."""
+    """Replace labels by integers that are equal where the labels are."""
     if not (labels.is_floating_point() or ref_labels.is_floating_point()):
         return labels.long().contiguous(), ref_labels.long()
     if query_column is not None:

@@ -6,12 +6,12 @@ import torch
 
 
 def is_autocast_on(device_type: str) -> bool:
-    """Whether autocast is on for a type of device."""
+    """Whether autocast is on for a device type."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:
-    """Context in which it is not."""
+    """Context manager that turns autocast off for a device type."""
     if is_autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""Put PNPLoss in the place of PML's own, for code whose imports cannot be edited."""
+"""Replace PML's own PNPLoss by this package's, for code whose imports cannot be edited."""
 
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -10,12 +10,13 @@ _saved: list[tuple[object, str, object]] = []
 
 
 def register() -> None:
-    """Make `pytorch_metric_learning.losses.PNPLoss` this package's and let PML's wrappers take it.
+    """Set `pytorch_metric_learning.losses.PNPLoss` to this package's; PML's wrappers then take it.
 
     Afterwards `losses.PNPLoss(...)`, `losses.CrossBatchMemory(losses.PNPLoss(...), ...)` and
     `losses.SelfSupervisedLoss(losses.PNPLoss(...))` work in code that imports
-    `pytorch_metric_learning.losses`. Call it before that code runs: a `from ... import PNPLoss`
-    that came earlier keeps the class it got. A second call does nothing. Logged by PML's logger.
+    `pytorch_metric_learning.losses`. Call it before that code is imported: a `from ... import
+    PNPLoss` that was executed earlier keeps PML's class. A second call does nothing. PML's logger
+    reports it.
 
     Example:
         >>> import pml_pnp
@@ -37,7 +38,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`: every attribute is again the object it was. Does nothing without it."""
+    """Undo `register` by restoring every attribute; without an earlier `register` do nothing."""
     if not _saved:
         return
     while _saved:
@@ -47,5 +48,6 @@ def unregister() -> None:
 
 
 def _replace(owner, name: str, value) -> None:
+    """Set an attribute and remember the previous one."""
     _saved.append((owner, name, vars(owner).get(name, _MISSING)))
     setattr(owner, name, value)

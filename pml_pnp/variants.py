@@ -1,9 +1,9 @@
 """The functions f(R) that turn the number of negatives before a positive into its loss.
 
-Choosing f is choosing how much gradient a positive gets as negatives pile up before it, which is
-the point of the PNP paper (arXiv 2102.04640). Every f here is zero at R = 0, rises with R, and is
-written so that value and gradient keep their relative accuracy for R near zero, where training ends
-up.
+The choice of f determines how the gradient of a positive changes with the number of negatives
+before it, which is the subject of the PNP paper (arXiv 2102.04640). Every f is zero at R = 0,
+increases with R, and is written so that value and gradient keep their relative accuracy near R = 0,
+which training approaches.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Variant(NamedTuple):
     f: Callable[[Tensor, float, float], Tensor]
     """f(R, alpha, b), elementwise."""
     derivative: Callable[[Tensor, float, float], Tensor]
-    """f'(R), of the same arguments."""
+    """f'(R), with the same arguments."""
     equation: int
-    """Its number in the paper."""
+    """Number of the equation in the paper."""
 
 
 def _bounded(r: Tensor, b: float) -> Tensor:
@@ -46,8 +46,8 @@ def _bounded(r: Tensor, b: float) -> Tensor:
 def _one_minus_exp(y: Tensor) -> Tensor:
     """Compute 1 - exp(y) for y <= 0 without cancellation in value or gradient.
 
-    expm1 keeps the value near zero, but autograd differentiates it as expm1(y) + 1, which loses the
-    gradient where exp(y) is small: there the plain form is exact in both.
+    expm1 is accurate near zero, but autograd differentiates it as expm1(y) + 1, which cancels where
+    exp(y) is small. There 1 - exp(y) is accurate in value and gradient.
     """
     if not y.requires_grad:
         return -torch.expm1(y)
@@ -76,7 +76,7 @@ VARIANTS = {
 
 
 def apply_variant(variant, r: Tensor, *, alpha: float, b: float) -> Tensor:
-    """f(R) by name or by the user's callable, which must return one value per entry of R."""
+    """Compute f(R) for the name of a variant or a callable, and check what the callable returns."""
     if isinstance(variant, str):
         return VARIANTS[variant].f(r, alpha, b)
     result = variant(r)

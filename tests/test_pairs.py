@@ -25,8 +25,9 @@ def sets(relation, m):
         assert len(set(columns)) == len(columns)
         assert own[a] is None or columns.count(own[a]) == 1  # listed, once
         positives.append(set(columns) - {own[a]})
-    mask = relation.negative_mask(m)
-    assert mask.shape == (n, m) and mask.dtype == torch.bool
+    rows, mask = slice(0, n), torch.ones(n, m, dtype=torch.bool)
+    index = relation.positives(rows, *relation.sizes())
+    relation.fill_non_negatives_(mask, rows, index, False)
     negatives = [set(row.nonzero().flatten().tolist()) for row in mask]
     return positives, negatives, relation.counted.tolist()
 

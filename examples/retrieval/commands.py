@@ -3,14 +3,22 @@
 import argparse
 import sys
 import time
+import traceback
 from importlib import import_module
+from typing import TextIO
 
-from . import processes
+from . import processes, screen
 from .errors import UserError
-from .processes import rank, say
+from .processes import rank
 
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
-COMMANDS = {"train": "train an embedding and evaluate it on classes it has never seen"}
+COMMANDS = {
+    "train": "train an embedding and evaluate it on classes it has never seen",
+    "report": "make report.html in a run's folder: a page of what was learned",
+    "search": "find the images of a folder that are most like given ones",
+    "export": "write the network and its embeddings for use elsewhere",
+    "compare": "a table over several runs",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,19 +37,32 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: str, argv: list[str] | None, prog: str) -> int:
     """Run one command, which calls itself `prog`; returns the exit code."""
     module = import_module(f".{command}", __package__)
+    screen.start(silent=rank() > 0)
     try:
         return module.run(module.parser(prog).parse_args(argv))
     except UserError as error:
         if rank() == 0 or not error.common or _is_from_loader(error):
-            print(f"{prog}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+            _say_last(f"{prog}: error: {_one_line(error)}", sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes with the first; let rank 0 speak before
         return 2
     except KeyboardInterrupt:
-        say("interrupted; a run whose folder exists continues with --resume FOLDER")
+        if rank() == 0:
+            line = "interrupted; a run whose folder exists continues with --resume FOLDER"
+            _say_last(line, sys.stdout)
         return 130
+    except Exception:
+        screen.log_if_possible(traceback.format_exc())
+        raise
     finally:
+        screen.stop()
         processes.stop()
+
+
+def _say_last(line: str, stream: TextIO) -> None:
+    """Print and log, and do not fail for a full disk, of which the line may tell."""
+    print(line, file=stream, flush=True)
+    screen.log_if_possible(line)
 
 
 def _is_from_loader(error: UserError) -> bool:

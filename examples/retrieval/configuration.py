@@ -1,23 +1,45 @@
 """What a run is made of: the flags of the command line, their defaults, and an earlier run's."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .arguments import (
+    below_one,
+    fraction,
+    natural,
+    not_negative_float,
+    positive,
+    positive_float,
+    seed,
+)
+from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
-from .data import DATA_ROOT_VARIABLE, PML_DATASETS, READERS
+from .config_file import read_config
+from .data import (
+    DATA_ROOT_VARIABLE,
+    PML_DATASETS,
+    READERS,
+    TEST_FRACTION,
+    RetrievalSplits,
+    splits_of,
+)
 from .errors import UserError
+from .metrics import RECALL_AT
 from .processes import world_size
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder, is_unfilled, taken
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
     "data_root": None,
+    "test_fraction": None,
     "val_fraction": 0.2,
     "turned_classes": False,
     "skip_verify": False,
@@ -25,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "pretrained": False,
     "freeze_batchnorm": False,
     "image_size": None,
+    "color_jitter": 0.4,
     "embedding_size": 128,
     "loss": "PNPLoss",
     "loss_args": None,
@@ -36,7 +59,10 @@ DEFAULTS: dict[str, Any] = {
     "samples_per_class": 4,
     "epochs": 20,
     "patience": 10,
+    "recall_at": list(RECALL_AT),
     "lr": 1e-3,
+    "lr_milestones": [],
+    "lr_gamma": 0.3,
     "loss_lr": None,
     "weight_decay": 0.0,
     "ema_decay": 0.0,
@@ -44,7 +70,10 @@ DEFAULTS: dict[str, Any] = {
     "amp": False,
     "device": "auto",
     "workers": 0,
+    "threads": None,
 }
+# Settings that came later, as runs from before them had them.
+EARLIER: dict[str, Any] = {"threads": None}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
@@ -70,10 +99,12 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
-    **{name: PAPER_TRUNK for name in PML_DATASETS},
+    **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
+# What config.json of a run holds beside the settings.
+RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges")
 # What may differ when a run continues; everything else would make it another run.
-RESUMABLE = ("epochs", "device", "workers", "data_root", "skip_verify", "grad_cache")
+RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify", "grad_cache")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -85,16 +116,23 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog=(
+            "The test is on classes that are never trained on: those of the data set's own split,\n"
+            "or of --dataset folder those in test/ beside train/. A folder without these is split\n"
+            "by --test-fraction, and --seed draws the classes. If train/ and test/ hold the same\n"
+            "classes, the test is closed-set: its images are searched among the test images of\n"
+            "known classes.\n\n"
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
-            "fewer some images of each. Which ones follows from --seed. Defaults marked * depend\n"
-            "on the data set and are printed when training starts."
+            "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
+            "--seed. Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 
     def add(group, flag, text, **kwargs):
         default = DEFAULTS.get(flag[2:].replace("-", "_"))
-        plain = default is None or default is False or default == {}
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        plain = default is None or default is False or default in ({}, "")
         shown = "" if plain else f" (default {default})"
         group.add_argument(flag, help=text + shown, **kwargs)
 
@@ -102,7 +140,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
     add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
-    add(data, "--val-fraction", "share of training data held out", type=_fraction)
+    add(
+        data,
+        "--test-fraction",
+        "share of the classes to test on, drawn by --seed, if the data set has no split of its own "
+        f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
+        type=below_one,
+    )
+    add(data, "--val-fraction", "share of training data held out", type=fraction)
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
         data,
@@ -110,8 +155,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "turned and mirrored copies as classes to train on *",
         action=switch,
     )
-    add(data, "--image-size", "side of the input, in pixels *", type=_positive)
-    add(data, "--workers", "loader processes *; results depend on it if images vary", type=_natural)
+    add(data, "--image-size", "side of the input, in pixels *", type=positive)
+    add(
+        data,
+        "--color-jitter",
+        "how much brightness, contrast and saturation of training images vary, for a timm model",
+        type=not_negative_float,
+    )
+    add(data, "--workers", "loader processes *; results depend on it if images vary", type=natural)
 
     model = flags.add_argument_group("model")
     add(model, "--trunk", f"{SMALL!r} or a timm model *")
@@ -122,90 +173,158 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         action=switch,
     )
     add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
-    add(model, "--embedding-size", "length of an embedding *", type=_positive)
+    add(model, "--embedding-size", "length of an embedding *", type=positive)
 
     loss = flags.add_argument_group("loss")
     add(loss, "--loss", "a loss of pml_pnp.losses")
     add(loss, "--loss-args", "its arguments", nargs="+", metavar="NAME=VALUE")
     add(loss, "--miner", "a miner of pytorch_metric_learning.miners")
     add(loss, "--miner-args", "its arguments", nargs="+", metavar="NAME=VALUE")
-    add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=_natural)
+    add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=natural)
 
     training = flags.add_argument_group("training")
-    add(training, "--batch-size", "batch of all processes together *", type=_positive)
+    add(training, "--batch-size", "batch of all processes together *", type=positive)
     add(
         training,
         "--grad-cache",
         "largest number of images whose activations the trunk keeps; larger batches go through it "
         "in chunks, see docs/large_batches.md; 0 for no limit",
-        type=_natural,
+        type=natural,
     )
-    add(training, "--samples-per-class", "images of each class in a batch", type=_positive)
-    add(training, "--epochs", "epochs at most *", type=_positive)
-    add(training, "--patience", "epochs without improvement before stopping", type=_natural)
-    add(training, "--lr", "learning rate of Adam *", type=_positive_float)
-    add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=_positive_float)
-    add(training, "--weight-decay", "weight decay of Adam *", type=_not_negative_float)
+    add(training, "--samples-per-class", "images of each class in a batch", type=positive)
+    add(training, "--epochs", "epochs at most *", type=positive)
+    add(training, "--patience", "epochs without improvement before stopping", type=natural)
+    add(
+        training,
+        "--recall-at",
+        "k of the Recall@k that are measured, besides Recall@1",
+        type=positive,
+        nargs="+",
+        metavar="K",
+    )
+    add(training, "--lr", "learning rate of Adam *", type=positive_float)
+    add(
+        training,
+        "--lr-milestones",
+        "epochs after which all learning rates are multiplied by --lr-gamma",
+        type=positive,
+        nargs="+",
+        metavar="EPOCH",
+    )
+    add(training, "--lr-gamma", "see --lr-milestones", type=positive_float)
+    add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=positive_float)
+    add(training, "--weight-decay", "weight decay of Adam *", type=not_negative_float)
     add(
         training,
         "--ema-decay",
         "evaluate and keep an exponential moving average of the weights with this decay; 0 for "
         "none *",
-        type=_decay,
+        type=below_one,
     )
-    add(training, "--seed", "seed of everything random", type=_seed)
+    add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
     add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+    add(
+        training,
+        "--threads",
+        "CPU threads of each process (default: what OMP_NUM_THREADS or else torch says); where "
+        "others use the cores, one may be faster; the number changes the last digits of results",
+        type=positive,
+    )
 
     run = flags.add_argument_group("run folder")
+    add(
+        run,
+        "--config",
+        "settings in YAML or JSON, such as config.json of a run; flags win",
+        metavar="FILE",
+    )
     add(run, "--output-dir", "where run folders are made (default runs)")
     add(run, "--name", "name of the run folder; must be new")
     add(
         run,
+        "--resume-if-exists",
+        "continue the run of this --name if it exists, and start it otherwise: for the command "
+        "line of a scheduler or of torchrun --max-restarts, which is the same each time",
+        action="store_true",
+    )
+    add(
+        run,
         "--resume",
         "run folder to continue, with its own configuration; --epochs may be "
-        "raised, --device, --workers and --grad-cache changed, after which the end may differ",
+        "raised, --device, --workers, --threads and --grad-cache changed, after which the end may "
+        "differ",
         metavar="FOLDER",
     )
+    add(run, "--report", "make report.html in it at the end (the default)", action=switch)
     return flags
 
 
-def _number(kind: type, text: str, holds: Any, expected: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
+def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """What a file sets, with what was typed in its place or, of arguments, added.
+
+    Arguments of a loss or miner are those of the one that the file names.
+    """
+    typed = _with_parsed_arguments(typed)
+    given = read_config(path, parser("", ""), DEFAULTS, RECORDED)
+    for name, arguments in (("loss", "loss_args"), ("miner", "miner_args")):
+        in_file = given.get(name, DEFAULTS[name])
+        if typed.get(name, in_file) != in_file:
+            given.pop(arguments, None)
+        if arguments in typed:
+            typed[arguments] = {**given.get(arguments, {}), **typed[arguments]}
+    return {**given, **typed}
 
 
-def _positive(text: str) -> int:
-    return _number(int, text, lambda x: x > 0, "a positive integer")
+@dataclasses.dataclass
+class Place:
+    """Which run folder the flags mean."""
 
+    resume: str | None = None
+    resume_if_exists: bool = False
+    name: str | None = None
+    output_dir: str | None = None
 
-def _natural(text: str) -> int:
-    return _number(int, text, lambda x: x >= 0, "an integer of 0 or more")
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> "Place":
+        """Take them out of what was typed; the rest is the configuration."""
+        return cls(**{x.name: given.pop(x.name, x.default) for x in dataclasses.fields(cls)})
 
+    @property
+    def parent(self) -> Path:
+        """Where run folders are made."""
+        return Path(self.output_dir or "runs")
 
-def _seed(text: str) -> int:
-    return _number(int, text, lambda x: 0 <= x < 2**62, "an integer from 0 to 2^62")
+    @property
+    def flag(self) -> str:
+        """The flag by which an earlier run is continued."""
+        return "--resume" if self.resume else "--resume-if-exists"
 
+    def earlier_run(self) -> str | None:
+        """The folder of the run to continue, if there is one."""
+        if self.resume:
+            if self != Place(resume=self.resume):
+                raise UserError(
+                    "--resume continues in the run's own folder; leave out --name, --output-dir "
+                    "and --resume-if-exists"
+                )
+            return self.resume
+        if self.name is not None and (
+            self.name in ("", ".", "..") or Path(self.name).name != self.name
+        ):
+            raise UserError(f"--name: expected a folder name without separators, got {self.name!r}")
+        if not self.resume_if_exists:
+            return None
+        if self.name is None:
+            raise UserError("--resume-if-exists needs --name, which says what run it is")
+        path = self.parent / self.name
+        return str(path) if RunFolder.is_at(path) else None
 
-def _positive_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < float("inf"), "a positive number")
-
-
-def _not_negative_float(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
-
-
-def _decay(text: str) -> float:
-    return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-
-
-def _fraction(text: str) -> float:
-    return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
+    def check(self) -> None:
+        """Find now what would prevent a new run."""
+        path = self.parent / (self.name or "")
+        if self.name and path.exists() and not (self.resume_if_exists and is_unfilled(path)):
+            raise UserError(taken(path))
 
 
 def configured(given: dict[str, Any]) -> dict[str, Any]:
@@ -232,6 +351,26 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def splits_of_run(config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
+    """The images of an earlier run, at their place or at another.
+
+    Raises:
+        UserError: If they are not there, or not the same ones.
+    """
+    config = {**config, "data_root": data_root or config["data_root"]}
+    advice = "name the folder that holds the images of the run with --data-root"
+    try:
+        splits = splits_of(config)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    if splits.summary() != config["data"]:
+        raise UserError(
+            f"the images in {config['data_root']} are not those of the run: were "
+            f"{config['data']}, are {splits.summary()}; {advice}"
+        )
+    return splits
+
+
 def absolute_root(config: dict[str, Any]) -> str | None:
     """Where the data are, to continue from another folder and without the variable."""
     root = config["data_root"] or os.environ.get(DATA_ROOT_VARIABLE)
@@ -244,34 +383,50 @@ def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
     return PAPER_PNP_ARGS if config["pretrained"] else PNP_ARGS
 
 
-def resumed(path: str, given: dict[str, Any]) -> tuple[RunFolder, dict[str, Any]]:
+def resumed(
+    path: str, given: dict[str, Any], asked_by: str = "--resume"
+) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
-    run = RunFolder.existing(path)
-    config = run.read_json("config.json")
-    missing = sorted({*DEFAULTS, "world_size", "data"} - config.keys())
-    if missing:
-        raise UserError(f"--resume: {path}/config.json is not of this program: no {missing[0]}")
+    run = RunFolder.existing(path, asked_by)
+    config = of_run(run, asked_by)
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
-            raise UserError(f"--resume: {flag} can only be raised from {config[key]}, got {value}")
+            raise UserError(
+                f"{asked_by}: {flag} can only be raised from {config[key]}, got {value}"
+            )
         if key in RESUMABLE:
             config[key] = value
         elif config[key] != value:
-            raise UserError(f"--resume: the run has {flag} {config[key]}, so it cannot be {value}")
+            raise UserError(
+                f"{asked_by}: the run has {flag} {config[key]}, so it cannot be {value}"
+            )
     if config["world_size"] != world_size():
         raise UserError(
-            f"--resume: the run was started with {config['world_size']} processes and must "
+            f"{asked_by}: the run was started with {config['world_size']} processes and must "
             f"continue with as many, got {world_size()}"
         )
     return run, config
+
+
+def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
+    """The configuration of an earlier run.
+
+    Raises:
+        UserError: If it lacks anything that this program writes.
+    """
+    config = {**EARLIER, **run.read_json(CONFIG)}
+    missing = sorted({*DEFAULTS, "world_size", "data", "versions"} - config.keys())
+    if missing:
+        raise UserError(f"{asked_by}: {run.path}/{CONFIG} is not of this program: no {missing[0]}")
+    return config
 
 
 def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
     parsed = {
         key: parse_arguments("--" + key.replace("_", "-"), given[key])
         for key in ("loss_args", "miner_args")
-        if key in given
+        if isinstance(given.get(key), list)
     }
     return {**given, **parsed}
 

@@ -1,4 +1,4 @@
-"""Data sets for open-set retrieval, by name: found, checked, split and ready to load."""
+"""Data sets for retrieval, by name: found, split, checked and ready to load."""
 
 import csv
 import dataclasses
@@ -6,9 +6,11 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,51 +18,89 @@ import tqdm
 from PIL import Image
 from torch.utils.data import Dataset
 
+from . import benchmark_sets
+from .benchmark_sets import BENCHMARK_SETS
 from .errors import UserError
-from .image_tree import Skipped, read_trees, summary, warnings_of
-from .images import as_eight_bits
+from .image_tree import (
+    NO_FORMAT,
+    SAME_AS,
+    Found,
+    Skipped,
+    read_trees,
+    read_zip,
+    summary,
+    warnings_of,
+)
+from .images import KINDS, Ranges, as_eight_bits, extremes, ranges_of
 from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
-PML_DATASETS = ("CUB", "Cars196", "StanfordOnlineProducts", "INaturalist2018")
+PML_DATASETS = ("CUB", "Cars196")
 # From so many training classes on, whole classes are held out for validation.
 CLASSES_FOR_DISJOINT_VALIDATION = 20
+# Of a data set that has no split of its own, the share of the classes to test on.
+TEST_FRACTION = 0.5
 NAMED_AT_MOST = 5
+# The pixels of 32 bits of other formats are looked at even with --skip-verify.
+NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image: where it is, or what it holds, and its class."""
+    """One image: where it is, or what it holds, its class, and the test sets that it belongs to."""
 
     name: str
     label: str
     source: Path | bytes | np.ndarray
     turn: Image.Transpose | None = None
+    parts: tuple[str, ...] = ()
 
-    def open(self) -> Image.Image:
+    def open(self, ranges: Ranges | None = None) -> Image.Image:
         """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
+
+        Args:
+            ranges: What is black and white in images of 32 bits, see `as_eight_bits`.
 
         Raises:
             UserError: If it cannot be read.
         """
-        try:
-            image = as_eight_bits(self._decode())
+        with self._errors_named():
+            image = as_eight_bits(self._decode(), ranges)
             return image if self.turn is None else image.transpose(self.turn)
+
+    def extremes(self) -> tuple[str, float, float] | None:
+        """Of a 32-bit image, its kind and its smallest and largest pixel; else None.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        form = Image.registered_extensions().get(Path(self.name).suffix.lower())
+        if isinstance(self.source, np.ndarray) or form in NEVER_32_BITS:
+            return None
+        with self._errors_named(), Image.open(self._stream()) as image:
+            return extremes(image)
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
             raise UserError(message, common=False) from error
 
+    def _stream(self) -> io.BytesIO | Path:
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+
     def _decode(self) -> Image.Image:
         if isinstance(self.source, np.ndarray):
             return Image.fromarray(self.source)
-        stream = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        with Image.open(stream) as image:
+        with Image.open(self._stream()) as image:
             image.load()
             return image
 
 
-# Training samples and test samples.
-Split = tuple[list[Sample], list[Sample]]
+# Training samples and test samples; None instead of these if the data set has no split of its own.
+Split = tuple[list[Sample], list[Sample] | None]
 
 
 class LabelledImages(Dataset):
@@ -71,12 +111,13 @@ class LabelledImages(Dataset):
         self.samples = list(samples)
         self.labels = np.array([number[s.label] for s in samples], dtype=np.int64)
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.pixel_ranges: Ranges = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.samples[index].open()), int(self.labels[index])
+        return self.transform(self.samples[index].open(self.pixel_ranges)), int(self.labels[index])
 
     @property
     def num_classes(self) -> int:
@@ -90,18 +131,36 @@ class LabelledImages(Dataset):
 
 @dataclasses.dataclass
 class RetrievalSplits:
-    """Training, validation and test images; the test classes are never trained on."""
+    """Training, validation and test images.
+
+    The test classes are never trained on, unless the test is closed-set. It may be empty.
+
+    Attributes:
+        train: To train on.
+        val: To choose the best epoch by.
+        test: To measure the result by.
+        val_kind: What is held out for `val`.
+        split_kind: What decides which classes or images are in `test`.
+        closed_set: The test classes are trained on, with other images.
+        skipped: What is in none of them, and why.
+        pixel_ranges: What is black and white in images of 32 bits.
+    """
 
     train: LabelledImages
     val: LabelledImages
     test: LabelledImages
     val_kind: str
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    split_kind: str
+    closed_set: bool
+    skipped: list[Skipped]
+    pixel_ranges: Ranges
 
-    def class_rows(self) -> list[tuple[str, str, int]]:
-        """Name, split and number of images of each class."""
+    def class_rows(self) -> list[tuple[str, str, int, str]]:
+        """Name, split and number of images of each class, and what decides its split."""
+        decided_by = dict.fromkeys(("train", "test"), self.split_kind)
+        decided_by["val"] = f"{self.val_kind}, drawn by --val-fraction and --seed"
         return [
-            (label, split, count)
+            (label, split, count, decided_by[split])
             for split in ("train", "val", "test")
             for label, count in sorted(
                 Counter(s.label for s in getattr(self, split).samples).items()
@@ -110,7 +169,20 @@ class RetrievalSplits:
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Numbers of images and classes of each split."""
-        return {name: getattr(self, name).summary() for name in ("train", "val", "test")}
+        return {
+            "train": self.train.summary(),
+            "val": self.val.summary(),
+            **{name: images.summary() for name, images in self.tests().items()},
+        }
+
+    def tests(self) -> dict[str, LabelledImages]:
+        """All test images as `test`, and each test set by its name where there are several."""
+        sets = {"test": self.test}
+        for part in dict.fromkeys(x for s in self.test.samples for x in s.parts):
+            samples = [s for s in self.test.samples if part in s.parts]
+            sets[part] = LabelledImages(samples, sorted({s.label for s in samples}))
+            sets[part].transform = self.test.transform
+        return sets
 
 
 def load_splits(
@@ -120,50 +192,80 @@ def load_splits(
     seed: int,
     turned_classes: bool = False,
     skip_verify: bool = False,
+    test_fraction: float | None = None,
 ) -> RetrievalSplits:
-    """Find a data set, leave out what cannot be used, and split it.
+    """Find a data set, split it, and leave out what cannot be used.
 
     Args:
         name: A key of `READERS`.
         data_root: The folder to look in; by default what `PML_PNP_DATA` names.
         val_fraction: Share of the training classes, or images, that is held out.
-        seed: Decides which ones are held out.
+        seed: Decides which ones are held out, and which classes are tested on.
         turned_classes: Make further training classes, see `with_turned_classes`.
         skip_verify: Do not decode every image first.
+        test_fraction: Share of the classes to test on, `TEST_FRACTION` by default, if the data set
+            has no split of its own; with 0 every class of any data set is trained on.
 
     Raises:
-        UserError: If the data set is missing, broken, or too small once cleaned.
+        UserError: If the data set is missing, broken, has a split of its own although a share is
+            given, or is too small once cleaned.
     """
     skipped: list[Skipped] = []
-    train, test = READERS[name](data_root, skipped)
+    train, own_test = READERS[name](data_root, skipped)
     if skipped:
         say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
-    if not skip_verify:
-        train, test = _without_unreadable(skipped, train, test)
+    train, test, split_kind, closed_set = _divided(name, train, own_test, test_fraction, seed)
+    bad, ranges = _looked_at([*train, *test], verify=not skip_verify)
+    if bad:
+        say(f"skipped {len(bad)} of {len(train) + len(test)} images:", *_first(bad.values()))
+        skipped += [Skipped(image, error) for image, error in bad.items()]
+        train, test = ([s for s in split if s.name not in bad] for split in (train, test))
     train = _without_single_image_classes(train, "training", skipped)
+    if closed_set:
+        test = _without_unknown_classes(test, train, skipped)
     test = _without_single_image_classes(test, "test", skipped)
     for split, samples in (("training", train), ("test", test)):
-        if len({s.label for s in samples}) < 2:
+        if len({s.label for s in samples}) < 2 and not (split == "test" and test_fraction == 0):
             raise UserError(
                 f"{name}: too little {split} data remains: expected at least 2 classes of at "
                 f"least 2 readable images, got {len(samples)} usable images"
             )
-    few = len({s.label for s in train}) < CLASSES_FOR_DISJOINT_VALIDATION
+    every_class = closed_set or test_fraction == 0
+    few = len({s.label for s in train}) < CLASSES_FOR_DISJOINT_VALIDATION and not every_class
     if turned_classes and few:  # then there are enough to hold out whole ones
         train = with_turned_classes(train)
-    train, val, kind = _hold_out(train, val_fraction, seed)
+    train, val, kind = _hold_out(train, val_fraction, seed, every_class)
     if turned_classes and not few:
         train = with_turned_classes(train)
     # Training classes get the lowest numbers: a loss with one proxy per class counts on that.
     seen = sorted({s.label for s in train})
     seen += sorted({s.label for s in val}.difference(seen))
     unseen = sorted({s.label for s in test})
-    return RetrievalSplits(
+    splits = RetrievalSplits(
         LabelledImages(train, seen),
         LabelledImages(val, seen),
         LabelledImages(test, unseen),
         kind,
+        split_kind,
+        closed_set,
         skipped,
+        ranges,
+    )
+    for part in (splits.train, splits.val, splits.test):
+        part.pixel_ranges = ranges
+    return splits
+
+
+def splits_of(config: dict[str, Any]) -> RetrievalSplits:
+    """The splits of a run, from its configuration."""
+    return load_splits(
+        config["dataset"],
+        config["data_root"],
+        config["val_fraction"],
+        config["seed"],
+        config["turned_classes"],
+        config["skip_verify"],
+        config["test_fraction"],
     )
 
 
@@ -184,31 +286,91 @@ def with_turned_classes(samples: list[Sample]) -> list[Sample]:
 # --- cleaning and splitting ---------------------------------------------------------------
 
 
-def _without_unreadable(skipped: list[Skipped], *splits: list[Sample]) -> list[list[Sample]]:
-    """Decode every image once, now, so that none can stop the training later."""
-    samples = [s for split in splits for s in split if not isinstance(s.source, np.ndarray)]
-    if not samples:
-        return list(splits)
+def _divided(
+    name: str,
+    train: list[Sample],
+    test: list[Sample] | None,
+    fraction: float | None,
+    seed: int,
+) -> tuple[list[Sample], list[Sample], str, bool]:
+    """Training samples, test samples, what decides, and whether the test classes are trained on."""
+    if fraction == 0:
+        return train + (test or []), [], "no test, every class is trained on", False
+    if test is None:
+        fraction = TEST_FRACTION if fraction is None else fraction
+        train, test = _drawn_classes(name, train, fraction, seed)
+        return train, test, f"open set, {fraction:g} of the classes drawn by --seed {seed}", False
+    if fraction is not None:
+        raise UserError(
+            f"--test-fraction: {name} has a split of its own here; expected 0, to train on every "
+            f"class, or nothing, got {fraction:g}"
+        )
+    trained = {s.label for s in train}
+    tested = {s.label for s in test}
+    known, unknown = sorted(tested & trained), sorted(tested - trained)
+    if known and unknown:
+        raise UserError(
+            f"{name}: expected test classes that are all trained on, or none of them, got "
+            f"{len(known)} that are, such as {known[0]}, and {len(unknown)} that are not, such as "
+            f"{unknown[0]}"
+        )
+    if known:
+        return train, test, "closed set, the classes of the test are trained on", True
+    return train, test, "open set, the data set's own split into classes", False
 
-    def error_of(sample: Sample) -> str | None:
+
+def _drawn_classes(
+    name: str, samples: list[Sample], fraction: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    labels = sorted({s.label for s in samples})
+    if len(labels) < 4:
+        raise UserError(
+            f"{name}: expected at least 4 class folders with images, 2 to train on and 2 to test "
+            f"on, got {len(labels)}"
+        )
+    count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
+    # The validation draws from another stream.
+    order = np.random.default_rng((seed, 1)).permutation(len(labels))
+    tested = {labels[i] for i in order[:count]}
+    return (
+        [s for s in samples if s.label not in tested],
+        [s for s in samples if s.label in tested],
+    )
+
+
+def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str], Ranges]:
+    """Read every image once, now, so that none can stop the training later.
+
+    Args:
+        samples: Whose images.
+        verify: Decode all of them, not only those whose 32-bit pixels may be of any depth.
+
+    Returns:
+        The errors by the names of the images, and what is black and white in those of 32 bits.
+    """
+
+    def look(sample: Sample) -> tuple[str | None, tuple[str, float, float] | None]:
         try:
-            sample.open()
+            if verify:
+                sample.open()
+            return None, sample.extremes()
         except UserError as error:
-            return str(error)
-        return None
+            return (str(error) if verify else None), None
 
-    def check() -> dict[str, str]:
+    def look_at_all() -> tuple[dict[str, str], Ranges]:
+        files = [s for s in samples if not isinstance(s.source, np.ndarray)]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            errors = tqdm.tqdm(
-                pool.map(error_of, samples), total=len(samples), desc="checking images"
-            )
-            return {s.name: e for s, e in zip(samples, errors, strict=True) if e}
+            seen = pool.map(look, files)
+            if verify and files:
+                seen = tqdm.tqdm(seen, total=len(files), desc="checking images")
+            errors, found = zip(*seen, strict=True) if files else ((), ())
+        named = {s.name: e for s, e in zip(files, errors, strict=True) if e}
+        return named, ranges_of(x for x in found if x)
 
-    bad = on_rank_zero(check)
-    if bad:
-        say(f"skipped {len(bad)} of {len(samples)} images:", *_first(bad.values()))
-        skipped += [Skipped(name, str(error)) for name, error in bad.items()]
-    return [[s for s in split if s.name not in bad] for split in splits]
+    errors, ranges = on_rank_zero(look_at_all)
+    for kind, (black, white) in ranges.items():
+        say(f"pixels of 32 bits, {KINDS[kind]}: {black:g} is taken for black, {white:g} for white")
+    return errors, ranges
 
 
 def _without_single_image_classes(
@@ -222,6 +384,17 @@ def _without_single_image_classes(
     return [s for s in samples if counts[s.label] > 1]
 
 
+def _without_unknown_classes(
+    test: list[Sample], train: list[Sample], skipped: list[Skipped]
+) -> list[Sample]:
+    trained = {s.label for s in train}
+    unknown = sorted({s.label for s in test} - trained)
+    if unknown:
+        say(f"skipped {len(unknown)} test classes that are not trained on:", *_first(unknown))
+        skipped += [Skipped(x, "a test class of a closed set without training") for x in unknown]
+    return [s for s in test if s.label in trained]
+
+
 def _first(lines: Sequence[str]) -> list[str]:
     lines = list(lines)
     more = len(lines) - NAMED_AT_MOST
@@ -229,19 +402,20 @@ def _first(lines: Sequence[str]) -> list[str]:
 
 
 def _hold_out(
-    samples: list[Sample], fraction: float, seed: int
+    samples: list[Sample], fraction: float, seed: int, every_class: bool
 ) -> tuple[list[Sample], list[Sample], str]:
     """Split off validation data: whole classes if there are many, else images of each class.
 
     Whole classes measure what the test measures, retrieval of unseen classes. With few classes
-    that would leave too little to train on.
+    that would leave too little to train on, and where every class is to be trained on there are
+    none to spare.
     """
     generator = np.random.default_rng(seed)
     members: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         members.setdefault(sample.label, []).append(i)
     labels = sorted(members)
-    if len(labels) >= CLASSES_FOR_DISJOINT_VALIDATION:
+    if len(labels) >= CLASSES_FOR_DISJOINT_VALIDATION and not every_class:
         kind = "held-out classes"
         count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
         chosen = [members[labels[i]] for i in generator.permutation(len(labels))[:count]]
@@ -250,9 +424,10 @@ def _hold_out(
         chosen = [_some_images(generator.permutation(members[x]), fraction) for x in labels]
     held_out = {int(i) for indices in chosen for i in indices}
     if not held_out:
+        or_many = "" if every_class else f" or {CLASSES_FOR_DISJOINT_VALIDATION} classes"
         raise UserError(
-            "too little training data for validation: expected a class of at least 4 images "
-            f"or {CLASSES_FOR_DISJOINT_VALIDATION} classes"
+            "too little training data for validation: expected a class of at least 4 images"
+            + or_many
         )
     train = [s for i, s in enumerate(samples) if i not in held_out]
     return train, [samples[i] for i in sorted(held_out)], kind
@@ -292,7 +467,7 @@ def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
     )
     for folder in _places("omniglot", data_root, "omniglot-small", "omniglot-py", "omniglot"):
         for names in pairs:
-            parts = [_read_tree_or_zip(folder, name, skipped) for name in names]
+            parts = _read_parts(folder, names, skipped)
             if all(parts):
                 break
         else:
@@ -311,26 +486,22 @@ def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
 def _read_grocery(data_root: str | None, skipped: list[Skipped]) -> Split:
     """The grocery store photographs: fine classes with an even number train, odd ones test."""
     for folder in _places("grocery", data_root, "grocery64"):
+        left_out: list[Skipped] = []
+        images: dict[str, Path | bytes]
         if (folder / "labels.csv").is_file():
-            table = (folder / "labels.csv").read_text()
-            contents: dict[str, bytes] | None = None
+            place, table = folder, (folder / "labels.csv").read_text()
+            (found,) = read_trees([folder], 0, left_out)
+            images = {x.path.relative_to(folder).as_posix(): x.path for x in found}
         elif (folder / "grocery64.zip").is_file():
-            contents = _read_zip(folder / "grocery64.zip")
-            table = contents.get("labels.csv", b"").decode()
+            place = folder / "grocery64.zip"
+            table = _text_in_zip(place, "labels.csv")
+            images = {str(x.path): x.content for x in read_zip(place, 0, left_out)}
         else:
             continue
         rows = list(csv.DictReader(io.StringIO(table)))
         if not rows or not {"path", "fine"} <= rows[0].keys():
             raise UserError(f"grocery: expected labels.csv with columns path and fine in {folder}")
-        # A file that the table names and the zip lacks counts as unreadable.
-        samples = [
-            Sample(
-                row["path"],
-                row["fine"].zfill(3),
-                folder / row["path"] if contents is None else contents.get(row["path"], b""),
-            )
-            for row in rows
-        ]
+        samples = _listed(rows, images, place, left_out, skipped)
         return (
             [s for s in samples if int(s.label) % 2 == 0],
             [s for s in samples if int(s.label) % 2 == 1],
@@ -338,33 +509,38 @@ def _read_grocery(data_root: str | None, skipped: list[Skipped]) -> Split:
     raise _missing("grocery", data_root, "grocery64.zip, or its contents with labels.csv")
 
 
-def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
-    """An ImageFolder tree, one folder per class.
+def _listed(
+    rows: Sequence[dict[str, str]],
+    images: Mapping[str, Path | bytes],
+    place: Path,
+    left_out: Sequence[Skipped],
+    skipped: list[Skipped],
+) -> list[Sample]:
+    """Samples of the rows of labels.csv; what has no row, no image or two rows is skipped."""
+    named = {str(place / row["path"]) for row in rows}
+    skipped += [x for x in left_out if x.name in named or not x.reason.startswith(NO_FORMAT)]
+    explained = {x.name for x in left_out}
+    samples: dict[str, Sample] = {}
+    for row in rows:
+        path, name = row["path"], str(place / row["path"])
+        if path in samples:
+            skipped.append(Skipped(name, SAME_AS.format("an earlier row of labels.csv")))
+        elif path in images:
+            samples[path] = Sample(path, row["fine"].zfill(3), images[path])
+        elif name not in explained:
+            skipped.append(Skipped(name, "listed in labels.csv, but no image to be found"))
+    skipped += [Skipped(str(place / x), "not in labels.csv") for x in images if x not in samples]
+    return list(samples.values())
 
-    With `train/` and `test/` in it, those; otherwise the first half of the sorted classes
-    trains and the second half tests.
-    """
+
+def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
+    """An ImageFolder tree, one folder per class, or two in `train/` and `test/`."""
     (root,) = _places("folder", data_root)
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _read_trees([root / "train", root / "test"], 1, skipped)
-        both = sorted({s.label for s in train} & {s.label for s in test})
-        if both:
-            raise UserError(
-                "folder: train/ and test/ must hold different classes, but both hold "
-                + ", ".join(both[:NAMED_AT_MOST])
-            )
         return train, test
     (samples,) = _read_trees([root], 1, skipped)
-    classes = sorted({s.label for s in samples})
-    if len(classes) < 4:
-        raise UserError(
-            f"folder: expected at least 4 class folders with images in {root}, got {len(classes)}"
-        )
-    first_half = set(classes[: len(classes) // 2])
-    return (
-        [s for s in samples if s.label in first_half],
-        [s for s in samples if s.label not in first_half],
-    )
+    return samples, None
 
 
 def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
@@ -385,6 +561,20 @@ def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
     return read
 
 
+def _reader_of_benchmark(name: str) -> Callable[[str | None, list[Skipped]], Split]:
+    """A reader for a data set that comes with split files."""
+
+    def read(data_root: str | None, skipped: list[Skipped]) -> Split:
+        places = _places(name, data_root, *BENCHMARK_SETS[name].folders)
+        train, test = (
+            [Sample(str(x.path), x.label, x.path, parts=x.parts) for x in images]
+            for images in benchmark_sets.read(name, places)
+        )
+        return train, test
+
+    return read
+
+
 def _pml_split(name: str, folder: Path, split: str) -> list[Sample]:
     from pytorch_metric_learning import datasets as pml_datasets  # not in PML 0.9
 
@@ -401,6 +591,7 @@ READERS = {
     "grocery": _read_grocery,
     "folder": _read_folder,
     **{name: _reader_of_pml(name) for name in PML_DATASETS},
+    **{name: _reader_of_benchmark(name) for name in BENCHMARK_SETS},
 }
 
 
@@ -424,38 +615,41 @@ def _missing(dataset: str, data_root: str | None, expected: str) -> UserError:
     return UserError(f"{dataset} not found in {root}: expected {expected}")
 
 
-def _read_tree_or_zip(folder: Path, name: str, skipped: list[Skipped]) -> list[Sample]:
-    """Samples of `folder/name/alphabet/character/image`, or of the same in `name.zip`."""
-    if (folder / name).is_dir():
-        return _read_trees([folder / name], 2, skipped)[0]
-    if not (folder / f"{name}.zip").is_file():
-        return []
-    return [
-        Sample(path, "/".join(path.split("/")[-3:-1]), content)
-        for path, content in sorted(_read_zip(folder / f"{name}.zip").items())
-        if path.count("/") >= 2
-    ]
+def _read_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> list[list[Sample]]:
+    """Samples of `folder/name/alphabet/character/image`, or of the same in `name.zip`.
+
+    An empty list stands for a part that is not there.
+    """
+    if all((folder / name).is_dir() for name in names):  # together, so that no file counts twice
+        return _read_trees([folder / name for name in names], 2, skipped)
+    parts = []
+    for name in names:
+        if (folder / name).is_dir():
+            parts += _read_trees([folder / name], 2, skipped)
+        elif (folder / f"{name}.zip").is_file():
+            found = read_zip(folder / f"{name}.zip", 2, skipped, top=name)
+            parts += _samples([found], 2)
+        else:
+            parts.append([])
+    return parts
 
 
 def _read_trees(roots: Sequence[Path], levels: int, skipped: list[Skipped]) -> list[list[Sample]]:
     """Samples of the images below each root; the first `levels` folder names are the class."""
-    trees = read_trees(roots, levels, skipped)
+    return _samples(read_trees(roots, levels, skipped), levels)
+
+
+def _samples(trees: Sequence[Sequence[Found]], levels: int) -> list[list[Sample]]:
     say(*warnings_of(trees, levels))
-    return [[Sample(str(x.path), x.label, x.path) for x in tree] for tree in trees]
+    return [
+        [Sample(str(x.path), x.label, x.path if x.content is None else x.content) for x in tree]
+        for tree in trees
+    ]
 
 
-def _read_zip(path: Path) -> dict[str, bytes]:
-    """All files of a zip, in memory: an open zip cannot be shared with loader processes."""
+def _text_in_zip(path: Path, name: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [i.filename for i in archive.infolist() if not i.is_dir()]
-            return {name: _member(archive, name) for name in names}
+            return archive.read(name).decode() if name in archive.namelist() else ""
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    try:
-        return archive.read(name)
-    except Exception:  # a damaged member is an unreadable image, not an unreadable data set
-        return b""

@@ -1,14 +1,22 @@
-"""Which files below a folder are images of which class; what is left out, and why."""
+"""Which files below a folder or in a zip are images of which class; what is left out, and why."""
 
 import dataclasses
 import os
+import stat
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from PIL import Image
 
+from .errors import UserError
+
 IGNORED_FOLDERS = ("__MACOSX", "__pycache__")
+HIDDEN_FOLDER = "a hidden folder"
+NO_FORMAT = "not a format that Pillow opens"
+WITHOUT_IMAGE = "a class folder without an image that can be used"
+SAME_AS = "the same as another: {}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +29,15 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An image file and its class: the names of the first folders below the root."""
+    """An image file and its class: the names of the first folders below the root.
 
-    path: Path
+    A file of a zip comes with its content: an open zip cannot be shared with loader processes.
+    """
+
+    path: PurePath
     label: str
     depth: int
+    content: bytes | None = None
 
 
 def read_trees(roots: Sequence[Path], levels: int, skipped: list[Skipped]) -> list[list[Found]]:
@@ -36,6 +48,30 @@ def read_trees(roots: Sequence[Path], levels: int, skipped: list[Skipped]) -> li
     """
     walk = _Walk(roots, levels, skipped)
     return [sorted(x, key=lambda found: found.path) for x in walk.found]
+
+
+def read_zip(
+    file: Path, levels: int, skipped: list[Skipped], top: str | None = None
+) -> list[Found]:
+    """The images in a zip, by the rules of `read_trees`.
+
+    Of several members of one name the last counts, which is the one that unpacking leaves. Links
+    are left out.
+
+    Args:
+        file: The zip.
+        levels: How many folders make the class.
+        skipped: What is left out is appended.
+        top: If the zip has a folder of this name, that is the root.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _Members(archive, file, levels, skipped, top).found
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
 
 
 def warnings_of(trees: Sequence[Sequence[Found]], levels: int) -> list[str]:
@@ -77,7 +113,7 @@ class _Walk:
         used = [{x.label for x in tree} for tree in self.found]
         for i, path, label in self.class_folders:
             if label not in used[i]:
-                self._skip(path, "a class folder without an image that can be used")
+                self._skip(path, WITHOUT_IMAGE)
 
     def _folder(self, i: int, folder: Path) -> None:
         parts = folder.relative_to(self.roots[i]).parts
@@ -109,19 +145,15 @@ class _Walk:
             self._file(i, path)
 
     def _subfolder(self, i: int, path: Path) -> None:
-        if path.name.startswith(".") or path.name in IGNORED_FOLDERS:
-            self._skip(path, "a hidden folder")
+        if _is_hidden(path.name):
+            self._skip(path, HIDDEN_FOLDER)
         elif self._is_new(path):
             self._folder(i, path)
 
     def _file(self, i: int, path: Path) -> None:
         parts = path.relative_to(self.roots[i]).parts[:-1]
-        if path.name.startswith("."):
-            self._skip(path, "a hidden file")
-        elif not is_image_name(path.name):
-            self._skip(path, f"not a format that Pillow opens ({path.suffix or 'no suffix'})")
-        elif len(parts) < self.levels:
-            self._skip(path, "an image outside the class folders")
+        if reason := _objection(path.name, len(parts), self.levels):
+            self._skip(path, reason)
         elif self._is_new(path):
             label = "/".join(parts[: self.levels])
             self.found[i].append(Found(path, label, len(parts)))
@@ -131,11 +163,85 @@ class _Walk:
         status = os.stat(path)
         first = self.seen.setdefault((status.st_dev, status.st_ino), path)
         if first != path:
-            self._skip(path, f"the same as another: {first}")
+            self._skip(path, SAME_AS.format(first))
         return first == path
 
     def _skip(self, path: Path, reason: str) -> None:
         self.skipped.append(Skipped(str(path), reason))
+
+
+class _Members:
+    def __init__(
+        self,
+        archive: zipfile.ZipFile,
+        file: Path,
+        levels: int,
+        skipped: list[Skipped],
+        top: str | None,
+    ):
+        self.archive = archive
+        self.file = file
+        self.levels = levels
+        self.skipped = skipped
+        self.found: list[Found] = []
+        self.hidden: set[tuple[str, ...]] = set()
+        self.class_folders: dict[str, tuple[str, ...]] = {}
+        members = [(PurePosixPath(x.filename).parts, x) for x in archive.infolist()]
+        self.last = dict(members)
+        self.root = (top,) if any(parts[:1] == (top,) for parts, _ in members) else ()
+        for parts, info in members:
+            self._member(parts, info)
+        self.found.sort(key=lambda found: str(found.path))
+        used = {x.label for x in self.found}
+        for label, parts in self.class_folders.items():
+            if label not in used:
+                self._skip(parts, WITHOUT_IMAGE)
+
+    def _member(self, parts: tuple[str, ...], info: zipfile.ZipInfo) -> None:
+        folders = parts if info.is_dir() else parts[:-1]
+        if hidden := next((i for i, x in enumerate(folders, 1) if _is_hidden(x)), 0):
+            if folders[:hidden] not in self.hidden:
+                self.hidden.add(folders[:hidden])
+                self._skip(folders[:hidden], HIDDEN_FOLDER)
+            return
+        # What lies beside the root is outside the class folders.
+        below = folders[len(self.root) :] if folders[: len(self.root)] == self.root else ()
+        label = "/".join(below[: self.levels])
+        if len(below) >= self.levels:
+            self.class_folders.setdefault(label, parts[: len(self.root) + self.levels])
+        if info.is_dir():
+            return
+        if stat.S_ISLNK(info.external_attr >> 16):
+            self._skip(parts, "a link in a zip")
+        elif reason := _objection(parts[-1], len(below), self.levels):
+            self._skip(parts, reason)
+        elif info is not self.last[parts]:
+            self._skip(parts, SAME_AS.format("a later one of this name"))
+        else:
+            path = PurePosixPath(info.filename)
+            self.found.append(Found(path, label, len(below), self._content(info)))
+
+    def _content(self, info: zipfile.ZipInfo) -> bytes:
+        try:
+            return self.archive.read(info)
+        except Exception:  # a damaged member is an unreadable image, not an unreadable data set
+            return b""
+
+    def _skip(self, parts: Sequence[str], reason: str) -> None:
+        self.skipped.append(Skipped(str(self.file.joinpath(*parts)), reason))
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder in IGNORED_FOLDERS
+
+
+def _objection(name: str, depth: int, levels: int) -> str | None:
+    """Why a file of this name, so many folders deep, is not an image of a class."""
+    if name.startswith("."):
+        return "a hidden file"
+    if not is_image_name(name):
+        return f"{NO_FORMAT} ({Path(name).suffix or 'no suffix'})"
+    return "an image outside the class folders" if depth < levels else None
 
 
 def is_image_name(name: str) -> bool:

@@ -1,7 +1,6 @@
 """One process or many: what a script needs to know about `torchrun`."""
 
 import datetime
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -9,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import tqdm
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from . import screen
 from .errors import UserError
 
 # Rank 0 evaluates alone while the others wait; large test sets take a while. Elsewhere a process
@@ -37,23 +37,58 @@ def rank() -> int:
 
 
 def say(*lines: str) -> None:
-    """Print on rank 0, above any progress bar."""
+    """Print on rank 0, above any progress bar, and log it."""
     if rank() == 0:
         for line in lines:
-            tqdm.tqdm.write(line)
+            screen.show(line)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this process by name, or the best one there is for `auto`.
+
+    Raises:
+        UserError: If it cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def start(device: torch.device) -> None:
-    """Join the process group if torchrun launched us, and silence the other ranks' bars."""
+    """Join the process group if torchrun launched us."""
     if not launched_by_torchrun():
         return
-    if rank() > 0:
-        # The bars belong to PML's trainer and tester, which offer no switch for them.
-        tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, store=_store(), rank=rank(), world_size=world_size())
     global _waiting
     _waiting = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_RANK_ZERO)
+
+
+def _store() -> dist.Store:
+    """Where the processes tell each other their addresses.
+
+    torchrun keeps it when it restarts them (pytorch issue 135712), so that some would look for
+    those that died. The number of restarts is the same for all as long as there is one torchrun.
+    """
+    store, _, _ = next(rendezvous("env://", rank(), world_size()))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart {restarts}", store)
+    return store
 
 
 def stop() -> None:

@@ -1,22 +1,31 @@
-"""A run's folder: its name, its files, and what makes a killed run continue."""
+"""A run's folder: its name, its files, its lock, and what makes a killed run continue."""
 
-import csv
+import errno
 import json
 import os
 import random
-import sqlite3
+import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from pytorch_metric_learning.trainers import BaseTrainer
 
+from .disk import BESIDE, remove_incomplete, replace, write_csv, writing
 from .errors import UserError
-from .processes import unwrap
+from .processes import say, unwrap
 
-STEP = "~iteration~"  # record-keeper's name for the step column
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CONFIG = "config.json"
+LOCK = "lock"
+LOG = "log.txt"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunFolder:
@@ -27,10 +36,19 @@ class RunFolder:
         self.logs = path / "logs"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.log = path / LOG
 
     @classmethod
-    def create(cls, parent: Path, name: str | None, stem: str) -> "RunFolder":
+    def create(
+        cls, parent: Path, name: str | None, stem: str, may_exist: bool = False
+    ) -> "RunFolder":
         """Make a new folder: `name`, or the first free one of `stem-1`, `stem-2`, ...
+
+        Args:
+            parent: Where to make it.
+            name: Its name, or None.
+            stem: What its name begins with if there is no `name`.
+            may_exist: Take a folder that a run made before it was killed, and did not fill.
 
         Raises:
             UserError: If `name` is taken or no folder can be made.
@@ -42,13 +60,18 @@ class RunFolder:
                 path.mkdir(parents=True)
                 return cls(path)
             except FileExistsError as error:
+                if name and may_exist and is_unfilled(path):
+                    return cls(path)
                 if name:
-                    raise UserError(
-                        f"{path} exists; take another --name, or continue it with --resume {path}"
-                    ) from error
+                    raise UserError(taken(path)) from error
                 number += 1
             except OSError as error:
                 raise UserError(f"cannot make the run folder {path}: {error}") from error
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether there is a run, which can be continued."""
+        return (path / CONFIG).is_file()
 
     @classmethod
     def existing(cls, path: str, asked_by: str = "--resume") -> "RunFolder":
@@ -58,18 +81,31 @@ class RunFolder:
             UserError: If there is none.
         """
         run = cls(Path(path))
-        if not (run.path / "config.json").is_file():
-            raise UserError(f"{asked_by}: no run in {path}: it holds no config.json")
+        if not cls.is_at(run.path):
+            raise UserError(f"{asked_by}: no run in {path}: it holds no {CONFIG}")
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write strict JSON, whole or not at all."""
         text = json.dumps(content, indent=2, allow_nan=False)
-        _replace(self.path / name, lambda path: path.write_text(text + "\n"))
+        replace(self.path / name, lambda path: path.write_text(text + "\n"))
 
     def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Write a CSV, whole or not at all."""
-        _replace(self.path / name, lambda path: _write_csv(path, [header, *rows]))
+        replace(self.path / name, lambda path: write_csv(path, [header, *rows]))
+
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write numpy arrays to an npz, whole or not at all."""
+        with writing(self.path / name):
+            (self.path / name).parent.mkdir(exist_ok=True)
+        replace(self.path / name, lambda path: _write_arrays(path, arrays))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text, whole or not at all; what cannot be encoded is written as an escape."""
+        replace(
+            self.path / name,
+            lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"),
+        )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, None if it is not there."""
@@ -81,10 +117,27 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write `last.pt`, which holds everything, and then `best.pt`, a copy of its best part."""
-        self.checkpoints.mkdir(exist_ok=True)
-        _replace(self.checkpoints / "last.pt", lambda path: torch.save(state, path))
+        with writing(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+        self._save("last.pt", state)
+        self.save_best(state)
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write `best.pt` if the epoch that has just ended is the best one."""
         if state["best"] and state["best"]["epoch"] == state["epoch"]:
-            _replace(self.checkpoints / "best.pt", lambda path: torch.save(state["best"], path))
+            self._save("best.pt", state["best"])
+
+    def _save(self, name: str, content: dict[str, Any]) -> None:
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # of a file that it opens itself, torch hides the reason
+                torch.save(content, file)
+
+        replace(self.checkpoints / name, write)
+
+    def remove_incomplete(self) -> None:
+        """Remove the files that a kill interrupted; they are of no use and take up space."""
+        for folder in (self.path, self.logs, self.checkpoints):
+            remove_incomplete(folder)
 
     def load_checkpoint(self, name: str = "last.pt") -> dict[str, Any] | None:
         """What `save_checkpoint` wrote last, None before the first time."""
@@ -96,74 +149,105 @@ class RunFolder:
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"cannot read the checkpoint {path}: {error}") from error
 
-    def cut_records(self, epoch: int, iterations_per_epoch: int) -> None:
-        """Remove what was recorded after `epoch` ended, since it will be recorded again."""
 
-        def last_step(columns: list[str]) -> int:
-            # Accuracies are recorded once per epoch, the rest by iterations counted from 0.
-            return epoch if "epoch" in columns else epoch * iterations_per_epoch - 1
+def is_unfilled(path: Path) -> bool:
+    """Whether it is the folder of a run that was killed before it wrote its settings."""
+    try:
+        return {x.name for x in path.iterdir()} <= {LOCK, LOG, CONFIG + BESIDE}
+    except OSError:  # not a folder
+        return False
 
-        for path in self.logs.glob("*.csv"):
-            rows = _rows_up_to(last_step, path)
-            _replace(path, lambda new, rows=rows: _write_csv(new, rows))
-        if (self.logs / "logs.db").is_file():
-            for name, columns in _tables(self.logs):
-                with sqlite3.connect(self.logs / "logs.db") as connection:
-                    connection.execute(
-                        f"DELETE FROM [{name}] WHERE [{STEP}] > ?", (last_step(columns),)
-                    )
-                connection.close()
 
-    def replay_records(self, writer: Any) -> None:
-        """Write the records to a new TensorBoard file; the old ones cannot be cut."""
-        if not (self.logs / "logs.db").is_file():
+def taken(path: Path) -> str:
+    """Why a new run cannot have this folder."""
+    if RunFolder.is_at(path):
+        return f"{path} exists; take another --name, or continue it with --resume {path}"
+    return f"{path} exists and holds no run; take another --name"
+
+
+class RunLock:
+    """Lets one process at a time write to a run's folder; the system lets go if it dies.
+
+    It is not part of `RunFolder`, since each process of `torchrun` has a copy of that.
+    """
+
+    def __init__(self):
+        self.file: TextIO | None = None
+
+    def take(self, run: RunFolder) -> None:
+        """Lock the folder, and keep in its file which process has it.
+
+        Raises:
+            UserError: If another process has it.
+        """
+        if self.file is not None:
             return
-        connection = sqlite3.connect(self.logs / "logs.db")
-        for name, columns in _tables(self.logs):
-            for row in connection.execute(f"SELECT * FROM [{name}]"):
-                values = dict(zip(columns, row, strict=True))
-                for series in set(columns) - {"id", STEP}:
-                    if isinstance(values[series], int | float):
-                        writer.add_scalar(f"{name}/{series}", values[series], values[STEP])
-        connection.close()
+        path = run.path / LOCK
+        with writing(path):
+            file = path.open("a+", encoding="utf-8")
+        if not _lock(file, run.path):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{run.path} is in use by {holder}; a run can be continued when that has ended"
+            )
+        self.file = file
+        _held.add(file)
+        with writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+
+    def release(self) -> None:
+        """Let go."""
+        if self.file is not None:
+            _held.discard(self.file)
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write beside `path`, then rename: a kill leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    write(beside)
-    os.replace(beside, path)
+_held: set[TextIO] = set()
 
 
-def _rows_up_to(last_step: Any, path: Path) -> list[list[str]]:
-    """Rows of a record-keeper CSV, in which a new header may stand anywhere."""
-    kept: list[list[str]] = []
-    header: list[str] = []
-    with path.open(newline="") as file:
-        for row in csv.reader(file):
-            if row and row[0] == STEP:
-                header = row
-                kept.append(row)
-            elif row and len(row) == len(header) and int(row[0]) <= last_step(header):
-                kept.append(row)
-    return kept
+def _close_in_child() -> None:
+    """A loader process that outlives a killed run must not hold its lock."""
+    for file in _held:
+        file.close()
+    _held.clear()
 
 
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _tables(logs: Path) -> list[tuple[str, list[str]]]:
-    connection = sqlite3.connect(logs / "logs.db")
-    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-    tables = [
-        (name, [column[1] for column in connection.execute(f"PRAGMA table_info([{name}])")])
-        for (name,) in names
-        if not name.startswith("sqlite_")
-    ]
-    connection.close()
-    return tables
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # numpy would add a suffix to a name
+        np.savez(file, **arrays)
+
+
+def _lock(file: TextIO, folder: Path) -> bool:
+    """Whether nobody else holds the lock."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot lock {folder}: {error.strerror}") from error
+        say(
+            f"warning: {folder} cannot be locked on this system; take care that no two processes "
+            "continue it at once"
+        )
+    return True
 
 
 # --- the state of a trainer -----------------------------------------------------------------
@@ -175,6 +259,7 @@ def shared_state(trainer: BaseTrainer) -> dict[str, Any]:
         "models": {k: unwrap(v).state_dict() for k, v in trainer.models.items()},
         "averages": {k: v.state_dict() for k, v in trainer.averages.items()},
         "optimizers": {k: v.state_dict() for k, v in trainer.optimizers.items()},
+        "schedulers": {k: v.state_dict() for k, v in trainer.lr_schedulers.items()},
         "scaler": trainer.scaler.state_dict(),
     }
 
@@ -197,6 +282,8 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
         average.load_state_dict(shared["averages"][name])
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(shared["optimizers"][name])
+    for name, scheduler in trainer.lr_schedulers.items():
+        scheduler.load_state_dict(shared["schedulers"][name])
     trainer.scaler.load_state_dict(shared["scaler"])
     unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
     trainer.sampler.labels[:] = own["sampler"]

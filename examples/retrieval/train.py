@@ -3,7 +3,9 @@
     python train.py                                             # digits, nothing to download
     python train.py --dataset omniglot --data-root DATA
     python train.py --loss ProxyAnchorLoss --loss-args alpha=16 --loss-lr 0.1
+    python train.py --config retrieval/configs/online_products.yaml --data-root DATA
     python train.py --resume runs/digits-PNPLoss-Ds-1
+    python train.py --name mine --resume-if-exists              # start it, or continue it
     torchrun --nproc-per-node 2 train.py --batch-size 64
 
 The parts are those of pytorch-metric-learning: trainer, sampler, tester, accuracy calculator and
@@ -12,25 +14,27 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 
 import argparse
 import json
-import os
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import configuration, processes
+from . import configuration, processes, report, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, absolute_root, configured, resumed
-from .data import RetrievalSplits, load_splits
-from .errors import UserError
+from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, with_file
+from .data import RetrievalSplits, splits_of
+from .errors import UserError, require
 from .metrics import PRIMARY_METRIC, table
 from .network import build
-from .processes import on_rank_zero, say, world_size
-from .run_folder import RunFolder
-from .training import Training, build_loss_and_miner, build_trainer, seed_everything
-from .trunks import SMALL, Trunk, import_timm
+from .processes import find_device, on_rank_zero, say, world_size
+from .progress import advice
+from .run_folder import CONFIG, RunFolder, RunLock
+from .seeding import seed_everything
+from .training import Training, build_loss_and_miner, build_trainer
+from .trunks import SMALL, Trunk, has_batchnorm, import_timm
+
+NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -44,70 +48,51 @@ def run(args: argparse.Namespace) -> int:
     # PML's trainer formats the loss into its progress bar; not for the user to mend.
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
     given = dict(vars(args))
-    resume, name, output_dir = (given.pop(k, None) for k in ("resume", "name", "output_dir"))
-    run, config = resumed(resume, given) if resume else (None, configured(given))
-    if resume and (name or output_dir):
-        raise UserError(
-            "--resume continues in the run's own folder; leave out --name, --output-dir"
-        )
-    _check_installed()
-    device = _device(config["device"])
+    place = Place.taken_from(given)
+    with_report = given.pop("report", True)
+    if place.resume and "config" in given:
+        raise UserError("--resume continues a run as it is configured; leave out --config")
+    if "config" in given:
+        given = with_file(given.pop("config"), given)
+    earlier = place.earlier_run()
+    run, config = resumed(earlier, given, place.flag) if earlier else (None, configured(given))
+    require({**NEEDS, **(report.NEEDS if with_report else {})})
+    device = find_device(config["device"])
+    _set_threads(config)
     _check_before_data(config)
-    output_dir = Path(output_dir or "runs")
     if not run:
-        _check_name(output_dir, name)
+        place.check()
     processes.start(device)
-    checkpoint = run.load_checkpoint() if run else None
-    if run and _is_finished(run, config):
-        say(f"{run.path} is finished; nothing to do", "")
-        _show(run.read_json("metrics.json"))
-        return 0
+    with RunLock() as lock:
+        if run:
+            on_rank_zero(lambda: _take(lock, run))
+        checkpoint = run.load_checkpoint() if run else None
+        if run and _is_finished(run, config):
+            say(f"{run.path} is finished; nothing to do", "")
+            _show(run.read_json("metrics.json"))
+            return 0
+        seed_everything(config["seed"])
+        trunk = build(config)
+        _fit_batchnorm(config, given, trunk)
+        splits = _load(config, given if not run else config)
+        if run:
+            _check_same_data(run, config)
+        _set_transforms(splits, trunk)
+        trainer = build_trainer(config, splits, trunk, device)
+        run = on_rank_zero(lambda: run or _new_run(lock, place, config))
+        on_rank_zero(lambda: _write_settings(run, config, splits))
+        _announce(run, config, splits, device)
 
-    splits = load_splits(
-        config["dataset"],
-        config["data_root"],
-        config["val_fraction"],
-        config["seed"],
-        config["turned_classes"],
-        config["skip_verify"],
-    )
-    _fit_batch(config, given if not resume else config, splits)
-    config["data"] = splits.summary()
-    config["data_root"] = absolute_root(config)
-    if run:
-        _check_same_data(run, config)
-    seed_everything(config["seed"])
-    trunk = build(config)
-    _set_transforms(splits, trunk)
-    trainer = build_trainer(config, splits, trunk, device)
-    run = on_rank_zero(lambda: run or _new_run(output_dir, name, config))
-    on_rank_zero(lambda: run.write_json("config.json", config))
-    on_rank_zero(lambda: _write_data(run, splits))
-    _announce(run, config, splits, device)
-
-    training = Training(trainer, splits, run, config)
-    training.start_or_continue(checkpoint)
-    training.train()
-    on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+        training = Training(trainer, splits, run, config)
+        training.start_or_continue(checkpoint)
+        training.train()
+        on_rank_zero(lambda: _finish(training, run, config, time.perf_counter() - begun))
+        if with_report:
+            on_rank_zero(lambda: _report(run, config, splits, device))
     return 0
 
 
 # --- checks ---------------------------------------------------------------------------------
-
-
-def _check_installed() -> None:
-    missing = []
-    for module, package in (
-        ("faiss", "faiss-cpu"),
-        ("record_keeper", "record-keeper"),
-        ("tensorboard", "tensorboard"),
-    ):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise UserError(f"missing packages; install them with pip install {' '.join(missing)}")
 
 
 def _check_before_data(config: dict[str, Any]) -> None:
@@ -149,22 +134,23 @@ def _check_before_data(config: dict[str, Any]) -> None:
     build_loss_and_miner(config, TRIAL_CLASSES)
 
 
-def _check_name(output_dir: Path, name: str | None) -> None:
-    if name is None:
-        return
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"--name: expected a folder name without separators, got {name!r}")
-    if (output_dir / name).exists():
-        raise UserError(
-            f"{output_dir / name} exists; take another --name, or continue it with "
-            f"--resume {output_dir / name}"
-        )
+def _fit_batchnorm(config: dict[str, Any], given: dict[str, Any], trunk: Trunk) -> None:
+    """Switch a default off where there is no BatchNorm to freeze; refuse one that was typed."""
+    if config["freeze_batchnorm"] and not has_batchnorm(trunk.module):
+        if given.get("freeze_batchnorm"):
+            raise UserError(f"--freeze-batchnorm: the trunk {config['trunk']!r} has no BatchNorm")
+        config["freeze_batchnorm"] = False
 
 
 def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
     """Shrink a default batch to what the classes can fill; refuse one that was typed."""
     largest = splits.train.num_classes * config["samples_per_class"]
     largest -= largest % (world_size() * config["samples_per_class"])
+    if splits.train.num_classes < 2 * world_size():
+        raise UserError(
+            f"expected at least 2 training classes for each of {world_size()} processes, got "
+            f"{splits.train.num_classes}"
+        )
     if config["batch_size"] <= largest:
         return
     if "batch_size" in given or "samples_per_class" in given:
@@ -177,29 +163,18 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
 
 
 def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
-    before = run.read_json("config.json")["data"]
+    before = run.read_json(CONFIG)["data"]
     if before != config["data"]:
         raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+def _set_threads(config: dict[str, Any]) -> None:
+    """Threads of this process, for torch and faiss, each of which has its own."""
+    import faiss
+
+    config["threads"] = config["threads"] or torch.get_num_threads()
+    torch.set_num_threads(config["threads"])
+    faiss.omp_set_num_threads(config["threads"])
 
 
 # --- parts of a run -------------------------------------------------------------------------
@@ -210,14 +185,35 @@ def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
     splits.val.transform = splits.test.transform = trunk.eval_transform
 
 
-def _new_run(output_dir: Path, name: str | None, config: dict[str, Any]) -> RunFolder:
+def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
+    """The data, of which the configuration then tells."""
+    splits = splits_of(config)
+    _fit_batch(config, given, splits)
+    config["data"] = splits.summary()
+    config["split"] = splits.split_kind
+    config["pixel_ranges"] = splits.pixel_ranges
+    config["data_root"] = absolute_root(config)
+    return splits
+
+
+def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
     variant = config["loss_args"].get("variant")
     stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
-    return RunFolder.create(output_dir, name, stem)
+    run = RunFolder.create(place.parent, place.name, stem, place.resume_if_exists)
+    _take(lock, run)
+    return run
 
 
-def _write_data(run: RunFolder, splits: RetrievalSplits) -> None:
-    run.write_table("classes.csv", ("class", "split", "images"), splits.class_rows())
+def _take(lock: RunLock, run: RunFolder) -> None:
+    lock.take(run)
+    screen.log_to(run.log)
+    run.remove_incomplete()
+
+
+def _write_settings(run: RunFolder, config: dict[str, Any], splits: RetrievalSplits) -> None:
+    run.write_json(CONFIG, config)
+    header = ("class", "split", "images", "decided by")
+    run.write_table("classes.csv", header, splits.class_rows())
     run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
 
 
@@ -227,12 +223,14 @@ def _announce(
     shown = {k: v for k, v in config.items() if k in DEFAULTS}
     say(
         f"run folder: {run.path}",
-        f"device: {device}, processes: {world_size()}",
+        f"device: {device}, processes: {world_size()}, threads of each: {config['threads']} "
+        "(--threads; their number changes the last digits of results)",
         "settings: " + ", ".join(f"{k}={v}" for k, v in shown.items()),
         *(
             f"{name}: {x['images']} images of {x['classes']} classes"
             for name, x in splits.summary().items()
         ),
+        f"split: {splits.split_kind}",
         f"validation: {splits.val_kind}",
         "",
     )
@@ -249,11 +247,13 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     trained = training.test_best()
     training.close()
     state = training.state
+    tested = {"untrained": state["untrained"], "trained": trained} if trained else {}
     metrics = {
         "dataset": config["dataset"],
+        "split": training.splits.split_kind,
+        "closed_set": training.splits.closed_set,
         "test_classes": training.splits.test.num_classes,
-        "untrained": state["untrained"],
-        "trained": trained,
+        **tested,
         "validation": state["best"]["metrics"],
         "primary_metric": PRIMARY_METRIC,
         "best_epoch": state["best"]["epoch"],
@@ -263,10 +263,29 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
     }
     run.write_json("metrics.json", metrics)
     _show(metrics)
-    say("", f"written to {run.path}")
+    say(*advice(metrics, config), "", f"written to {run.path}")
+
+
+def _report(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+) -> None:
+    try:
+        path = report.make(run, config, splits, device)
+    except Exception as error:  # the run is finished and saved, whatever becomes of its report
+        say(
+            f"warning: the report could not be made: {type(error).__name__}: {error}",
+            f"make it with python examples/retrieval report {run.path}",
+        )
+    else:
+        say(f"report: {path}")
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    title = f"{metrics['dataset']}, {metrics['test_classes']} unseen classes"
-    say("", table(metrics["untrained"], metrics["trained"], title))
+    if "trained" in metrics:
+        which = "known classes, closed set" if metrics["closed_set"] else "unseen classes"
+        title = f"{metrics['dataset']}, {metrics['test_classes']} {which}"
+        say("", table(title, {x: metrics[x] for x in ("untrained", "trained")}))
+    else:
+        title = f"{metrics['dataset']}, {metrics['split']}"
+        say("", table(title, {"validation": metrics["validation"]}))
     say(f"weights of epoch {metrics['best_epoch']}, the best of {metrics['epochs_trained']}")

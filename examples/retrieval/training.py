@@ -1,7 +1,6 @@
 """Everything that PML's trainer is made of, and what happens when an epoch ends."""
 
 import math
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
-from pytorch_metric_learning.utils import logging_presets
+from torch.optim.lr_scheduler import MultiStepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_pnp import GradCache, PNPLoss
@@ -19,7 +18,8 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from .by_name import build_loss, build_miner
 from .data import RetrievalSplits
 from .errors import UserError
-from .metrics import PRIMARY_METRIC, build_tester, metrics_of
+from .metrics import build_tester, metrics_of
+from .network import build_embedder
 from .processes import (
     gather,
     launched_by_torchrun,
@@ -30,7 +30,10 @@ from .processes import (
     unwrap,
     world_size,
 )
+from .progress import Progress
+from .records import Records
 from .run_folder import RunFolder, own_state, restore, shared_state
+from .seeding import seed_everything
 from .trunks import Trunk
 
 RECORDS_PER_EPOCH = 5
@@ -41,10 +44,16 @@ class RetrievalTrainer(MetricLossOnly):
 
     The embedder and the loss stay in float32: a similarity rounded to bfloat16 is off by up to
     0.002, which a ranking loss then divides by a temperature of about 0.01.
+
+    A loss that collects statistics does so in the iterations that are recorded, because for a large
+    batch counting takes longer than the loss itself.
     """
 
-    def __init__(self, *args, amp: bool = False, ema_decay: float = 0.0, **kwargs):
+    def __init__(
+        self, *args, amp: bool = False, ema_decay: float = 0.0, loss_times: int = 1, **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        self.loss_times = loss_times  # what the loss is multiplied by
         device_type = self.data_device.type
         self.autocast = torch.autocast(
             device_type,
@@ -60,6 +69,18 @@ class RetrievalTrainer(MetricLossOnly):
                 name: AveragedModel(unwrap(model), multi_avg_fn=average, use_buffers=True)
                 for name, model in self.models.items()
             }
+        self.record_every = max(1, self.iterations_per_epoch // RECORDS_PER_EPOCH)
+        self.counting = [
+            module
+            for loss in self.loss_funcs.values()
+            for module in loss.modules()
+            if getattr(module, "collect_stats", False)
+        ]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the records get this iteration."""
+        return self.iteration % self.record_every == 0
 
     @property
     def trained_models(self) -> dict[str, torch.nn.Module]:
@@ -68,10 +89,21 @@ class RetrievalTrainer(MetricLossOnly):
             return {name: average.module for name, average in self.averages.items()}
         return {name: unwrap(model) for name, model in self.models.items()}
 
+    @property
+    def batch_loss(self) -> float:
+        """The loss of the batch of all processes, as one process would have it."""
+        return float(self.losses["total_loss"].detach()) / self.loss_times
+
     def get_trunk_output(self, data: torch.Tensor) -> torch.Tensor:
         """The trunk's features, in float32."""
         with self.autocast:
             return super().get_trunk_output(data).float()
+
+    def calculate_loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The loss of a batch, with statistics if this iteration is recorded."""
+        for module in self.counting:
+            module.collect_stats = self.is_recorded
+        super().calculate_loss(batch)
 
     def backward(self) -> None:
         """Backward of the scaled loss."""
@@ -105,20 +137,11 @@ class PartOfBatches(MPerClassSampler):
         return super().__len__() // world_size()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy (which PML's sampler uses) and torch, and ask cuDNN to be repeatable."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def build_trainer(
     config: dict[str, Any], splits: RetrievalSplits, trunk: Trunk, device: torch.device
 ) -> RetrievalTrainer:
     """The trainer with models, loss, miner, optimizers and sampler as configured."""
-    embedder = torch.nn.Linear(trunk.num_features, config["embedding_size"])
+    embedder = build_embedder(trunk, config)
     loss, miner = build_loss_and_miner(config, splits.train.num_classes)
     models = {
         "trunk": parallel(_in_chunks(trunk.module.to(device), config["grad_cache"]), device),
@@ -129,6 +152,7 @@ def build_trainer(
         if launched_by_torchrun():
             miner = DistributedMinerWrapper(miner, efficient=is_shared_out(loss))
         mining = {"tuple_miner": miner}
+    loss_times = 1 if is_shared_out(loss) else world_size()
     loss = _join_processes(loss.to(device), device)
     trained = {**models, "metric_loss": loss}
     optimizers = {
@@ -139,6 +163,13 @@ def build_trainer(
         )
         for name, module in trained.items()
         if any(True for _ in module.parameters())
+    }
+    schedulers = {
+        f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": MultiStepLR(
+            optimizer, config["lr_milestones"], config["lr_gamma"]
+        )
+        for name, optimizer in optimizers.items()
+        if config["lr_milestones"]
     }
     iterations = max(1, len(splits.train) // config["batch_size"])
     # From here on every process augments in its own way; numpy draws the batch of all.
@@ -161,10 +192,12 @@ def build_trainer(
             iterations * config["batch_size"],
         ),
         iterations_per_epoch=iterations,
+        lr_schedulers=schedulers,
         freeze_trunk_batchnorm=config["freeze_batchnorm"],
         dataloader_num_workers=config["workers"],
         amp=config["amp"],
         ema_decay=config["ema_decay"],
+        loss_times=loss_times,
     )
 
 
@@ -219,7 +252,8 @@ class Training:
         self.splits = splits
         self.run = run
         self.config = config
-        self.tester = build_tester(trainer.data_device, config["workers"])
+        self.tester = build_tester(trainer.data_device, config["workers"], config["recall_at"])
+        self.progress = Progress(config["epochs"])
         self.always_zero = True  # every loss of this process so far
         self.state: dict[str, Any] = {
             "epoch": 0,
@@ -236,6 +270,7 @@ class Training:
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
             self.always_zero = epoch == 0  # unknown of what was trained before
+            on_rank_zero(lambda: self.run.save_best(self.state))  # a kill may have come before it
         on_rank_zero(lambda: self._open_records(epoch))
         if checkpoint is None:
             self.state["untrained"] = on_rank_zero(self.test)
@@ -247,20 +282,31 @@ class Training:
         """Train until the last epoch or until validation no longer improves."""
         self.trainer.end_of_iteration_hook = self._end_of_iteration
         self.trainer.end_of_epoch_hook = self._end_of_epoch
-        self.started = time.perf_counter() - self.state["seconds"]
+        self.epoch_began = time.perf_counter()
+        self.started = self.epoch_began - self.state["seconds"]
         if not self.state["stopped_early"] and self.state["epoch"] < self.config["epochs"]:
             self.trainer.train(self.state["epoch"] + 1, self.config["epochs"])
 
-    def test(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights as they are; on rank 0 only."""
-        # A tester of its own: the records hold only what may be looked at to choose an epoch.
-        tester = build_tester(self.trainer.data_device, self.config["workers"])
-        models = self.trainer.trained_models
-        tester.test({"test": self.splits.test}, 0, models["trunk"], models["embedder"])
-        return metrics_of(tester, "test")
+    def test(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights as they are, if there is one; on rank 0 only.
 
-    def test_best(self) -> dict[str, float]:
-        """Metrics on the unseen classes with the weights of the best epoch; on rank 0 only."""
+        Where the data set has several test sets, those of each follow, as `small/...`.
+        """
+        if not len(self.splits.test):
+            return None
+        # A tester of its own: the records hold only what may be looked at to choose an epoch.
+        config = self.config
+        tester = build_tester(self.trainer.data_device, config["workers"], config["recall_at"])
+        models = self.trainer.trained_models
+        tests = self.splits.tests()
+        tester.test(tests, 0, models["trunk"], models["embedder"])
+        metrics = metrics_of(tester, "test")
+        for part in list(tests)[1:]:
+            metrics |= {f"{part}/{name}": x for name, x in metrics_of(tester, part).items()}
+        return metrics
+
+    def test_best(self) -> dict[str, float] | None:
+        """Metrics of the test with the weights of the best epoch; on rank 0 only."""
         for name, model in self.trainer.trained_models.items():
             model.load_state_dict(self.state["best"]["models"][name])
         return self.test()
@@ -268,41 +314,23 @@ class Training:
     def close(self) -> None:
         """Finish the records."""
         if rank() == 0:
-            self.tensorboard.close()
+            self.records.close()
 
     def _open_records(self, epoch: int) -> None:
-        iterations = self.trainer.iterations_per_epoch
-        self.run.cut_records(epoch, iterations)
-        for file in self.run.tensorboard.glob("events.*"):
-            file.unlink()
-        record_keeper, _, self.tensorboard = logging_presets.get_record_keeper(
-            str(self.run.logs), str(self.run.tensorboard)
-        )
-        self.run.replay_records(self.tensorboard)
-        self.hooks = logging_presets.HookContainer(
-            record_keeper,
-            primary_metric=PRIMARY_METRIC,
-            save_models=False,  # one atomic checkpoint instead of a file per object
-            log_freq=max(1, iterations // RECORDS_PER_EPOCH),
-        )
-        self.tester.end_of_testing_hook = self.hooks.end_of_testing_hook
-        self.evaluate = self.hooks.end_of_epoch_hook(
-            self.tester,
-            {"val": self.splits.val},
-            str(self.run.checkpoints),
-            patience=self.config["patience"],
-        )
+        self.records = Records(self.run, self.tester, epoch, self.trainer)
+        self.evaluate = self.records.evaluation(self.splits, self.config["patience"])
 
     def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:
-        loss = float(trainer.losses["total_loss"].detach())
+        loss = trainer.batch_loss
         self.always_zero = self.always_zero and loss == 0
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is no longer finite in epoch {trainer.epoch}, iteration "
                 f"{trainer.iteration + 1}; try a smaller --lr"
             )
+        self.progress.add(loss)
         if rank() == 0:
-            self.hooks.end_of_iteration_hook(trainer)
+            self.records.add(trainer)
 
     def _end_of_epoch(self, trainer: RetrievalTrainer) -> bool:
         if self.always_zero:
@@ -313,9 +341,18 @@ class Training:
         keep_going = on_rank_zero(lambda: self._evaluate(trainer))
         self.state["epoch"] = trainer.epoch
         self.state["stopped_early"] = not keep_going
-        self.state["seconds"] = time.perf_counter() - self.started
+        now = time.perf_counter()
+        self.state["seconds"] = now - self.started
+        self._say_epoch(now - self.epoch_began)
+        self.epoch_began = now
         self._save()
         return keep_going
+
+    def _say_epoch(self, seconds: float) -> None:
+        loss = self.progress.end_epoch()
+        if rank() == 0:
+            validation = metrics_of(self.tester, "val")
+            say(self.progress.line(self.state, loss, validation, seconds))
 
     def _evaluate(self, trainer: RetrievalTrainer) -> bool:
         models = trainer.models
@@ -325,21 +362,19 @@ class Training:
         finally:
             trainer.models = models
         metrics = metrics_of(self.tester, "val")
-        best_epoch, _ = self.hooks.get_best_epoch_and_accuracy(self.tester, "val")
+        best_epoch = self.records.best_epoch()
         if best_epoch == trainer.epoch:
             weights = {
                 name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                 for name, model in trainer.trained_models.items()
             }
             self.state["best"] = {"epoch": best_epoch, "metrics": metrics, "models": weights}
-        say(
-            f"epoch {trainer.epoch}: validation MAP@R {metrics[PRIMARY_METRIC]:.4f}, "
-            f"best {self.state['best']['metrics'][PRIMARY_METRIC]:.4f} in epoch {best_epoch}"
-        )
         return keep_going
 
     def _save(self) -> None:
         own = gather(own_state(self.trainer))
-        if rank() == 0:
-            shared = shared_state(self.trainer)
-            self.run.save_checkpoint({**self.state, "shared": shared, "own": own})
+        on_rank_zero(
+            lambda: self.run.save_checkpoint(
+                {**self.state, "shared": shared_state(self.trainer), "own": own}
+            )
+        )

@@ -1,10 +1,12 @@
 """Trunks and the image transforms that belong to them."""
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +14,28 @@ from PIL import Image
 from torch import nn
 
 from .errors import UserError
-from .images import as_eight_bits
+from .images import Ranges, as_eight_bits
 
 SMALL = "small"
 SMALL_IMAGE_SIZE = 64
-INSTALL_IMAGES = 'pip install ".[images]"'
+INSTALL_IMAGES = 'pip install -c constraints-images.txt ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
 @dataclasses.dataclass
 class Trunk:
-    """A network that turns images into features, and how images are made ready for it."""
+    """A network that turns images into features, and how images are made ready for it.
+
+    `mean` and `std` are what the transforms normalise by, for each channel or for all.
+    """
 
     module: nn.Module
     num_features: int
     train_transform: Transform
     eval_transform: Transform
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
 
 class SmallConvNet(nn.Sequential):
@@ -62,6 +69,7 @@ class SmallTransform:
         crop: Smallest side of the square as a share of the image's; 1 takes the largest square.
         warp: Turn, shear, scale and shift at random, as much as a character takes.
         mirror: Mirror every other image.
+        ranges: What is black and white in images of 32 bits.
     """
 
     size: int
@@ -69,9 +77,10 @@ class SmallTransform:
     crop: float = 1.0
     warp: bool = False
     mirror: bool = False
+    ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = as_eight_bits(image).convert(self.mode)
+        image = as_eight_bits(image, self.ranges).convert(self.mode)
         image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, self._box(*image.size))
         if self.warp:
             image = _warped(image)
@@ -111,16 +120,28 @@ def _warped(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TimmTransform:
-    """A transform made by timm, which expects three channels."""
+    """A transform made by timm, which expects three channels.
+
+    Attributes:
+        to_tensor: From an image in mode RGB.
+        config: What timm made it from.
+        ranges: What is black and white in images of 32 bits.
+    """
 
     to_tensor: Transform
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.to_tensor(as_eight_bits(image).convert("RGB"))
+        return self.to_tensor(as_eight_bits(image, self.ranges).convert("RGB"))
 
 
 def build_trunk(
-    name: str, pretrained: bool, image_size: int | None, small_train: SmallTransform
+    name: str,
+    pretrained: bool,
+    image_size: int | None,
+    small_train: SmallTransform,
+    color_jitter: float = 0.4,
 ) -> Trunk:
     """A trunk by name: `small`, or any model that timm knows.
 
@@ -128,14 +149,18 @@ def build_trunk(
         name: `small` or timm's name.
         pretrained: Load timm's weights.
         image_size: Side of the input in pixels; None for a timm model's own.
-        small_train: How images are prepared to train the small trunk.
+        small_train: How images are prepared to train the small trunk; its `ranges` are for every
+            trunk.
+        color_jitter: How much brightness, contrast and saturation of a timm model's training
+            images vary; 0.4 is timm's own.
 
     Raises:
-        UserError: If timm or torchvision does not import, or does not know the name.
+        UserError: If timm or torchvision does not import, or does not know the name, or if the
+            model does not take images of this size.
     """
     if name == SMALL:
         return _small(small_train)
-    return _from_timm(name, pretrained, image_size)
+    return _from_timm(name, pretrained, image_size, small_train.ranges, color_jitter)
 
 
 def _small(train: SmallTransform) -> Trunk:
@@ -143,22 +168,72 @@ def _small(train: SmallTransform) -> Trunk:
     blocks = min(4, int(math.log2(train.size / 2)))
     widths = (64, 128) if blocks == 2 else (32, 64, 128, 256)[:blocks]
     module = SmallConvNet(1 if train.mode == "L" else 3, widths)
-    return Trunk(module, module.num_features, train, SmallTransform(train.size, train.mode))
+    evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
+    return Trunk(module, module.num_features, train, evaluate)
 
 
-def _from_timm(name: str, pretrained: bool, image_size: int | None) -> Trunk:
+def _from_timm(
+    name: str,
+    pretrained: bool,
+    image_size: int | None,
+    ranges: Ranges | None,
+    color_jitter: float,
+) -> Trunk:
     timm = import_timm(name)
-    try:
-        module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except Exception as error:  # unknown names, missing weights and no network all end here
-        raise UserError(f"timm could not make the trunk {name!r}: {error}") from error
+    module = _make(timm, name, pretrained, image_size)
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     train, evaluate = (
-        TimmTransform(timm.data.create_transform(**config, is_training=x)) for x in (True, False)
+        TimmTransform(timm.data.create_transform(**config, **varied), config, ranges)
+        for varied in ({"is_training": True, "color_jitter": color_jitter or None}, {})
     )
-    return Trunk(module, module.num_features, train, evaluate)
+    features = _num_features(module, name, config["input_size"])
+    return Trunk(module, features, train, evaluate, config["mean"], config["std"])
+
+
+def _make(timm: ModuleType, name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+    """The model; with a size, made for it if it takes one, as transformers do."""
+    make = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
+    try:
+        try:
+            return make() if image_size is None else make(img_size=image_size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return make()  # convolutions take any size
+    except Exception as error:  # unknown names, sizes, missing weights and no network end here
+        reason = str(error) or type(error).__name__
+        size = "" if image_size is None else f" for images of {image_size} pixels"
+        raise UserError(f"timm could not make the trunk {name!r}{size}: {reason}") from error
+
+
+def _num_features(module: nn.Module, name: str, input_size: tuple[int, int, int]) -> int:
+    """How many features come out, which is not what every model of timm says.
+
+    Raises:
+        UserError: If images of this size cannot go in.
+    """
+    try:
+        with torch.no_grad():
+            features = module.eval()(torch.zeros(1, *input_size))
+    except Exception as error:  # whatever a layer says to a map that does not fit
+        raise UserError(
+            f"--image-size: the trunk {name!r} cannot take images of {input_size[-1]} pixels: "
+            f"{error}"
+        ) from error
+    module.train()
+    if features.dim() != 2:
+        raise UserError(
+            f"--trunk: expected a model that makes a row of features of an image, but {name!r} "
+            f"makes the shape {tuple(features.shape[1:])}"
+        )
+    return features.shape[1]
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether there is a layer that PML's trainer would freeze."""
+    return any("BatchNorm" in type(layer).__name__ for layer in module.modules())
 
 
 def import_timm(name: str) -> ModuleType:

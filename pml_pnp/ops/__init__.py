@@ -1,5 +1,6 @@
-"""Operations of the loss on tensors: nothing here knows pytorch-metric-learning.
+"""Operations of the loss on tensors, without pytorch-metric-learning.
 
-`product` and `similarity` make the first gradient, `recompute` calls the latter once more in
-backward for chunks of queries, `dispatch` chooses between the kernels in `eager` and `triton`.
+`product` computes losses and gradient for similarities that are a matrix product, `similarity` for
+any other matrix. `recompute` calls a function of the losses for chunks of queries, and again in
+backward. `dispatch` chooses between the kernels in `eager` and `triton`.
 """

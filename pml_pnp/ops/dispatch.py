@@ -1,7 +1,7 @@
-"""Which kernel computes losses and gradients: Triton's or plain PyTorch.
+"""Choose the kernel that computes losses and gradients: Triton or plain PyTorch.
 
-Triton's kernel takes float32 on a GPU where Triton works, plain PyTorch everything else. The
-environment variable PML_PNP_KERNEL forces one: "eager", or "triton" for all float32 input.
+The Triton kernel computes float32 on a GPU where Triton works, plain PyTorch everything else. The
+environment variable PML_PNP_KERNEL forces one of them: "eager", or "triton" for all float32 input.
 """
 
 import functools
@@ -21,7 +21,7 @@ KERNEL_VARIABLE = "PML_PNP_KERNEL"
 
 
 def kernel_for(s: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the kernel for these similarities; `eager.losses_and_gradient` describes it."""
+    """Return the kernel for these similarities; `eager.losses_and_gradient` documents it."""
     choice = os.environ.get(KERNEL_VARIABLE, "auto")
     if choice not in ("auto", "eager", "triton"):
         raise ValueError(f"{KERNEL_VARIABLE} must be auto, eager or triton, got {choice!r}")
@@ -36,7 +36,7 @@ def kernel_for(s: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 @functools.cache
 def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is installed, and has what it needs to compile for this device; tried once."""
+    """Whether Triton is installed and compiles for this device; tried once per device."""
     if importlib.util.find_spec("triton") is None:
         return False
     from pml_pnp.ops import triton

@@ -1,7 +1,7 @@
-"""Losses of queries computed for a chunk of queries at a time, and again in backward.
+"""Losses computed for a chunk of queries at a time, and again in backward.
 
-Nothing of a chunk is kept but its losses, so that memory does not grow with N x M. It serves every
-distance, reducer and variant; where `product` applies, nothing needs to be computed again.
+Only the losses of a chunk are kept, so that memory does not grow with N x M. This works for every
+distance, reducer and variant; `product` is used where it applies, and computes nothing again.
 """
 
 from collections.abc import Callable
@@ -16,82 +16,79 @@ from pml_pnp.precision import autocast_off
 
 
 class Call(NamedTuple):
-    """What `Recomputed` is applied to, before the parameters whose gradient is wanted as well."""
+    """The arguments of `Recomputed` that are not tensors."""
 
     function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
-    """Maps rows, all queries and all references to the losses of these rows, and to tensors
-    without gradient; called now."""
-    again: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
-    """The same, called in backward: with the settings and modules as they are now."""
+    """Maps rows, all queries and all references to the losses of these rows, and to other tensors
+    that have no gradient; called in forward."""
+    in_backward: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
+    """The same function, called in backward, with copies of the settings and modules of forward."""
     chunk_size: int
     random_state: "RandomState"
-    queries: Tensor
-    references: Tensor | None
-
-    @staticmethod
-    def of(function, again, chunk_size: int, queries: Tensor, references: Tensor | None) -> "Call":
-        """Call on (N, d) queries, and (M, d) references or None where they are the queries."""
-        random_state = RandomState(queries)
-        if torch.is_grad_enabled():
-            # A memory moves on before backward; a tensor of inference mode cannot be saved for it.
-            queries, references = (
-                x if x is None or x.requires_grad else x.clone() for x in (queries, references)
-            )
-        return Call(function, again, chunk_size, random_state, queries, references)
 
 
 class RandomState:
-    """State of the random number generators now; no tuple, which torch.func would take apart."""
+    """State of the random number generators; not a tuple, which torch.func would take apart."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu = torch.get_rng_state()
         self.devices, self.states = get_device_states(*tensors)
 
     def restore(self) -> None:
-        """Let the generators draw the same numbers again."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         set_device_states(self.devices, self.states)
 
 
-class Recomputed(torch.autograd.Function):
-    """The concatenated results of `function` for all chunks of queries.
+def clone_constant(x: Tensor | None) -> Tensor | None:
+    """Clone a tensor that has no gradient, before it is saved for backward.
 
-    The first is differentiable with respect to queries, references and parameters.
+    A CrossBatchMemory changes its references before backward, and a tensor that was created in
+    inference mode cannot be saved.
+    """
+    is_constant = x is not None and torch.is_grad_enabled() and not x.requires_grad
+    return x.clone() if is_constant else x
+
+
+class Recomputed(torch.autograd.Function):
+    """Concatenates the results of `call.function` for all chunks of queries.
+
+    The first one is differentiable with respect to queries, references and parameters.
     """
 
     @staticmethod
-    def forward(function, again, chunk_size, random_state, queries, references, *parameters):  # noqa: D102
+    def forward(call, queries, references, *parameters):  # noqa: D102
         chunks = []
-        for rows in blocks_of(queries, chunk_size):
-            chunks.append(function(rows, queries, references))
+        for rows in blocks_of(queries, call.chunk_size):
+            chunks.append(call.function(rows, queries, references))
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: D102
-        _, ctx.again, ctx.chunk_size, ctx.random_state, *tensors = inputs
+        ctx.call, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        # Saved, so that PyTorch raises if one of them is changed in place before backward.
+        # By save_for_backward, so that PyTorch raises if one of them has been changed in place.
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad, *_):  # noqa: D102
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
+        create_graph, needed, call = torch.is_grad_enabled(), ctx.needs_input_grad[1:], ctx.call
         queries, references, *parameters = ctx.saved_tensors
         with (
             torch.enable_grad(),
             autocast_off(grad.device.type),
-            torch.random.fork_rng(ctx.random_state.devices),
+            torch.random.fork_rng(call.random_state.devices),
         ):
-            ctx.random_state.restore()
+            call.random_state.restore()
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
-            total: list[Tensor | None] = [None] * len(inputs)  # None for what is not used
-            for rows in blocks_of(queries, ctx.chunk_size):
-                losses = ctx.again(rows, queries, references)[0]
+            total: list[Tensor | None] = [None] * len(inputs)  # None for an input that is not used
+            for rows in blocks_of(queries, call.chunk_size):
+                losses = call.in_backward(rows, queries, references)[0]
                 if losses.requires_grad:
                     _check_leaves(losses, inputs)
                     found = torch.autograd.grad(
@@ -99,24 +96,25 @@ class Recomputed(torch.autograd.Function):
                     )
                     total = [_sum(*pair) for pair in zip(total, found, strict=True)]
         found = iter(total)
-        return None, None, None, None, *(next(found) if x else None for x in needed)
+        return None, *(next(found) if x else None for x in needed)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, where None stands for zero."""
     return part if total is None else total if part is None else total + part
 
 
 def _view(x: Tensor | None, is_needed: bool) -> Tensor | None:
-    """A view, so that the gradient is that of what is passed, not of what it was computed from."""
+    """A view of x, which ends the graph: the gradient is that of x, not of the inputs of x."""
     if x is None:
         return None
     view = x.view_as(x)
-    # The graph of a tensor that torch.func has differentiated is gone by now.
+    # By now, a tensor that torch.func has differentiated does not require a gradient any more.
     return view.detach().requires_grad_() if is_needed and not view.requires_grad else view
 
 
 def _check_leaves(losses: Tensor, inputs: list[Tensor]) -> None:
-    """Raise RuntimeError if the losses depend on a tensor whose gradient would be lost."""
+    """Raise RuntimeError if the losses depend on another leaf, whose gradient would be lost."""
     seen = {None, *(x.grad_fn for x in inputs)}
     waiting = [losses.grad_fn]
     while waiting:

@@ -1,4 +1,4 @@
-"""Hyperparameters of the loss, as the operations take them."""
+"""Hyperparameters of the loss, as arguments of the operations."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,10 +23,7 @@ class Settings(NamedTuple):
     def checked(
         *, b, alpha, anneal, variant, include_self, is_inverted: bool, dtype: torch.dtype
     ) -> "Settings":
-        """Settings from the arguments of `pnp_loss`, for similarities of a dtype.
-
-        Raises as `check_hyperparameters` does.
-        """
+        """Check arguments of `pnp_loss` by `check_hyperparameters`, and make settings of them."""
         check_hyperparameters(
             b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self, dtype=dtype
         )

@@ -1,8 +1,8 @@
-"""Losses of queries from a similarity matrix, as autograd sees them.
+"""Losses of queries from a similarity matrix, differentiable by autograd.
 
-The gradient of a named variant is made along with the losses and scaled in backward. A callable
-variant, and second derivatives, take `differentiable_losses`, which autograd differentiates as
-often as it is asked to.
+The gradient of a named variant is computed along with the losses and scaled in backward. Callable
+variants and second derivatives use `differentiable_losses`, whose operations autograd
+differentiates.
 """
 
 from functools import partial
@@ -21,12 +21,12 @@ from pml_pnp.variants import apply_variant
 def query_losses(
     s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
 ) -> Tensor:
-    """Losses of N queries, zero for those that do not count.
+    """Compute the losses of N queries, zero for those that do not count.
 
     Args:
         s: similarities, (N, M), float32 or float64
-        self_similarity: of each query to itself, (N,), where `settings.include_self` is on and `s`
-            does not hold it; may be given in place of what `s` holds
+        self_similarity: of each query to itself, (N,). Needed if `settings.include_self` is on and
+            `s` does not contain it; replaces the one in `s`
         relation: positives and negatives
         settings: hyperparameters
 
@@ -47,7 +47,7 @@ def query_losses(
 
 
 class _Call(NamedTuple):
-    """The arguments that autograd does not look at, in one, which saves time at every call."""
+    """The arguments that are not tensors, in one, since autograd takes time for each argument."""
 
     relation: Relation
     settings: Settings
@@ -70,7 +70,7 @@ class _QueryLosses(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(s, self_similarity, *relation, *gradients)
         else:
-            # Not saved for backward, so that backward may scale it in place: N x M numbers less.
+            # Not by save_for_backward, so that backward may scale it in place, without a copy.
             ctx.gradients = gradients
             ctx.save_for_backward(s, self_similarity, *relation)
 
@@ -83,7 +83,7 @@ class _QueryLosses(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """With respect to s and to self_similarity."""
+        """Gradients with respect to s and self_similarity."""
         s, self_similarity, *saved = ctx.saved_tensors
         fields = len(Relation._fields)
         relation, gradients = Relation(*saved[:fields]), saved[fields:]
@@ -95,25 +95,25 @@ class _QueryLosses(torch.autograd.Function):
             )
             if found is not None:
                 return found
-        may_scale = not gradients and not create_graph
+        in_place = not gradients and not create_graph
         if not gradients:
             gradients = ctx.gradients
-            if may_scale:
+            if in_place:
                 ctx.gradients = None
-        if gradients is None:  # used up by an earlier backward
+        if gradients is None:  # an earlier backward has scaled them
             gradients = dispatch.kernel_for(s)(s, self_similarity, relation, ctx.settings, True)[1:]
         grad_s, grad_self = gradients
         column = grad.unsqueeze(1)
-        grad_s = grad_s.mul_(column) if may_scale else grad_s * column
+        grad_s = grad_s.mul_(column) if in_place else grad_s * column
         return grad_s, None if self_similarity is None else grad_self * grad
 
 
 def differentiable_gradients(function, tensors, needed, grad: Tensor):
-    """Gradients of `function` of the tensors, as far as needed, with a graph of their own.
+    """Differentiable gradients of `function(*tensors)` with respect to the tensors in `needed`.
 
-    None if none of the tensors has a graph: in torch.func, grad mode is on without one.
+    None if no tensor requires a gradient: under torch.func, grad mode is on although none does.
     """
-    # Views: the gradient is that of what is passed, not of what it was computed from.
+    # Views end the graph here: the gradient is that of the tensors, not of their own inputs.
     views = [x if x is None else x.view_as(x) for x in tensors]
     wanted = [x is not None and n and x.requires_grad for x, n in zip(views, needed, strict=False)]
     inputs = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
@@ -123,7 +123,7 @@ def differentiable_gradients(function, tensors, needed, grad: Tensor):
     return tuple(next(found) if is_wanted else None for is_wanted in wanted)
 
 
-# torch.compile sees one operation instead of loops whose length depends on the data.
+# For torch.compile this is one operation; it could not trace loops whose length depends on data.
 @torch.library.custom_op("pml_pnp::losses_and_gradient", mutates_args=())
 def _losses_and_gradient(
     s: Tensor,
@@ -154,17 +154,18 @@ def _(s, self_similarity, *args):
 def differentiable_losses(
     s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
 ) -> Tensor:
-    """The same losses by operations that autograd differentiates, as often as it is asked to."""
+    """Compute `query_losses` by operations that autograd differentiates."""
     rows, with_query = slice(0, len(s)), settings.include_self and self_similarity is None
-    index = relation.positives(rows, *reversed(relation.sizes()))
+    index = relation.positives(rows, *relation.sizes())
     t, used = s.gather(1, index), relation.used(rows, index, with_query)
     if self_similarity is not None:
         t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
         used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
     t = t.masked_fill(~used, 0)
-    r = eager.NegativesBefore.apply(s, t, relation.negative_mask(s.shape[1]), settings.scale)
-    # R = 1 where there is no positive, so that no f, and no derivative of it, is asked for at an
-    # odd place.
+    s = s.clone()
+    relation.fill_non_negatives_(s, rows, index, -eager.INF if settings.scale > 0 else eager.INF)
+    r = eager.NegativesBefore.apply(s, t, settings.scale)
+    # Unused entries get R = 1, where every f and its derivatives are finite, and no gradient.
     r = r.masked_fill(~used, 1)
     per_positive = apply_variant(settings.variant, r, alpha=settings.alpha, b=settings.b)
     return per_positive.masked_fill(~used, 0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
@@ -172,15 +173,16 @@ def differentiable_losses(
 
 @torch.no_grad()
 def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
-    """Three numbers: negatives strictly before positives, positives with any, positives.
+    """Count negatives strictly before positives, positives with at least one, and positives.
 
-    Summed over all queries, by hard counts, without the queries themselves; (3,), dtype of `s`.
+    The counts are summed over all queries and leave out the queries themselves; (3,), dtype of `s`.
     """
-    m = s.shape[1]
-    index = relation.positives(slice(0, len(s)), *reversed(relation.sizes()))
-    used = relation.used(slice(0, len(s)), index, False)
-    s = s if is_inverted else -s
+    rows = slice(0, len(s))
+    index = relation.positives(rows, *relation.sizes())
+    used = relation.used(rows, index, False)
+    s = s.clone() if is_inverted else -s
     t = s.gather(1, index)
-    ordered = s.masked_fill(~relation.negative_mask(m), -eager.INF).sort(dim=1)[0]
-    count = (m - torch.searchsorted(ordered, t, right=True)).masked_fill_(~used, 0)
+    relation.fill_non_negatives_(s, rows, index, -eager.INF)
+    not_before = torch.searchsorted(s.sort(dim=1)[0], t, right=True)
+    count = (s.shape[1] - not_before).masked_fill_(~used, 0)
     return torch.stack([count.sum(), (count > 0).sum(), used.sum()]).to(s.dtype)

@@ -1,10 +1,10 @@
-"""Losses of queries, and their gradients, in one Triton program per query.
+"""Losses of queries and their gradients, in one Triton program per query.
 
 The formulas are those of `eager`. A program reads its row of similarities twice for each group of
-positives: once to sum sigmoids to ranks, once to sum their derivatives, which need the ranks. It
-writes its row of the gradient alone, in a fixed order, without atomics, so that the same input
-gives the same bits. Nothing is asked of the host: how many positives a query has is read on the
-device.
+positives: once to sum sigmoids to R, once to sum their derivatives, which are weighted by f'(R).
+Only this program writes its row of the gradient, in a fixed order and without atomics, so the same
+input gives the same bits. The number of positives of a query is read on the device, so the host
+waits for nothing.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from pml_pnp.ops.settings import Settings
 from pml_pnp.pairs import Relation
 
-# References and positives at a time. Classes of four are the usual ones.
+# Numbers of references and positives that a program handles at a time. A class usually has four.
 BLOCK_M = 1024
 BLOCK_P = 4
 
@@ -30,7 +30,7 @@ def _log1p(x):
 
 @triton.jit
 def _one_minus_exp(y):
-    # 1 - exp(y), y <= 0, by the same trick.
+    # 1 - exp(y), y <= 0: the rounding of u = exp(y) cancels in (1 - u) y / log(u).
     u = tl.exp(y)
     exact = u == 1
     tiny = u < 1e-6
@@ -87,7 +87,7 @@ def _derivative(r, alpha, b, VARIANT: tl.constexpr):
 
 @triton.jit
 def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.constexpr):
-    """sigmoid(scale * (s[a, j] - t)), 0 where j is no negative, and which j are negatives."""
+    """sigmoid(scale * (s[a, j] - t)), 0 where j is not a negative, and which j are negatives."""
     inside = j < m
     if HAS_MASK:
         negative = tl.load(mask_row + j, mask=inside, other=1) == 0
@@ -101,7 +101,7 @@ def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.co
 
 # fmt: off
 @triton.jit
-def _query(  # `place` is that of each reference in `columns`
+def _query(  # place[j] is the position of reference j in `columns`
     s, s_stride, self_similarity, columns, start, number, place, not_negative, query_column,
     losses, grad_s, grad_self, m, scale, alpha, b,
     VARIANT: tl.constexpr,
@@ -130,7 +130,7 @@ def _query(  # `place` is that of each reference in `columns`
     share = 1.0 / tl.maximum(share, 1)
     total = 0.0
     if not HAS_MASK:
-        # Also a query without positives has a row of the gradient to write.
+        # A query without positives, too, has to write its row of the gradient.
         targets = tl.maximum(targets, 1)
     for group in range(0, targets, BLOCK_P):
         i = group + tl.arange(0, BLOCK_P)
@@ -167,8 +167,8 @@ def _query(  # `place` is that of each reference in `columns`
             if HAS_SELF:
                 tl.store(grad_self + a + i * 0, -grad_t, mask=is_self)
             if HAS_MASK:
-                # A user's mask may call a reference both positive and negative: add to what
-                # other threads of this program have written.
+                # In a user's masks a reference may be both positive and negative, so this adds to
+                # what other threads of the program have written.
                 tl.debug_barrier()
                 grad = tl.load(grad_row + column, mask=used & is_reference, other=0.0) - grad_t
                 tl.store(grad_row + column, grad, mask=used & is_reference)
@@ -186,9 +186,9 @@ def losses_and_gradient(
     with_gradient: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.losses_and_gradient`, for float32.
+    """Like `eager.losses_and_gradient`, for float32.
 
-    The gradient never takes the place of `s`, of which a program reads its row more than once.
+    The gradient is never written to `s`, since a program reads its row of `s` several times.
     """
     n, m = s.shape
     s = s if s.stride(1) == 1 else s.contiguous()

@@ -60,7 +60,24 @@ def quick(tmp_path_factory):
             image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
             image.save(root / str(label) / f"{i:02d}.png")
     data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
-    return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2]
+    return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
+
+
+@pytest.fixture(scope="session")
+def curves():
+    """The TensorBoard scalars of a run: {name: [(step, value), ...]}."""
+
+    def read(run):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (file,) = (run / "tensorboard").iterdir()
+        events = EventAccumulator(str(file)).Reload()
+        return {
+            name: [(x.step, x.value) for x in events.Scalars(name)]
+            for name in events.Tags()["scalars"]
+        }
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,12 @@
 """No file counts twice, and nothing is left out without a reason."""
 
 import csv
+import io
 import os
+import shutil
+import stat
+import warnings
+import zipfile
 
 import pytest
 from PIL import Image
@@ -98,13 +103,135 @@ def test_suspicious_trees_get_a_warning(tmp_path, capsys):
     assert "5 images lie in folders inside a class folder" in out
 
 
+# Below the root of an Omniglot part: what a folder and a zip treat alike.
+IMAGES = [f"{x}/c{i}/{j}.png" for x in ("Greek", "Korean") for i in range(2) for j in range(2)]
+LEFT_OUT = {
+    "Greek/.DS_Store": "a hidden file",
+    "Greek/c0/._0.png": "a hidden file",
+    "Greek/c0/notes.txt": "not a format that Pillow opens (.txt)",
+    "Greek/c9/x.svg": "not a format that Pillow opens (.svg)",
+    "Greek/stray.png": "an image outside the class folders",
+    "Greek/c0/.thumbs/0.png": "a hidden folder",
+    "__MACOSX/Greek/c0/0.png": "a hidden folder",
+}
+SKIPPED = {
+    **{k: v for k, v in LEFT_OUT.items() if "hidden folder" not in v},
+    "Greek/c0/.thumbs": "a hidden folder",
+    "__MACOSX": "a hidden folder",
+    "Greek/c9": "a class folder without an image that can be used",
+    "Greek/empty": "a class folder without an image that can be used",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
+    from retrieval.data import READERS
+
+    names = ["images_background", "images_evaluation"]
+    for name in names:
+        files = [*IMAGES, *LEFT_OUT, "greek/c0/0.png", "Korean/c0/deep/2.png"]
+        for x in files:
+            write(tmp_path / name / x)
+        (tmp_path / name / "Greek" / "empty").mkdir()
+    roots = {name: tmp_path / name for name in names}
+    if zipped:
+        for name in names:
+            shutil.make_archive(tmp_path / name, "zip", tmp_path, name)
+            shutil.rmtree(tmp_path / name)
+            roots[name] = tmp_path / f"{name}.zip" / name
+    skipped = []
+    train, test = READERS["omniglot"](str(tmp_path), skipped)
+    assert not test  # all alphabets are trained on
+    assert sorted(s.name.rpartition("images_background/")[2] for s in train) == sorted(
+        [*IMAGES, "greek/c0/0.png", "Korean/c0/deep/2.png"]
+    )
+    assert {s.label for s in train} == {
+        *(f"{x}/c{i}" for x in ("Greek", "Korean") for i in range(2)),
+        "greek/c0",
+    }
+    expected = {str(root / k): v for root in roots.values() for k, v in SKIPPED.items()}
+    assert {x.name: x.reason for x in skipped} == expected
+    assert len(skipped) == len(expected)
+    out = capsys.readouterr().out
+    assert "differ in case alone: Greek/c0 and greek/c0" in out
+    assert "images lie in folders inside a class folder" in out
+
+
+def zip_of(path, members):
+    """A zip of images, in which a name may stand twice."""
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.filterwarnings("ignore", "Duplicate name")
+        for name, content in members:
+            archive.writestr(name, stream.getvalue() if content is None else content)
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    from retrieval.image_tree import read_zip
+
+    zip_of(tmp_path / "a.zip", [("x/0.png", b"first"), ("x/0.png", b"last"), ("./x/1.png", None)])
+    skipped = []
+    found = read_zip(tmp_path / "a.zip", 1, skipped)
+    assert [str(x.path) for x in found] == ["x/0.png", "x/1.png"]
+    assert found[0].content == b"last"
+    ((name, reason),) = [(x.name, x.reason) for x in skipped]
+    assert name == str(tmp_path / "a.zip" / "x/0.png") and "the same as another" in reason
+
+
+def test_zip_leads_nowhere_else(tmp_path):
+    from retrieval.image_tree import read_zip
+
+    link = zipfile.ZipInfo("x/link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    zip_of(tmp_path / "a.zip", [(link, b"0.png"), ("../x/0.png", None), ("x/0.png", None)])
+    skipped = []
+    assert [x.label for x in read_zip(tmp_path / "a.zip", 1, skipped)] == ["x"]
+    assert [x.reason for x in skipped] == ["a link in a zip", "a hidden folder"]
+
+
+def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
+    from retrieval.image_tree import read_zip
+
+    zip_of(tmp_path / "a.zip", [("a/x/0.png", None), ("b/x/0.png", None), ("README", b"")])
+    skipped = []
+    (found,) = read_zip(tmp_path / "a.zip", 1, skipped, top="a")
+    assert (str(found.path), found.label) == ("a/x/0.png", "x")
+    assert [x.reason for x in skipped] == [
+        "an image outside the class folders",
+        "not a format that Pillow opens (no suffix)",
+    ]
+    # Without such a folder the zip itself is the root.
+    assert len(read_zip(tmp_path / "a.zip", 1, [], top="c")) == 2
+
+
+def test_a_file_counts_once_in_both_parts_of_omniglot(tmp_path):
+    from retrieval.data import READERS
+
+    for name, alphabet in (("images_background", "Greek"), ("images_evaluation", "Korean")):
+        for i in range(2):
+            write(tmp_path / name / alphabet / "c0" / f"{i}.png")
+    link = tmp_path / "images_evaluation" / "Latin"
+    link.symlink_to(tmp_path / "images_background" / "Greek", target_is_directory=True)
+    skipped = []
+    _, test = READERS["omniglot"](str(tmp_path), skipped)
+    assert {s.label for s in test} == {"Korean/c0"}
+    assert [x.name for x in skipped] == [str(link)]
+
+
 def test_run_folder_lists_classes_and_what_was_skipped(main, tmp_path, quick):
     arguments = ["--epochs", 1, "--output-dir", tmp_path, "--name", "run"]
     assert main(*quick, *arguments) == 0
     with (tmp_path / "run" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {(r["class"], r["split"]) for r in rows if r["split"] == "test"} == {
-        (x, "test") for x in "56789"
-    }
+    splits = load(quick[quick.index("--data-root") + 1])
+    for split, decided_by in (
+        ("train", "open set, 0.5 of the classes drawn by --seed 0"),
+        ("val", "held-out images of the training classes, drawn by --val-fraction and --seed"),
+        ("test", "open set, 0.5 of the classes drawn by --seed 0"),
+    ):
+        listed = [r for r in rows if r["split"] == split]
+        assert {r["class"] for r in listed} == class_names(getattr(splits, split))
+        assert {r["decided by"] for r in listed} == {decided_by}
     assert sum(int(r["images"]) for r in rows) == 240
     assert (tmp_path / "run" / "skipped.csv").read_text().split() == ["name,reason"]

@@ -124,3 +124,68 @@ def test_transforms_take_images_of_any_depth():
     seen = TimmTransform(lambda image: image)(deep)
     assert seen.mode == "RGB"
     assert np.abs(pixels(seen) - RAMP).max() <= 1
+
+
+def write_deep(root, dtype, whites):
+    """Four classes of five images; `whites` are the brightest pixels of the first class."""
+    for label in "abcd":
+        (root / label).mkdir(parents=True)
+        for i in range(5):
+            white = whites[i] if label == "a" else whites[0]
+            Image.fromarray((RAMP * (white / 255)).astype(dtype)).save(root / label / f"{i}.tif")
+
+
+# The brightest pixel of each image of a class, and what is white in all images then.
+DEPTHS = {
+    "floats to 1": (np.float32, [1, 0.5, 0.25, 0.1, 1], 1),
+    "floats to 255": (np.float32, [255, 1, 0.5, 20, 3], 255),
+    "floats to 65535": (np.float32, [255, 1, 256, 20, 3], 65535),
+    "integers of 8 bits": (np.int32, [255, 1, 30, 20, 3], 255),
+    "integers of 16 bits": (np.int32, [255, 1, 60000, 20, 3], 65535),
+    "more than any depth": (np.float32, [255, 1, 1e6, 20, 3], 1e6),
+}
+
+
+@pytest.mark.parametrize("skip_verify", [False, True], ids=["", "skip-verify"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth, skip_verify):
+    from retrieval.data import load_splits
+
+    dtype, whites, white = DEPTHS[depth]
+    write_deep(tmp_path, dtype, whites)
+    splits = load_splits("folder", str(tmp_path), 0.4, 0, skip_verify=skip_verify)
+    (kind,) = splits.pixel_ranges
+    assert splits.pixel_ranges[kind] == pytest.approx((0, white), rel=1e-6)
+    assert f"is taken for black, {white:g} for white" in capsys.readouterr().out
+    seen = 0
+    for part in (splits.train, splits.val, splits.test):
+        part.transform = pixels
+        for i, sample in enumerate(part.samples):
+            own = whites[int(sample.name[-5])] if sample.label == "a" else whites[0]
+            assert part[i][0].max() == pytest.approx(255 * own / white, abs=1)
+            seen += 1
+    assert seen == 20
+
+
+def test_a_trained_network_scales_as_its_training_did(main, tmp_path, strict_json):
+    from retrieval.network import load_best
+
+    write_deep(tmp_path / "data", np.float32, [200, 100, 50, 20, 1])
+    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--epochs", 1]
+    arguments += ["--output-dir", tmp_path, "--name", "run", "--image-size", 8, "--workers", 0]
+    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
+    assert strict_json(tmp_path / "run" / "config.json")["pixel_ranges"] == {"F": [0, 255]}
+    _, transform = load_best(tmp_path / "run")
+    dark, light = (transform(wide(np.float32, x / 255)).max() for x in (1, 300))
+    assert dark == pytest.approx(1 / 127.5 - 1, abs=0.01)
+    assert light == 1
+
+
+def test_an_image_that_cannot_be_read_does_not_decide_the_depth(tmp_path):
+    from retrieval.data import load_splits
+
+    write_deep(tmp_path, np.float32, [1, 1, 1, 1, 1])
+    Image.fromarray(np.full((8, 8), np.inf, np.float32)).save(tmp_path / "a" / "0.tif")
+    splits = load_splits("folder", str(tmp_path), 0.4, 0)
+    assert splits.pixel_ranges == {"F": (0, 1)}
+    assert [x.name for x in splits.skipped] == [str(tmp_path / "a" / "0.tif")]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import zipfile
 
 import numpy as np
@@ -118,21 +117,135 @@ def test_class_folders_may_be_links(tmp_path):
     )
 
 
+# --- which classes are tested on --------------------------------------------------------------
+
+
+def test_classes_of_a_folder_are_drawn_by_the_seed(tmp_path):
+    names = [f"c{i}" for i in range(10)]
+    write_classes(tmp_path, names)
+    drawn = {}
+    for seed in range(4):
+        splits = load("folder", tmp_path, seed=seed)
+        drawn[seed] = class_names(splits.test)
+        trained_on = class_names(splits.train) | class_names(splits.val)
+        assert len(drawn[seed]) == 5
+        assert sorted(drawn[seed] | trained_on) == names and not drawn[seed] & trained_on
+        assert splits.split_kind == f"open set, 0.5 of the classes drawn by --seed {seed}"
+        assert not splits.closed_set
+    assert class_names(load("folder", tmp_path, seed=2).test) == drawn[2]
+    assert len(set(map(frozenset, drawn.values()))) > 1
+    assert set(names[5:]) not in drawn.values()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "tested"), [(0.01, 2), (0.3, 3), (0.5, 5), (0.7, 7), (0.99, 8)]
+)
+def test_share_of_classes_to_test_on(tmp_path, fraction, tested):
+    write_classes(tmp_path, [f"c{i}" for i in range(10)])
+    splits = load("folder", tmp_path, test_fraction=fraction)
+    assert splits.test.num_classes == tested
+    assert splits.train.num_classes == 10 - tested
+
+
+def every_class_of(name, root):
+    """A data set with and without a split of its own; names of its classes."""
+    if name == "digits":
+        return [str(i) for i in range(10)]
+    halves = {"folder": [""], "open set": ["train", "test"]}[name]
+    names = [f"c{i:02d}" for i in range(24)]
+    for i, part in enumerate(halves):
+        write_classes(root / part, names[i :: len(halves)])
+    return names
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("name", ["digits", "folder", "open set"])
+def test_without_a_test_every_class_is_trained_on(tmp_path, name, turned):
+    names = every_class_of(name, tmp_path)
+    dataset, root = ("digits", None) if name == "digits" else ("folder", tmp_path)
+    splits = load(dataset, root, test_fraction=0, turned_classes=turned)
+    assert len(splits.test) == 0
+    assert class_names(splits.val) == set(names) <= class_names(splits.train)
+    assert splits.train.num_classes == len(names) * (8 if turned else 1)
+    assert splits.val_kind == "held-out images of the training classes"
+    assert splits.split_kind == "no test, every class is trained on"
+    assert not {s.name for s in splits.train.samples} & {s.name for s in splits.val.samples}
+    assert {row[1] for row in splits.class_rows()} == {"train", "val"}
+
+
+def test_train_and_test_with_other_classes_are_an_open_set(tmp_path):
+    write_classes(tmp_path / "train", ["x", "y"])
+    write_classes(tmp_path / "test", ["a", "b"])
+    splits = load("folder", tmp_path)
+    assert class_names(splits.train) == {"x", "y"}
+    assert class_names(splits.test) == {"a", "b"}
+    assert splits.split_kind.startswith("open set") and not splits.closed_set
+
+
+@pytest.mark.parametrize("classes", [3, 30])
+def test_train_and_test_with_the_same_classes_are_a_closed_set(tmp_path, classes):
+    names = {f"c{i:02d}" for i in range(classes)}
+    write_classes(tmp_path / "train", names)
+    write_classes(tmp_path / "test", names, 2)
+    splits = load("folder", tmp_path)
+    # Also with many classes, of which validation otherwise takes whole ones.
+    assert class_names(splits.train) == class_names(splits.val) == class_names(splits.test) == names
+    assert splits.split_kind.startswith("closed set") and splits.closed_set
+    assert all(s.name.startswith(str(tmp_path / "test")) for s in splits.test.samples)
+    assert len(splits.test) == 2 * classes
+
+
+def test_closed_set_tests_on_no_class_whose_training_images_are_lost(tmp_path, capsys):
+    write_classes(tmp_path / "train", "abc")
+    write_classes(tmp_path / "test", "abc")
+    for path in (tmp_path / "train" / "b").iterdir():
+        path.write_bytes(b"")
+    splits = load("folder", tmp_path)
+    assert class_names(splits.test) == {"a", "c"}
+    assert "skipped 1 test classes that are not trained on:\n  b" in capsys.readouterr().out
+    assert ("b", "a test class of a closed set without training") in [
+        (x.name, x.reason) for x in splits.skipped
+    ]
+
+
+def test_test_classes_that_are_known_in_part_are_refused(tmp_path):
+    from retrieval.errors import UserError
+
+    write_classes(tmp_path / "train", ["x", "y"])
+    write_classes(tmp_path / "test", ["y", "z"])
+    message = "folder: expected test classes that are all trained on, or none of them, .* y.* z"
+    with pytest.raises(UserError, match=message):
+        load("folder", tmp_path)
+    assert class_names(load("folder", tmp_path, test_fraction=0).train) == {"x", "y", "z"}
+
+
+def test_a_share_contradicts_a_split_that_is_given(tmp_path):
+    from retrieval.errors import UserError
+
+    write_classes(tmp_path / "train", ["x", "y"])
+    write_classes(tmp_path / "test", ["a", "b"])
+    for name, root in (("folder", tmp_path), ("digits", None)):
+        with pytest.raises(UserError, match=f"{name} has a split of its own here; .* got 0.5"):
+            load(name, root, test_fraction=0.5)
+
+
 # --- cleaning -------------------------------------------------------------------------------
 
 
 def test_unreadable_images_and_single_image_classes_are_skipped_by_name(tmp_path, capsys):
-    write_classes(tmp_path, ["a", "b", "c", "d", "e", "f"])
-    write(tmp_path / "a" / "0.png", png()[:60])
-    write(tmp_path / "b" / "1.jpg", b"not an image")
-    write(tmp_path / "e" / "empty.png", b"")
-    write(tmp_path / "e" / "notes.txt", "not an image, and not meant to be one")
-    write(tmp_path / "only" / "one.png", png())
+    train, test = tmp_path / "train", tmp_path / "test"
+    write_classes(train, "abc")
+    write_classes(test, "def")
+    write(train / "a" / "0.png", png()[:60])
+    write(train / "b" / "1.jpg", b"not an image")
+    write(test / "e" / "empty.png", b"")
+    write(test / "e" / "notes.txt", "not an image, and not meant to be one")
+    write(test / "only" / "one.png", png())
     splits = load("folder", tmp_path)
     out = capsys.readouterr().out
     assert "skipped 3 of 33 images" in out
-    for name in ("a/0.png", "b/1.jpg", "e/empty.png"):
-        assert f"cannot read the image {tmp_path / name}" in out
+    for name in (train / "a/0.png", train / "b/1.jpg", test / "e/empty.png"):
+        assert f"cannot read the image {name}" in out
     assert "skipped 1 test classes with only one image:\n  only" in out
     assert len(splits.train) + len(splits.val) == 14
     assert class_names(splits.test) == {"d", "e", "f"}
@@ -177,23 +290,6 @@ def test_unreadable_image_without_verification_is_named_when_met(main, capsys, t
 
 
 # --- layouts --------------------------------------------------------------------------------
-
-
-def test_folder_takes_train_and_test_as_given(tmp_path):
-    write_classes(tmp_path / "train", ["x", "y"])
-    write_classes(tmp_path / "test", ["a", "b"])
-    splits = load("folder", tmp_path)
-    assert class_names(splits.train) == {"x", "y"}
-    assert class_names(splits.test) == {"a", "b"}
-
-
-def test_folder_refuses_classes_in_both_parts(tmp_path):
-    from retrieval.errors import UserError
-
-    write_classes(tmp_path / "train", ["x", "y"])
-    write_classes(tmp_path / "test", ["y", "z"])
-    with pytest.raises(UserError, match="must hold different classes, but both hold y"):
-        load("folder", tmp_path)
 
 
 def omniglot_files(part, alphabets):
@@ -263,9 +359,35 @@ def test_grocery_layouts(tmp_path, capsys, zipped):
     splits = load("grocery", tmp_path)
     assert class_names(splits.train) == {"000", "002"}
     assert class_names(splits.test) == {"001", "003"}
-    out = capsys.readouterr().out
-    assert "skipped 1 of 17 images" in out
-    assert "missing.jpg" in out
+    place = tmp_path / "grocery64.zip" if zipped else tmp_path
+    (missing,) = splits.skipped
+    assert missing.name == str(place / "train/0/missing.jpg")
+    assert f"1 x {missing.reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "folder"])
+def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, zipped):
+    paths = [f"train/{c}/{i}.jpg" for c in range(4) for i in range(4)]
+    rows = [*paths, paths[0], "train/1/.hidden.jpg", "train/1/x.svg"]
+    table = "path,fine,coarse\n" + "".join(f"{x},{x[6]},0\n" for x in rows)
+    files = {x: png(i) for i, x in enumerate([*rows, "train/2/unlisted.jpg"])}
+    files |= {"labels.csv": table, "classes.csv": "", "LICENSE": ""}
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "grocery64.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            write(tmp_path / name, content)
+    splits = load("grocery", tmp_path)
+    assert sum(x["images"] for x in splits.summary().values()) == 16
+    place = tmp_path / "grocery64.zip" if zipped else tmp_path
+    assert {x.name: x.reason for x in splits.skipped} == {
+        str(place / paths[0]): "the same as another: an earlier row of labels.csv",
+        str(place / "train/1/.hidden.jpg"): "a hidden file",
+        str(place / "train/1/x.svg"): "not a format that Pillow opens (.svg)",
+        str(place / "train/2/unlisted.jpg"): "not in labels.csv",
+    }
 
 
 def write_cub(root):
@@ -289,38 +411,9 @@ def write_cars(root):
         write(root / f"anno_{split}.csv", "".join(rows))
 
 
-def write_products(root):
-    base = root / "Stanford_Online_Products"
-    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
-        rows = ["image_id class_id super_class_id path\n"]
-        for c in classes:
-            for i in range(4):
-                rows.append(f"{i} {c} 1 chair_final/{c}_{i}.JPG\n")
-                write(base / "chair_final" / f"{c}_{i}.JPG", png())
-        write(base / f"Ebay_{split}.txt", "".join(rows))
-
-
-def write_inaturalist(root):
-    names = {c: [f"train_val2018/{c}/{i}.jpg" for i in range(4)] for c in (1, 2, 3, 4)}
-    every = [(c, name) for c, paths in names.items() for name in paths]
-    for name in [name for _, name in every]:
-        write(root / name, png())
-    content = {
-        "images": [{"file_name": name, "id": i} for i, (_, name) in enumerate(every)],
-        "annotations": [{"image_id": i, "category_id": c} for i, (c, _) in enumerate(every)],
-    }
-    write(root / "train2018.json", json.dumps(content))
-    write(root / "val2018.json", json.dumps({"images": [], "annotations": []}))
-    for split, classes in (("train", (1, 2)), ("test", (3, 4))):
-        text = "".join(f"{name}\n" for c in classes for name in names[c])
-        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", text)
-
-
 PML = {
     "CUB": write_cub,
     "Cars196": write_cars,
-    "StanfordOnlineProducts": write_products,
-    "INaturalist2018": write_inaturalist,
 }
 
 

@@ -16,6 +16,7 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLAIN = "plain"  # the run whose images are not augmented
 WORKER = Path(__file__).with_name("train_worker.py")
+DYING_WORKER = Path(__file__).with_name("dying_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def finished(environment, quick, tmp_path_factory):
         [*memory, "--name", "parts", "--epochs", 1],
         ["--resume", folder / "parts", "--epochs", 2],
         [*new, "--name", "proxies", "--epochs", 1, "--loss", "ProxyAnchorLoss"],
-        [*frozen, "--name", PLAIN],
+        [*frozen, "--name", PLAIN, "--report"],
         [*frozen, "--name", "at once"],
         [*frozen, "--name", "in chunks", "--grad-cache", 7],
         ["--batch-size", 33, "--samples-per-class", 3],
@@ -64,6 +65,13 @@ def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
     assert whole == parts and whole["epochs_trained"] == 2
 
 
+def test_one_process_of_two_makes_the_report(finished):
+    process, folder = finished
+    path = folder / PLAIN / "report.html"
+    assert process.stdout.count(f"report: {path}") == 1 and path.is_file()
+    assert "Nothing is shown of the" not in path.read_text(encoding="utf-8")
+
+
 def test_processes_augment_differently_and_share_batches_weights_and_proxies(finished):
     path = finished[1] / "proxies" / "checkpoints" / "last.pt"
     first, second = torch.load(path, weights_only=True)["own"]
@@ -73,7 +81,9 @@ def test_processes_augment_differently_and_share_batches_weights_and_proxies(fin
     assert torch.equal(first["loss"]["loss.proxies"], second["loss"]["loss.proxies"])
 
 
-def test_two_processes_are_one_with_the_same_batches(finished, main, quick, tmp_path, monkeypatch):
+def test_two_processes_are_one_with_the_same_batches(
+    finished, main, quick, tmp_path, curves, monkeypatch
+):
     """Without what depends on the process: augmentation, and the statistics of BatchNorm."""
     monkeypatch.setattr("retrieval.network.PHOTOGRAPHS", {"mode": "RGB"})
     new = ["--output-dir", tmp_path, *quick, "--epochs", 1, "--freeze-batchnorm"]
@@ -84,6 +94,23 @@ def test_two_processes_are_one_with_the_same_batches(finished, main, quick, tmp_
     )
     torch.testing.assert_close(two["models"], one["models"], rtol=1e-3, atol=1e-4)
     assert one["optimizers"]["trunk_optimizer"]["state"][0]["step"] == 11
+    one, two = curves(tmp_path / PLAIN), curves(finished[1] / PLAIN)
+    assert one.keys() == two.keys()
+    losses = [[value for _, value in x["loss_histories/total_loss"]] for x in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_curves_have_the_same_names_with_a_memory(finished, curves):
+    assert curves(finished[1] / "whole").keys() == curves(finished[1] / PLAIN).keys()
+
+
+def test_loss_that_every_process_computes_counts_once(finished, main, quick, tmp_path, curves):
+    arguments = ["--output-dir", tmp_path, "--name", "run", *quick, "--epochs", 1]
+    assert main(*arguments, "--loss", "ProxyAnchorLoss") == 0
+    one, two = curves(tmp_path / "run"), curves(finished[1] / "proxies")
+    assert one.keys() == two.keys()
+    first = [x["loss_histories/total_loss"][0][1] for x in (one, two)]
+    assert first[0] == pytest.approx(first[1], rel=0.1)  # only augmentation differs
 
 
 def test_processes_train_in_chunks(finished, strict_json):
@@ -116,6 +143,26 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(
     result = script("--resume", run, launcher=LAUNCHER)
     assert result.returncode == 0, result.stderr
     assert strict_json(run / "metrics.json")["epochs_trained"] == 8
+
+
+def test_torchrun_restarts_a_run_after_a_process_died(
+    finished, environment, quick, tmp_path, strict_json
+):
+    arguments = ["--output-dir", tmp_path, *quick, "--memory-size", 96, "--epochs", 2]
+    arguments += ["--name", "run", "--resume-if-exists"]
+    command = [*LAUNCHER, "--max-restarts", "1", DYING_WORKER, tmp_path / "died", *arguments]
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "died").exists()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert [log.count(f"epoch {i} of 2: ") for i in (1, 2)] == [1, 1] and log.count("--- ") == 2
+    assert numbers(tmp_path / "run", strict_json) == numbers(finished[1] / "whole", strict_json)
 
 
 def test_mistake_is_said_once(finished):

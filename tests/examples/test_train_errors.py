@@ -36,9 +36,14 @@ MISTAKES = {
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
     "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run in nowhere",
+    "--resume nowhere --output-dir runs": "leave out --name, --output-dir and --resume-if-exists",
+    "--resume nowhere --resume-if-exists": "leave out --name, --output-dir and --resume-if-exists",
+    "--resume-if-exists": "--resume-if-exists needs --name",
+    "--resume-if-exists --name a/b": "--name: expected a folder name without separators",
     "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
     "--name ..": "--name: expected a folder name without separators, got '..'",
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
+    "--test-fraction 0.3": "--test-fraction: digits has a split of its own here",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
     "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
@@ -53,10 +58,12 @@ ARGPARSE_MISTAKES = {
     "--epochs 0": "expected a positive integer, got '0'",
     "--epochs many": "expected a positive integer, got 'many'",
     "--val-fraction 1": "expected a number between 0 and 1, got '1'",
+    "--test-fraction 1": "expected a number from 0 to below 1, got '1'",
     "--patience -1": "expected an integer of 0 or more, got '-1'",
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",
     "--ema-decay 1": "expected a number from 0 to below 1, got '1'",
     "--grad-cache -1": "expected an integer of 0 or more, got '-1'",
+    "--threads 0": "expected a positive integer, got '0'",
     "--epoch 3": "unrecognized arguments: --epoch 3",
 }
 
@@ -126,8 +133,12 @@ def test_missing_package_is_named(main, capsys, monkeypatch, package):
     assert package.replace("_", "-") in err
 
 
-def test_help_explains_validation(main, capsys):
+def test_help_explains_test_and_validation(main, capsys):
     with pytest.raises(SystemExit) as exit_:
         main("--help")
     assert exit_.value.code == 0
-    assert "whole classes are held out" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "whole classes are held out" in out
+    assert "split by --test-fraction, and --seed draws the classes" in out
+    assert "the test is closed-set" in out
+    assert "the number changes the last digits of results" in out

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm"],
+    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
     "chunks": ["--grad-cache", 16],
 }
 
@@ -74,11 +74,13 @@ def copy_at_moments(patch, folder):
 
         patch.setattr(RunFolder, function, watched)
 
-    def save(state, path, original=torch.save):
+    def save(state, file, original=torch.save):
         if "shared" in state:  # not the best model alone
-            path.write_bytes(b"half a checkpoint")
+            file.write(b"half a checkpoint")
+            file.flush()
             copy("torch.save", state["epoch"], "during")
-        original(state, path)
+            file.seek(0)
+        original(state, file)
 
     watch("save_checkpoint")
     watch("write_json")
@@ -101,23 +103,17 @@ def results(run, strict_json):
     for path in (run / "logs").glob("*.csv"):
         with path.open() as file:
             texts[path.name] = [row for row in csv.reader(file) if row[0] != "~iteration~"]
-    return metrics, tables, texts, scalars(run)
+    return metrics, tables, texts
 
 
-def scalars(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    return {
-        tag: [(x.step, x.value) for x in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-
-
-def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, strict_json):
-    command = [sys.executable, "-u", SCRIPT, "--epochs", EPOCHS]
-    command += ["--output-dir", tmp_path, "--name", "run", *quick]
+@pytest.mark.parametrize("again", ["--resume", "the same command line"])
+def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, strict_json, again):
+    run = tmp_path / "run"
+    arguments = ["--epochs", EPOCHS, "--output-dir", tmp_path, "--name", "run", *quick]
+    if again != "--resume":
+        arguments.append("--resume-if-exists")
     process = subprocess.Popen(
-        list(map(str, command)),
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -125,20 +121,102 @@ def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, stri
     )
     with process:
         for line in process.stdout:
-            if line.startswith("epoch 1:"):
+            if line.startswith("epoch 1 of"):
                 process.kill()
     assert process.returncode == -9
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    assert main("--resume", tmp_path / "run") == 0
-    assert results(tmp_path / "run", strict_json) == results(whole("default")[0], strict_json)
+    assert not (run / "metrics.json").exists()
+    assert main(*(["--resume", run] if again == "--resume" else arguments)) == 0
+    assert results(run, strict_json) == results(whole("default")[0], strict_json)
+    log = (run / "log.txt").read_text()
+    assert log.count("--- ") == 2 and f"epoch {EPOCHS} of {EPOCHS}" in log
+
+
+def test_the_same_command_line_starts_continues_and_ends_a_run(
+    main, quick, tmp_path, capsys, strict_json
+):
+    command = ["--output-dir", tmp_path, "--name", "run", *quick, "--resume-if-exists"]
+    assert main(*command, "--epochs", 1) == 0
+    assert main(*command, "--epochs", 2) == 0
+    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 2
+    capsys.readouterr()
+    assert main(*command, "--epochs", 2) == 0
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert main(*command, "--epochs", 2, "--lr", 0.5) == 2
+    assert "--resume-if-exists: the run has --lr 0.001, so it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "code"), [([], 0), (["lock", "log.txt", "config.json.tmp"], 0), (["photo.png"], 2)]
+)
+def test_folder_of_a_run_that_was_killed_before_its_settings_is_taken(
+    main, quick, tmp_path, capsys, left, code
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in left:
+        (run / name).write_text("left\n")
+    command = ["--output-dir", tmp_path, "--name", "run", *quick, "--epochs", 1]
+    assert main(*command) == 2
+    assert f"{run} exists and holds no run; take another --name" in capsys.readouterr().err
+    assert main(*command, "--resume-if-exists") == code
+    assert (run / "metrics.json").exists() is (code == 0)
+    assert not (run / "config.json.tmp").exists()
+
+
+def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict_json):
+    """Such a run has curves that are no longer drawn."""
+    run, copies = whole("default")
+    old = shutil.copytree(copies / "after the second epoch", copies / "old")
+    config = strict_json(old / "config.json")
+    del config["threads"]
+    (old / "config.json").write_text(json.dumps(config))
+    for name in ("lock", "log.txt"):
+        (old / name).unlink()
+    connection = sqlite3.connect(old / "logs" / "logs.db")
+    with connection:
+        connection.execute("ALTER TABLE loss_histories ADD COLUMN [metric_loss] real")
+    connection.close()
+    assert main("--resume", old) == 0
+    assert results(old, strict_json)[0] == results(run, strict_json)[0]
+    assert curves(old) == curves(run)
+
+
+def test_rows_that_a_full_disk_cut_off_are_removed(short, main, strict_json, whole):
+    logs = short / "logs"
+    for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
+        with (logs / f"{name}.csv").open("a") as file:
+            file.write(end)
+    assert main("--resume", short, "--epochs", EPOCHS) == 0
+    assert results(short, strict_json) == results(whole("default")[0], strict_json)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_any_moment_continues_to_the_same_end(whole, main, strict_json, moment):
+def test_a_run_killed_at_any_moment_continues_to_the_same_end(
+    whole, main, curves, strict_json, moment
+):
     run, copies = whole("default")
-    assert not (copies / moment / "metrics.json").exists()
-    assert main("--resume", copies / moment) == 0
-    assert results(copies / moment, strict_json) == results(run, strict_json)
+    continued = copies / moment
+    assert not (continued / "metrics.json").exists()
+    assert main("--resume", continued) == 0
+    assert results(continued, strict_json) == results(run, strict_json)
+    assert curves(continued) == curves(run)
+    assert best(continued) == best(run)
+    assert not list(continued.rglob("*.tmp"))
+
+
+def best(run):
+    return (run / "checkpoints" / "best.pt").read_bytes()
+
+
+def test_best_checkpoint_that_a_kill_prevented_is_written(short, main, monkeypatch):
+    """The kill came after last.pt, of an epoch that no later one surpasses."""
+    from retrieval.training import Training
+
+    before = best(short)
+    (short / "checkpoints" / "best.pt").unlink()
+    monkeypatch.setattr(Training, "train", lambda self: None)
+    assert main("--resume", short, "--epochs", 2) == 0
+    assert best(short) == before
 
 
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
@@ -149,9 +227,10 @@ def test_a_killed_run_with_more_state_continues_to_the_same_end(whole, main, str
     assert results(continued, strict_json) == results(run, strict_json)
 
 
-def test_more_epochs_continue_a_finished_run(whole, short, main, strict_json):
+def test_more_epochs_continue_a_finished_run(whole, short, main, curves, strict_json):
     assert main("--resume", short, "--epochs", EPOCHS) == 0
     assert results(short, strict_json) == results(whole("default")[0], strict_json)
+    assert curves(short) == curves(whole("default")[0])
 
 
 @pytest.fixture(scope="module")

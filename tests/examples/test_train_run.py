@@ -2,7 +2,10 @@
 
 import csv
 import os
+import re
 import sqlite3
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,10 +44,13 @@ def test_run_folder_holds_everything(finished):
         "config.json",
         "classes.csv",
         "skipped.csv",
+        "lock",
+        "log.txt",
         "logs",
         "tensorboard",
         "checkpoints",
         "metrics.json",
+        "report.html",
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
 
@@ -75,9 +81,126 @@ def test_table_shows_untrained_against_trained(finished, metrics):
         assert rows[name] == [f"{metrics[x][key]:.4f}" for x in ("untrained", "trained")]
 
 
-def test_progress_bars_are_shown(finished):
-    assert "total_loss=" in finished[0].stderr
-    assert "100%" in finished[0].stderr
+def test_output_to_a_file_has_no_progress_bars(finished):
+    assert "%|" not in finished[0].stderr and "it/s" not in finished[0].stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_shown_on_a_terminal(
+    main, quick, tmp_path, capsys, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path) == 0
+    assert ("total_loss=" in capsys.readouterr().err) is terminal
+
+
+def test_line_of_an_epoch(finished, metrics):
+    epochs = [x for x in finished[0].stdout.splitlines() if x.startswith("epoch ")]
+    number, time = r"(\d\.\d{4})", r"(\d+\.\d s|\d+ s|\d+ min \d+ s)"
+    first, last = (
+        re.fullmatch(
+            f"epoch {i} of 2: training loss {number}, validation MAP@R {number}, "
+            f"best {number} in epoch \\d, {time}{left}",
+            line,
+        )
+        for i, line, left in zip([1, 2], epochs, [f", at most about {time} left", ""], strict=True)
+    )
+    best = metrics["validation"]["mean_average_precision_at_r"]
+    assert float(last[3]) == pytest.approx(best, abs=1e-4)
+    assert float(last[3]) == max(float(first[2]), float(last[2]))
+    assert float(last[1]) < float(first[1])
+
+
+def test_training_loss_is_the_mean_over_the_epoch(main, quick, tmp_path, capsys, monkeypatch):
+    from retrieval.training import Training
+
+    losses = []
+    hook = Training._end_of_iteration
+
+    def watch(self, trainer):
+        losses.append(float(trainer.losses["total_loss"]))
+        hook(self, trainer)
+
+    monkeypatch.setattr(Training, "_end_of_iteration", watch)
+    assert main(*quick, "--epochs", 2, "--output-dir", tmp_path) == 0
+    half = len(losses) // 2
+    out = capsys.readouterr().out
+    for epoch, part in ((1, losses[:half]), (2, losses[half:])):
+        assert f"epoch {epoch} of 2: training loss {sum(part) / half:.4f}" in out
+
+
+def test_log_holds_what_was_on_the_screen(finished):
+    first, *rest = (finished[1] / "log.txt").read_text().splitlines()
+    assert re.match(r"--- \d{4}-\d\d-\d\d .*, process \d+ on ", first)
+    assert rest == finished[0].stdout.splitlines()
+
+
+def test_log_holds_errors_warnings_and_tracebacks(main, quick, tmp_path, monkeypatch):
+    from retrieval.training import Training
+
+    def fail(self):
+        warnings.warn("how odd", stacklevel=1)
+        raise failure
+
+    arguments = [*quick, "--epochs", 1, "--output-dir", tmp_path, "--name", "run"]
+    monkeypatch.setattr(Training, "train", fail)
+    failure = ZeroDivisionError("by zero")
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="how odd"):
+        main(*arguments)
+    failure = KeyboardInterrupt()
+    with pytest.warns(UserWarning, match="how odd"):
+        assert main("--resume", tmp_path / "run") == 130
+    monkeypatch.undo()
+    assert main("--resume", tmp_path / "run", "--lr", 3) == 2  # not the run's: no line in its log
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("\n--- ") == 1 and log.startswith("--- ")
+    assert log.count("UserWarning: how odd") == 2
+    assert "Traceback" in log and "ZeroDivisionError: by zero" in log
+    assert "interrupted; a run whose folder exists" in log
+    assert "--lr" not in log.partition("interrupted")[2]
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_training_that_makes_retrieval_worse_is_told(
+    main, quick, tmp_path, capsys, monkeypatch, worse
+):
+    from retrieval.training import Training
+
+    monkeypatch.setattr(
+        Training,
+        "test_best",
+        lambda self: {k: v - 0.01 if worse else v for k, v in self.state["untrained"].items()},
+    )
+    settings = ["--ema-decay", 0, "--loss", "ContrastiveLoss"]
+    assert main(*quick, *settings, "--epochs", 1, "--output-dir", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert ("Training made retrieval of unseen classes worse: MAP@R fell from" in out) is worse
+    for tried in ("a smaller --lr", "--ema-decay 0.997", "variant=Ds anneal=0.1"):
+        assert (tried in out) is worse
+    assert "--memory-size 0;" not in out and "--turned-classes" not in out
+
+
+def test_threads_are_set_and_recorded(main, quick, tmp_path, strict_json, capsys, threads):
+    run = tmp_path / "run"
+    new = [*quick, "--epochs", 1, "--output-dir", tmp_path, "--name", "run"]
+    assert main(*new, "--threads", 2) == 0
+    assert torch.get_num_threads() == 2
+    assert strict_json(run / "config.json")["threads"] == 2
+    assert "threads of each: 2 (--threads; their number changes" in capsys.readouterr().out
+    assert main("--resume", run, "--epochs", 2, "--threads", 1) == 0
+    assert torch.get_num_threads() == 1
+    assert strict_json(run / "config.json")["threads"] == 1
+
+
+@pytest.fixture
+def threads():
+    """Set back what a test changes."""
+    import faiss
+
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    yield
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
 
 
 def test_config_records_arguments_and_versions(finished, strict_json):
@@ -177,10 +300,45 @@ def test_option_trains_to_the_end(run_of, strict_json, option):
 
 
 def test_each_new_run_gets_a_new_folder(run_of):
-    names = [run_of(option).name for option in ("", "ema-decay 0", "memory")]
-    stems, numbers = zip(*(name.rsplit("-", 1) for name in names), strict=True)
-    assert set(stems) == {"folder-PNPLoss-Ds"}
-    assert len(set(numbers)) == 3 and min(map(int, numbers)) == 1
+    runs = [run_of(option) for option in ("", "ema-decay 0", "memory")]
+    assert len(set(runs)) == 3
+    stem = "folder-PNPLoss-Ds"
+    made = {x.name for x in runs[0].parent.iterdir() if x.name.startswith(stem)}
+    assert made == {f"{stem}-{number}" for number in range(1, len(made) + 1)}
+
+
+CURVES = {
+    "loss_histories/total_loss",
+    "metric_loss/negatives_before_positive",
+    "metric_loss/positives_behind_negatives",
+    *(
+        f"accuracies_normalized_RetrievalTester_level_0_VAL_vs_self/{name}"
+        for name in ("best_accuracy", "best_epoch", *(f"{x}_level0" for x in METRICS))
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ["", "memory", "miner"])
+def test_curves_are_of_what_varies_and_have_the_same_names(run_of, curves, option):
+    assert curves(run_of(option)).keys() == CURVES
+
+
+def test_learning_rates_are_recorded_where_they_change(main, quick, tmp_path, curves, monkeypatch):
+    from retrieval import train
+
+    def build(*args, original=train.build_trainer):
+        trainer = original(*args)
+        trainer.lr_schedulers = {
+            "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.ExponentialLR(
+                trainer.optimizers["trunk_optimizer"], 0.5
+            )
+        }
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", build)
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
+    rates = [value for _, value in curves(tmp_path / "run")["learning_rates/trunk"]]
+    assert rates[:2] == pytest.approx([1e-3, 1e-3 / 4])  # every second iteration is recorded
 
 
 def last_and_best(run):
@@ -269,6 +427,73 @@ def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
     assert "the embeddings are not finite" in capsys.readouterr().err
 
 
+def test_without_a_test_nothing_is_tested(main, quick, tmp_path, strict_json, capsys):
+    from retrieval.network import load_best
+
+    run = tmp_path / "run"
+    arguments = [*quick, "--output-dir", tmp_path, "--name", "run", "--test-fraction", 0]
+    assert main(*arguments, "--epochs", 1) == 0
+    metrics = strict_json(run / "metrics.json")
+    assert not {"untrained", "trained"} & metrics.keys()
+    assert metrics["test_classes"] == 0
+    assert metrics["split"] == "no test, every class is trained on"
+    assert strict_json(run / "config.json")["data"]["train"]["classes"] == 10
+    lines = capsys.readouterr().out.splitlines()
+    assert "split: no test, every class is trained on" in lines
+    map_at_r = f"{metrics['validation']['mean_average_precision_at_r']:.4f}"
+    assert ["folder,", "no", "test,", "every", "class", "is", "trained", "on", "validation"] in [
+        x.split() for x in lines
+    ]
+    assert ["MAP@R", map_at_r] in [x.split() for x in lines]
+    assert load_best(run)[0](torch.zeros(1, 3, 8, 8)).shape == (1, 128)
+    # It continues, and a finished run shows the same table.
+    assert main("--resume", run, "--epochs", 2) == 0
+    assert main("--resume", run) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_closed_set_is_called_so(main, quick, tmp_path, strict_json, capsys):
+    arguments = list(quick)
+    data = Path(arguments[arguments.index("--data-root") + 1])
+    for part, first in (("train", 0), ("test", 16)):
+        for label in data.iterdir():
+            (tmp_path / "data" / part / label.name).mkdir(parents=True)
+            for i in range(first, first + 8):
+                link = tmp_path / "data" / part / label.name / f"{i}.png"
+                link.symlink_to(label / f"{i:02d}.png")
+    arguments[arguments.index("--data-root") + 1] = tmp_path / "data"
+    assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    assert metrics["closed_set"] and metrics["test_classes"] == 10
+    assert strict_json(tmp_path / "run" / "config.json")["split"] == metrics["split"]
+    out = capsys.readouterr().out
+    assert "split: closed set, the classes of the test are trained on" in out
+    assert "folder, 10 known classes, closed set  untrained  trained" in out
+
+
+@pytest.mark.parametrize("when", ["untrained", "validation", "test"])
+def test_every_evaluation_of_what_is_not_finite_ends_in_one_line(
+    main, quick, tmp_path, capsys, monkeypatch, when
+):
+    from retrieval import metrics
+
+    moments = ["untrained", "validation", "test"]
+    calls = []
+    evaluate = metrics.RetrievalTester.test
+
+    def test(self, datasets, epoch, trunk, embedder, *more):
+        if moments[len(calls)] == when:
+            embedder.bias.data.fill_(float("inf"))
+        calls.append(set(datasets))
+        return evaluate(self, datasets, epoch, trunk, embedder, *more)
+
+    monkeypatch.setattr(metrics.RetrievalTester, "test", test)
+    assert main(*quick, "--epochs", 1, "--output-dir", tmp_path) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("train.py: error: cannot evaluate: the embeddings are not finite")
+    assert calls == [{"test"}, {"val"}, {"test"}][: moments.index(when) + 1]
+
+
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeypatch, by):
     arguments = list(quick)
@@ -282,3 +507,18 @@ def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeyp
         arguments[at + 1] = root.name
     assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
     assert strict_json(tmp_path / "run" / "config.json")["data_root"] == str(root)
+
+
+def test_learning_rates_fall_at_the_milestones(main, quick, tmp_path):
+    arguments = ["--epochs", 3, "--lr", 0.01, "--loss-lr", 0.1, "--loss", "ProxyAnchorLoss"]
+    arguments += ["--lr-milestones", 1, 2, "--lr-gamma", 0.5, "--output-dir", tmp_path]
+    assert main(*quick, *arguments, "--name", "run") == 0
+    shared = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["shared"]
+    rates = {k: v["param_groups"][0]["lr"] for k, v in shared["optimizers"].items()}
+    assert rates == pytest.approx(
+        {
+            "trunk_optimizer": 0.0025,
+            "embedder_optimizer": 0.0025,
+            "metric_loss_optimizer": 0.025,
+        }
+    )

@@ -1,0 +1,59 @@
+"""Fine-tune a sentence transformer on CLINC150 by the Trainer of Hugging Face's transformers.
+
+`pip install -c constraints.txt ".[huggingface]"`; `python examples/huggingface_trainer.py DATA NEW`
+"""
+
+import sys
+
+import torch
+import transformers
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from sentences import LONGEST, Embedder, bundled_model, requests
+
+from pml_pnp import losses
+
+
+class RetrievalTrainer(transformers.Trainer):
+    loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
+
+    def get_train_dataloader(self):
+        data, size = self.train_dataset, self.args.train_batch_size
+        sampler = MPerClassSampler([x["labels"] for x in data], 4, size, self.args.max_steps * size)
+        return torch.utils.data.DataLoader(data, size, None, sampler, collate_fn=self.data_collator)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        embeddings = model(**inputs)
+        loss = self.loss_func(embeddings, labels)
+        return (loss, {"embeddings": embeddings}) if return_outputs else loss
+
+
+def map_at_r(prediction):
+    calculator = AccuracyCalculator(include=("mean_average_precision_at_r",), k="max_bin_count")
+    return calculator.get_accuracy(*map(torch.tensor, prediction))
+
+
+def main(data_root, output, folder=None, **kwargs):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder or bundled_model())
+    texts, intents = requests(data_root)
+    names = list(dict.fromkeys(intents))
+    tokens = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
+    data = [{"input_ids": tokens[i], "labels": names.index(x)} for i, x in enumerate(intents)]
+    settings = {"max_steps": 30, "per_device_train_batch_size": 64, "learning_rate": 5e-5, **kwargs}
+    settings |= {"remove_unused_columns": False, "label_names": ["labels"], "save_strategy": "no"}
+    trainer = RetrievalTrainer(
+        Embedder(transformers.AutoModel.from_pretrained(folder or bundled_model())),
+        transformers.TrainingArguments(output, **settings),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        train_dataset=[x for x in data if x["labels"] % 3],
+        eval_dataset=[x for x in data if x["labels"] % 3 == 0],
+        compute_metrics=map_at_r,
+    )
+    before, _ = trainer.evaluate(), trainer.train()
+    trainer.model.transformer.save_pretrained(output)
+    return before, trainer.evaluate()
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

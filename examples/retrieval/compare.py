@@ -1,0 +1,190 @@
+"""A table over several runs: what differs in their settings, and what came of it.
+
+    python examples/retrieval compare runs/*
+    python examples/retrieval compare runs/* --csv runs.csv
+
+Runs that differ in the seed alone are followed by their mean and standard deviation. The data file
+has a line for each run, with every metric in full precision.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from .configuration import DEFAULTS, EARLIER, RESUMABLE
+from .disk import replace, write_csv
+from .errors import UserError
+from .metrics import METRICS, PRIMARY_METRIC
+from .processes import say
+from .progress import duration
+from .run_folder import CONFIG, RunFolder
+
+SHOWN = {PRIMARY_METRIC: "MAP@R", "precision_at_1": "P@1", "r_precision": "R-precision"}
+PARTS = ("untrained", "trained")
+# What may change when a run continues is not compared, except for epochs and data.
+NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root"}
+IN_OTHER_COLUMNS = {"loss", "loss_args"}
+TEXT_COLUMNS = 4
+
+
+class Run:
+    """The settings and results of one run folder."""
+
+    def __init__(self, path: str):
+        folder = RunFolder.existing(path, "compare")
+        self.path = str(folder.path)
+        config = {**EARLIER, **folder.read_json(CONFIG)}
+        missing = sorted({"dataset", "loss", "loss_args", "seed", "data"} - config.keys())
+        if missing:
+            raise UserError(f"compare: {path}/{CONFIG} is not of this program: no {missing[0]}")
+        self.loss = config["loss"]
+        self.loss_args = config["loss_args"]
+        self.seed = config["seed"]
+        self.test_set = (config["dataset"], config["data"].get("test"))
+        self.settings = {k: v for k, v in config.items() if k in DEFAULTS and k not in NO_SETTINGS}
+        self.settings["processes"] = config.get("world_size")
+        for package, version in config.get("versions", {}).items():
+            self.settings[f"version of {package}"] = version
+        self.metrics = folder.read_json("metrics.json")
+
+    def value(self, part: str, metric: str) -> float | None:
+        """A metric on the unseen classes; None if the run has not come that far."""
+        return self.metrics and self.metrics[part][metric]
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the training, with the evaluations that belong to it."""
+        return self.metrics and self.metrics["seconds"]["training"]
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    flags.add_argument("--csv", metavar="FILE", help="write the table there as data, too")
+    return flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns the exit code."""
+    runs = [Run(path) for path in args.runs]
+    differing = differing_settings(runs)
+    say(as_text([*_header(), *_rows(runs, differing)]), *_notes(runs))
+    if args.csv:
+        replace(Path(args.csv), lambda path: write_csv(path, data_rows(runs, differing)))
+        say("", f"written to {args.csv}")
+    return 0
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for x in runs for name in x.settings)
+    return [name for name in names if any(_get(x, name) != _get(runs[0], name) for x in runs)]
+
+
+def alike_but_for_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups, in the order of their first ones."""
+    groups: dict[str, list[Run]] = {}
+    for x in runs:
+        groups.setdefault(json.dumps(x.settings, sort_keys=True), []).append(x)
+    return list(groups.values())
+
+
+def data_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[Any]]:
+    """Header and a row for each run."""
+    settings = [name for name in differing if name not in IN_OTHER_COLUMNS]
+    columns = [(part, metric) for part in PARTS for metric in METRICS]
+    rows = [
+        ["run", "loss", "loss_args", *settings, "seed", "best_epoch", "epochs_trained"]
+        + [f"{part}_{metric}" for part, metric in columns]
+        + ["training_seconds"]
+    ]
+    for x in runs:
+        metrics = x.metrics or {}
+        rows.append(
+            [x.path, x.loss, json.dumps(x.loss_args)]
+            + [_get(x, name) for name in settings]
+            + [x.seed, metrics.get("best_epoch"), metrics.get("epochs_trained")]
+            + [x.value(part, metric) for part, metric in columns]
+            + [x.seconds]
+        )
+    return rows
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, text to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < TEXT_COLUMNS else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _header() -> list[list[str]]:
+    above = ["", "", "", "", "", "best"]
+    below = ["run", "loss", "its arguments", "what differs", "seed", "epoch"]
+    for name in SHOWN.values():
+        above += [name, ""]
+        below += list(PARTS)
+    return [[*above, ""], [*below, "time"]]
+
+
+def _rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for group in alike_but_for_seed(runs):
+        rows += [_row(x, differing) for x in group]
+        one_of_each_seed = {x.seed: x for x in reversed(group) if x.metrics}.values()
+        if len(one_of_each_seed) > 1:
+            rows += _summary(one_of_each_seed)
+    return rows
+
+
+def _row(x: Run, differing: Sequence[str]) -> list[str]:
+    settings = [f"{k}={_get(x, k)}" for k in differing if k not in IN_OTHER_COLUMNS]
+    return [
+        x.path,
+        x.loss,
+        " ".join(f"{k}={v}" for k, v in x.loss_args.items()),
+        ", ".join(settings),
+        str(x.seed),
+        str(x.metrics["best_epoch"]) if x.metrics else "-",
+        *(_number(x.value(part, metric)) for metric in SHOWN for part in PARTS),
+        duration(x.seconds) if x.metrics else "-",
+    ]
+
+
+def _summary(group: Collection[Run]) -> list[list[str]]:
+    """Mean and standard deviation of a group."""
+    rows = []
+    for name, function in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+        row = [f"  {name} of {len(group)} seeds", "", "", "", "", ""]
+        for metric in SHOWN:
+            for part in PARTS:
+                values = [x.value(part, metric) for x in group]
+                row.append(_number(None if None in values else function(values)))
+        rows.append([*row, duration(function([x.seconds for x in group]))])
+    return rows
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = [f"{x.path} is not finished" for x in runs if not x.metrics]
+    if any(x.test_set != runs[0].test_set for x in runs):
+        notes.append("the runs have different test sets, so their metrics do not compare")
+    return ["", *notes] if notes else []
+
+
+def _get(x: Run, name: str) -> Any:
+    return x.settings.get(name)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,70 @@
+"""Writing files: whole or not at all, and an error of one line where the disk refuses."""
+
+import csv
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+BESIDE = ".tmp"  # ends the name of a file that is not complete
+
+
+@contextmanager
+def writing(path: Path, database: Path | None = None) -> Iterator[None]:
+    """Around everything that writes to `path`, and to an SQLite `database` beside it.
+
+    Raises:
+        UserError: Where the system refuses: a full disk, a quota, no permission, read-only.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        refused = database if isinstance(error, sqlite3.Error) else path
+        raise UserError(f"cannot write {refused}: {reason}") from error
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path`, then rename: a kill leaves the old file or the new one.
+
+    Raises:
+        UserError: As `writing`; the file beside it is removed.
+    """
+    beside = path.with_name(path.name + BESIDE)
+    with writing(path):
+        try:
+            write(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what `replace` left in `folder` when it was killed."""
+    for path in folder.glob("*" + BESIDE):
+        with writing(path):
+            path.unlink()
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows, the first of which is the header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """What the system said; torch's writer replaces it by an error of its own, which follows it."""
+    if isinstance(error, sqlite3.Error):
+        return str(error)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,123 @@
+"""The images of a folder, embedded by the network of a run and kept for search."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from .data import Sample
+from .embeddings import embed_samples
+from .errors import UserError
+from .image_tree import Skipped, read_trees
+from .network import load_best
+from .run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An image file, and what tells whether it has changed since it was embedded."""
+
+    name: str
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """The file as it is now."""
+        status = path.stat()
+        return cls(str(path), status.st_size, status.st_mtime_ns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbor:
+    """A found image and its cosine similarity to the query."""
+
+    name: str
+    similarity: float
+
+
+class Index:
+    """Embeddings of the images below a folder, in the run's folder.
+
+    It is brought up to date whenever it is opened: files that are new or have changed are embedded,
+    those that are gone are left out. Other weights make another index.
+
+    Attributes:
+        files: The images, in the order of `embeddings`.
+        embeddings: `(n, d)`, of length 1.
+        embedded: How many were embedded now.
+        removed: How many of the last time are gone, or have changed.
+        skipped: What below the folder is no image that can be read.
+    """
+
+    def __init__(self, run: str, folder: str, device: torch.device, workers: int = 0):
+        self.run = RunFolder.existing(run, "search")
+        root = Path(folder)
+        if not root.is_dir():
+            raise UserError(f"--index: expected a folder of images, got {folder}")
+        network, self.transform = load_best(run)
+        self.network, self.device, self.workers = network, device, workers
+        weights = (self.run.checkpoints / "best.pt").read_bytes()
+        of = hashlib.sha256(str(root.resolve()).encode() + weights).hexdigest()[:12]
+        self.name = f"index/{root.resolve().name}-{of}.npz"
+        self.skipped: list[Skipped] = []
+        self._update([File.of(x.path) for x in read_trees([root.resolve()], 0, self.skipped)[0]])
+        if not self.files:
+            raise UserError(f"--index: no image that can be read below {folder}")
+
+    def _update(self, present: list[File]) -> None:
+        kept, vectors = self._read()
+        row = {file: i for i, file in enumerate(kept)}
+        old = [file for file in present if file in row]
+        new = [file for file in present if file not in row]
+        vectors = vectors[[row[file] for file in old]]
+        if new:
+            added, places = self.embed([file.name for file in new], self.skipped)
+            new = [new[i] for i in places]
+            vectors = np.concatenate([vectors, added]) if old else added
+        self.files, self.embeddings = [*old, *new], vectors
+        self.embedded, self.removed = len(new), len(kept) - len(old)
+        if self.embedded or self.removed:
+            self._write()
+
+    def _read(self) -> tuple[list[File], np.ndarray]:
+        path = self.run.path / self.name
+        if not path.is_file():
+            return [], np.empty((0, 0), np.float32)
+        with np.load(path) as stored:
+            columns = (stored[field.name].tolist() for field in dataclasses.fields(File))
+            return [File(*row) for row in zip(*columns, strict=True)], stored["embeddings"]
+
+    def _write(self) -> None:
+        columns = {
+            field.name: np.array([getattr(file, field.name) for file in self.files])
+            for field in dataclasses.fields(File)
+        }
+        self.run.write_arrays(self.name, {"embeddings": self.embeddings, **columns})
+
+    def embed(self, names: list[str], skipped: list[Skipped]) -> tuple[np.ndarray, list[int]]:
+        """Embeddings of image files, and which of them could be read."""
+        samples = [Sample(name, "", Path(name)) for name in names]
+        embeddings, places = embed_samples(
+            self.network, samples, self.transform, self.device, self.workers, skipped
+        )
+        return embeddings.numpy(), places
+
+    def nearest(self, names: list[str], embeddings: np.ndarray, k: int) -> list[list[Neighbor]]:
+        """The k nearest images of each query, without the query's own file."""
+        vectors = faiss.IndexFlatIP(self.embeddings.shape[1])
+        vectors.add(self.embeddings)
+        similarities, rows = vectors.search(embeddings, min(k + 1, len(self.files)))
+        found = []
+        for name, *ranking in zip(names, similarities.tolist(), rows.tolist(), strict=True):
+            own = str(Path(name).resolve())
+            neighbors = [
+                Neighbor(self.files[row].name, similarity)
+                for similarity, row in zip(*ranking, strict=True)
+                if self.files[row].name != own
+            ]
+            found.append(neighbors[:k])
+        return found

@@ -1,0 +1,240 @@
+"""The curves of a run: what is recorded as CSV, SQLite and for TensorBoard, and under which names.
+
+Only what varies is recorded; the settings are in config.json. The names are the same for one
+process and many, and with and without a memory, so that the curves of several runs line up.
+"""
+
+import csv
+import math
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_metric_learning.testers import BaseTester
+from pytorch_metric_learning.trainers import BaseTrainer
+from pytorch_metric_learning.utils import logging_presets
+
+from .data import RetrievalSplits
+from .disk import replace, write_csv, writing
+from .metrics import PRIMARY_METRIC
+from .processes import unwrap
+from .run_folder import RunFolder
+
+STEP = "~iteration~"  # record-keeper's name for the step column
+DATABASE = "logs.db"
+EPOCH = "epoch"  # a column of what is recorded once per epoch
+
+
+class Records:
+    """PML's hooks for one run: they record, evaluate and tell when to stop."""
+
+    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, trainer: BaseTrainer):
+        """Continue the records of a run where `epoch` ended."""
+        self.run = run
+        self.tester = tester
+        with writing(run.logs, run.logs / DATABASE):
+            cut(run.logs, epoch, trainer.iterations_per_epoch)
+        self.curves = Curves(run.tensorboard)
+        with writing(run.logs, run.logs / DATABASE):
+            replay(run.logs, self.curves)
+            self.keeper, _, _ = logging_presets.get_record_keeper(str(run.logs))
+        self.keeper.tensorboard_writer = self.curves
+        self.keeper.save_records = self._save
+        self.hooks = logging_presets.HookContainer(
+            self.keeper,
+            primary_metric=PRIMARY_METRIC,
+            save_models=False,  # one atomic checkpoint instead of a file per object
+        )
+        tester.end_of_testing_hook = self.hooks.end_of_testing_hook
+
+    def add(self, trainer: BaseTrainer) -> None:
+        """Record an iteration, if it is its turn."""
+        if trainer.is_recorded:
+            for group, values in varying(trainer).items():
+                self.keeper.update_records(
+                    values, trainer.get_global_iteration(), parent_name=group
+                )
+
+    def evaluation(self, splits: RetrievalSplits, patience: int) -> Callable[[BaseTrainer], bool]:
+        """A function that evaluates at the end of an epoch and returns whether to go on."""
+        with writing(self.run.checkpoints):
+            return self.hooks.end_of_epoch_hook(
+                self.tester,
+                {"val": splits.val},
+                str(self.run.checkpoints),  # made by the hook, which saves nothing there
+                patience=patience,
+            )
+
+    def best_epoch(self) -> int:
+        """The epoch with the best validation so far."""
+        return self.hooks.get_best_epoch_and_accuracy(self.tester, "val")[0]
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.curves.close()
+
+    def _save(self) -> None:
+        """What record-keeper does, table by table, so that an error names the file."""
+        writer = self.keeper.record_writer
+        for name, record in writer.records.items():
+            writer.records = {name: record}
+            with writing(self.run.logs / f"{name}.csv", self.run.logs / DATABASE):
+                writer.save_records()
+
+
+class Curves:
+    """TensorBoard's scalars, each written at once, so that an error is told where it happens."""
+
+    def __init__(self, folder: Path):
+        """Begin a new file in `folder`, in the place of earlier ones, which cannot be cut."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.make_event = Event
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        with writing(self.path):
+            folder.mkdir(exist_ok=True)
+            for earlier in folder.glob("events.*"):
+                earlier.unlink()
+            self.file = self.path.open("wb")
+            self.writer = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one point; the number of the epoch is no curve."""
+        from torch.utils.tensorboard.summary import scalar
+
+        if not tag.endswith(f"/{EPOCH}"):
+            self._write(summary=scalar(tag, value), step=step)
+
+    def close(self) -> None:
+        """Finish the file."""
+        with writing(self.path):
+            self.file.close()
+
+    def _write(self, **content: Any) -> None:
+        with writing(self.path):
+            self.writer.write(self.make_event(wall_time=time.time(), **content).SerializeToString())
+            self.writer.flush()
+
+
+def varying(trainer: BaseTrainer) -> dict[str, dict[str, float]]:
+    """What changes from iteration to iteration, by group: loss, its statistics, learning rates."""
+    groups = {
+        "loss_histories": {"total_loss": trainer.batch_loss},
+        "metric_loss": statistics(innermost(trainer.loss_funcs["metric_loss"], "loss")),
+        **{k: statistics(innermost(x, "miner")) for k, x in trainer.mining_funcs.items()},
+    }
+    if trainer.lr_schedulers:
+        groups["learning_rates"] = {
+            name.removesuffix("_optimizer"): optimizer.param_groups[0]["lr"]
+            for name, optimizer in trainer.optimizers.items()
+        }
+    return {name: values for name, values in groups.items() if values}
+
+
+def innermost(module: torch.nn.Module, attribute: str) -> torch.nn.Module:
+    """The loss or miner inside the wrappers of processes and the memory."""
+    module = unwrap(module)
+    inside = getattr(module, attribute, None)
+    return innermost(inside, attribute) if isinstance(inside, torch.nn.Module) else module
+
+
+def statistics(module: torch.nn.Module) -> dict[str, float]:
+    """What a loss or miner with `collect_stats=True` counted in its last batch."""
+    return {name: getattr(module, name) for name in getattr(module, "_record_these_stats", [])}
+
+
+# --- the files of record-keeper -------------------------------------------------------------
+
+
+def cut(logs: Path, epoch: int, iterations_per_epoch: int) -> None:
+    """Remove what was recorded after `epoch` ended, since it will be recorded again."""
+
+    def last_step(columns: list[str]) -> int:
+        # Accuracies are recorded once per epoch, the rest by iterations counted from 0.
+        return epoch if EPOCH in columns else epoch * iterations_per_epoch - 1
+
+    for path in logs.glob("*.csv"):
+        rows = _rows_up_to(last_step, path)
+        replace(path, lambda new, rows=rows: write_csv(new, rows))
+    if (logs / DATABASE).is_file():
+        for name, columns in _tables(logs):
+            with sqlite3.connect(logs / DATABASE) as connection:
+                connection.execute(
+                    f"DELETE FROM [{name}] WHERE [{STEP}] > ?", (last_step(columns),)
+                )
+            connection.close()
+
+
+def replay(logs: Path, curves: Curves) -> None:
+    """Write the records to a new TensorBoard file."""
+    if not (logs / DATABASE).is_file():
+        return
+    connection = sqlite3.connect(logs / DATABASE)
+    for name, columns in _tables(logs):
+        for row in connection.execute(f"SELECT * FROM [{name}]"):
+            values = dict(zip(columns, row, strict=True))
+            for series in set(columns) - {"id", STEP}:
+                if isinstance(values[series], int | float):
+                    curves.add_scalar(f"{name}/{series}", values[series], values[STEP])
+    connection.close()
+
+
+def read(logs: Path, files: str, column: str) -> list[tuple[int, float]]:
+    """Steps and values of a column in the first of the CSVs that has it.
+
+    Args:
+        logs: Their folder.
+        files: A pattern of file names without the suffix.
+        column: Its name.
+    """
+    for path in sorted(logs.glob(f"{files}.csv")):
+        header: list[str] = []
+        values = []
+        for row in _rows_up_to(lambda _: math.inf, path):
+            if row[0] == STEP:
+                header = row
+            elif column in header:
+                values.append((int(row[0]), float(row[header.index(column)])))
+        if values:
+            return values
+    return []
+
+
+def _rows_up_to(last_step: Callable[[list[str]], int], path: Path) -> list[list[str]]:
+    """Rows of a record-keeper CSV, in which a new header may stand anywhere.
+
+    A full disk leaves a row or a header that is cut off.
+    """
+    kept: list[list[str]] = []
+    header: list[str] = []
+    kept_header: list[str] = []
+    with path.open(newline="") as file:
+        for row in csv.reader(file):
+            if row and row[0] == STEP:
+                header = row
+            elif row and len(row) == len(header) and int(row[0]) <= last_step(header):
+                if header != kept_header:
+                    kept.append(header)
+                    kept_header = header
+                kept.append(row)
+    return kept
+
+
+def _tables(logs: Path) -> list[tuple[str, list[str]]]:
+    connection = sqlite3.connect(logs / DATABASE)
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    tables = [
+        (name, [column[1] for column in connection.execute(f"PRAGMA table_info([{name}])")])
+        for (name,) in names
+        if not name.startswith("sqlite_")
+    ]
+    connection.close()
+    return tables

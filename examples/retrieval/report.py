@@ -1,0 +1,221 @@
+"""Make report.html in a run's folder: one page, which opens from disk, of what was learned.
+
+    python examples/retrieval report runs/digits-PNPLoss-Ds-1
+    python examples/retrieval report runs/folder-PNPLoss-Ds-1 --data-root IMAGES
+
+`train` makes it at its end. The trained network is that of the best epoch so far; the untrained
+one is made again from the seed.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import configuration
+from .data import RetrievalSplits
+from .embeddings import embed
+from .errors import UserError, require
+from .figures import Diagram, curve
+from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
+from .network import build, load_best, untrained
+from .processes import find_device, say
+from .records import read
+from .report_parts import TestResults, augmented
+from .run_folder import RunFolder
+
+FILE = "report.html"
+TEMPLATE = "report.html.jinja"
+NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+# MAP@R that is further away than rounding brings it is of other images or another network.
+ROUNDING = 0.005
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("run", metavar="RUN", help="folder of the run")
+    flags.add_argument("--data-root", help="where its images are now, if they have moved")
+    flags.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"
+    )
+    return flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the report of an earlier run; returns the exit code."""
+    require(NEEDS)
+    folder = RunFolder.existing(args.run, "report")
+    config = configuration.of_run(folder, "report")
+    device = find_device(args.device)
+    splits = configuration.splits_of_run(config, args.data_root)
+    say(f"written to {make(folder, config, splits, device)}")
+    return 0
+
+
+def make(
+    folder: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+) -> Path:
+    """Write the report of a run, in place of an earlier one; returns its path.
+
+    Raises:
+        UserError: If images or checkpoint cannot be read.
+    """
+    notes: list[str] = []
+    embeddings = {}
+    networks = (
+        ("untrained", lambda: untrained(config)),
+        ("trained", lambda: load_best(str(folder.path))),
+    )
+    if not len(splits.test):
+        networks = ()
+        notes.append("There are no test images: the run trained on all classes, for use.")
+    for name, load in networks:
+        try:
+            network, splits.test.transform = load()
+        except UserError as error:
+            notes.append(f"Nothing is shown of the {name} network: {error}.")
+            continue
+        embeddings[name] = embed(
+            network,
+            splits.test,
+            BATCH_SIZE,
+            device,
+            workers=config["workers"],
+            description=f"{name} network",
+        )
+    page = render(contents(folder, config, splits, embeddings, notes, device))
+    folder.write_text(FILE, page)
+    return folder.path / FILE
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page; whatever stands in `content` is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(content)
+
+
+def contents(
+    folder: RunFolder,
+    config: dict[str, Any],
+    splits: RetrievalSplits,
+    embeddings: dict[str, torch.Tensor],
+    notes: Sequence[str],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """What the page shows, by the names that its template uses.
+
+    Args:
+        folder: The run.
+        config: Its configuration.
+        splits: Its images; the test images are those that were embedded.
+        embeddings: Of the test images, of length 1, by the `untrained` and the `trained` network,
+            as far as there are such.
+        notes: What is missing so far.
+        device: Where to rank.
+    """
+    tested = TestResults(splits.test, embeddings, device) if embeddings else None
+    saved = folder.read_json("metrics.json")
+    metrics = {
+        name: saved[name] if saved else _metrics(x, tested.labels, config)
+        for name, x in embeddings.items()
+    }
+    curves, missing_curves = _curves(folder, config)
+    return {
+        "run": folder.path.resolve().name,
+        "config": config,
+        "saved": saved,
+        "splits": splits.summary(),
+        "val_kind": splits.val_kind,
+        "closed_set": splits.closed_set,
+        "notes": [*notes, *_notes(saved, metrics, tested)],
+        "metric_names": metric_names(config["recall_at"]),
+        "primary": PRIMARY_METRIC,
+        "metrics": metrics,
+        "curves": curves,
+        "missing_curves": missing_curves,
+        "augmented": augmented(splits.train.samples, build({**config, "pretrained": False})),
+        "settings": _settings(config),
+        "tested": tested,
+    }
+
+
+# --- numbers --------------------------------------------------------------------------------
+
+
+def _metrics(
+    embeddings: torch.Tensor, labels: torch.Tensor, config: dict[str, Any]
+) -> dict[str, float]:
+    calculator = RetrievalAccuracy(config["recall_at"], device=torch.device("cpu"))
+    return calculator.get_accuracy(embeddings, labels)
+
+
+def _notes(
+    saved: dict[str, Any] | None,
+    metrics: dict[str, dict[str, float]],
+    tested: TestResults | None,
+) -> list[str]:
+    if saved is None:
+        return [
+            "The run has not ended: it has no metrics.json. The metrics were calculated for this "
+            "page."
+        ]
+    if tested is None:
+        return []
+    return [
+        f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
+        f"recorded {then:.4f}: images, or versions of libraries, have changed since."
+        for name, ranking in tested.rankings.items()
+        if abs(
+            (now := float(ranking.average_precision.mean()))
+            - (then := metrics[name][PRIMARY_METRIC])
+        )
+        > ROUNDING
+    ]
+
+
+def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], list[str]]:
+    """Diagrams of what the run recorded, over its epochs, and names of what it did not."""
+    iterations = max(1, config["data"]["train"]["images"] // config["batch_size"])
+    curves, missing = [], []
+    for title, files, column in (
+        ("Training loss", "loss_histories", "total_loss"),
+        ("Validation MAP@R", "accuracies_*_VAL_*", f"{PRIMARY_METRIC}_level0"),
+        ("Learning rate of the trunk", "learning_rates", "trunk"),
+        ("negatives_before_positive, in a batch", "*", "negatives_before_positive"),
+    ):
+        records = read(folder.logs, files, column)
+        if files == "learning_rates" and not config["lr_milestones"]:  # not recorded
+            steps = read(folder.logs, "loss_histories", "total_loss")
+            records = [(step, config["lr"]) for step, _ in steps]
+        if not records:
+            missing.append(title)
+            continue
+        # Accuracies are recorded once per epoch, the rest by iterations counted from 0.
+        by_epoch = column.endswith("_level0")
+        epochs = [step if by_epoch else (step + 1) / iterations for step, _ in records]
+        curves.append(curve(title, epochs, [value for _, value in records]))
+    return curves, missing
+
+
+def _settings(config: dict[str, Any]) -> list[tuple[str, Any, bool]]:
+    """Flag, value, and whether it is another than the program's default."""
+    rows = [
+        ("--" + key.replace("_", "-"), config[key], config[key] != default)
+        for key, default in configuration.DEFAULTS.items()
+    ]
+    extra = [("processes", config["world_size"], False)]
+    extra += [(package, version, False) for package, version in config["versions"].items()]
+    return rows + extra

@@ -1,0 +1,84 @@
+"""What is said: on the screen, and in the log of a run."""
+
+import datetime
+import functools
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import tqdm
+
+from .disk import writing
+from .errors import UserError
+
+_show_bar = tqdm.tqdm.__init__
+_show_warning = warnings.showwarning
+_log: Path | None = None
+_kept: list[str] = []  # said before there was a log
+
+
+def start(silent: bool) -> None:
+    """Begin a command.
+
+    Args:
+        silent: Whether another process shows the progress bars. Without a terminal none are shown.
+    """
+    # The bars belong to PML's trainer and tester, which offer no switch for them.
+    disable = True if silent else None  # None: unless stderr is a terminal
+    tqdm.tqdm.__init__ = functools.partialmethod(_show_bar, disable=disable)
+    warnings.showwarning = _warn
+    _forget()
+
+
+def stop() -> None:
+    """End a command: what is said from now on is no longer logged."""
+    tqdm.tqdm.__init__ = _show_bar
+    warnings.showwarning = _show_warning
+    _forget()
+
+
+def show(line: str) -> None:
+    """Print above any progress bar, and log it."""
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()  # a kill, or who reads along, comes at any time
+    log(line)
+
+
+def log(text: str) -> None:
+    """Append to the log of the run, or keep it until there is one."""
+    if _log is None:
+        _kept.append(text)
+        return
+    with writing(_log), _log.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def log_if_possible(text: str) -> None:
+    """Append the message of an error, which a log that cannot be written must not hide."""
+    try:
+        log(text)
+    except UserError:
+        pass
+
+
+def log_to(path: Path) -> None:
+    """Append to this file what was said since the command began, and all that follows."""
+    global _log
+    _log = path
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    log(f"--- {now}, process {os.getpid()} on {socket.gethostname()}")
+    while _kept:
+        log(_kept.pop(0))
+
+
+def _forget() -> None:
+    global _log
+    _log = None
+    _kept.clear()
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    _show_warning(message, category, filename, lineno, file, line)
+    log_if_possible(warnings.formatwarning(message, category, filename, lineno, line).rstrip())

@@ -1,0 +1,73 @@
+"""Small data sets in the exact layout of those of the literature, split files included."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "retrieval" / "configs"
+# Classes to train and to test on, and images of each.
+TRAIN, TEST, IMAGES = range(1, 5), range(5, 9), 5
+
+
+def jpeg(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+
+
+def write_products(root):
+    """Stanford_Online_Products.zip, unpacked."""
+    base = root / "Stanford_Online_Products"
+    number = 0
+    every = []
+    for split, classes in (("train", TRAIN), ("test", TEST)):
+        rows = []
+        for c in classes:
+            kind = 1 + c % 2
+            folder = ("bicycle_final", "cabinet_final")[kind - 1]
+            for i in range(IMAGES):
+                number += 1
+                path = f"{folder}/{111085122870 + c}_{i}.JPG"
+                rows.append(f"{number} {c} {kind} {path}\n")
+                write(base / path, jpeg(number))
+        every += rows
+        header = "image_id class_id super_class_id path\n"
+        write(base / f"Ebay_{split}.txt", "".join([header, *rows]))
+    write(base / "Ebay_info.txt", "".join([header, *every]))
+    write(base / "bicycle_final.txt", "")
+
+
+def write_inaturalist(root):
+    """Both tar files of the competition and the split of Smooth-AP, unpacked."""
+    for split, classes in (("train", TRAIN), ("test", TEST)):
+        lines = []
+        for c in classes:
+            for i in range(IMAGES):
+                path = f"train_val2018/{('Plantae', 'Aves')[c % 2]}/{7470 + c}/{c:016x}{i:016x}.jpg"
+                lines.append(path + "\n")
+                write(root / path, jpeg(100 * c + i))
+        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", "".join(lines))
+    write(root / "train_val2018/Plantae/9999/0.jpg", jpeg(0))  # in neither list
+
+
+def write_vehicles(root):
+    """PKU VehicleID, unpacked, with the lists of 2, 3 and 4 vehicles as those of 800 and more."""
+    base = root / "VehicleID_V1.0"
+    rows = {c: [f"{100 * c + i:07d} {c}" for i in range(IMAGES)] for c in (*TRAIN, *TEST)}
+    for lines in rows.values():
+        for line in lines:
+            write(base / "image" / f"{line.split()[0]}.jpg", jpeg(int(line.split()[0])))
+    lists = {"train_list": TRAIN}
+    lists |= {f"test_list_{n}": TEST[:m] for n, m in ((800, 2), (1600, 3), (2400, 4))}
+    for name, classes in lists.items():
+        text = "".join(f"{line}\n" for c in classes for line in rows[c])
+        write(base / "train_test_split" / f"{name}.txt", text)
+    write(base / "attribute" / "model_attr.txt", "1 0\n")

@@ -1,0 +1,140 @@
+"""The table over several runs."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+METRICS = ["mean_average_precision_at_r", "precision_at_1", "r_precision"]
+REST = ["recall_at_10", "recall_at_100"]
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Make the two files of a run folder that the command reads; returns the folder's name."""
+    from retrieval.configuration import configured
+
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, value=0.5, finished=True, seconds=100.0, test=20, **settings):
+        (tmp_path / name).mkdir()
+        data = {"test": {"images": test, "classes": 2}}
+        config = {**configured({"dataset": "folder", **settings}), "data": data}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        metrics = {
+            "untrained": dict.fromkeys(METRICS + REST, 0.25),
+            "trained": {k: value + 0.01 * i for i, k in enumerate(METRICS + REST)},
+            "best_epoch": 7,
+            "epochs_trained": 9,
+            "seconds": {"training": seconds, "this_process": 1.0},
+        }
+        if finished:
+            (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+        return name
+
+    return make
+
+
+@pytest.fixture
+def compare(capsys):
+    """Call the command; returns what it printed, the lines' words and the exit code."""
+    from retrieval import commands
+
+    def call(*arguments):
+        code = commands.run("compare", list(arguments), "compare")
+        out, err = capsys.readouterr()
+        return [line.split() for line in out.splitlines()], out, err, code
+
+    return call
+
+
+def test_one_run(make, compare):
+    words, out, _, code = compare(make("one"))
+    assert code == 0
+    assert words[1][:4] == ["run", "loss", "its", "arguments"]
+    assert words[2] == [
+        *("one", "PNPLoss", "variant=Ds", "anneal=0.1", "0", "7"),
+        *("0.2500", "0.5000", "0.2500", "0.5100", "0.2500", "0.5200", "1", "min", "40", "s"),
+    ]
+    assert "mean" not in out
+
+
+def test_runs_that_differ_in_seed_alone_have_mean_and_standard_deviation(make, compare):
+    runs = [make("a", 0.5, seed=1), make("b", 0.6, seed=2, seconds=200.0), make("c", 0.8, seed=3)]
+    words, *_ = compare(*runs, make("other", 0.9, lr=0.5))
+    assert [x[0] for x in words[2:]] == ["a", "b", "c", "mean", "standard", "other"]
+    mean, deviation = words[5], words[6]
+    values = [0.5, 0.6, 0.8]
+    assert mean[:4] == ["mean", "of", "3", "seeds"]
+    assert mean[5] == f"{statistics.mean(values):.4f}" == "0.6333"
+    assert deviation[6] == f"{statistics.stdev(values):.4f}" == "0.1528"
+    assert deviation[5] == "0.0000"
+    assert mean[-4:] == ["2", "min", "13", "s"]
+
+
+def test_a_seed_that_comes_twice_counts_once(make, compare):
+    words, *_ = compare(make("a", 0.5, seed=1), make("again", 0.9, seed=1), make("b", 0.7, seed=2))
+    (mean,) = (x for x in words if x[:1] == ["mean"])
+    assert mean[2] == "2" and mean[5] == "0.6000"
+    assert "mean" not in compare("a", "again")[1]
+
+
+def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(make, compare):
+    runs = [
+        make("a", seed=1, threads=1),
+        make("b", seed=2, threads=2, workers=3, device="cpu"),
+        make("c", lr=0.5, loss="ContrastiveLoss", loss_args=["pos_margin=0.3"]),
+    ]
+    words, out, *_ = compare(*runs)
+    rows = {x[0]: " ".join(x) for x in words if x}
+    assert "PNPLoss variant=Ds anneal=0.1 lr=0.001, loss_lr=0.001 1 7" in rows["a"]
+    assert "ContrastiveLoss pos_margin=0.3 lr=0.5, loss_lr=0.5 0 7" in rows["c"]
+    assert "threads" not in out and "workers" not in out and "mean" in rows
+
+
+def test_runs_that_are_not_finished_or_have_other_test_sets_are_told(make, compare):
+    words, out, _, code = compare(make("a"), make("b", finished=False), make("c", test=30))
+    assert code == 0
+    assert words[3][5:] == ["-"] * 8
+    assert "b is not finished" in out
+    assert "the runs have different test sets, so their metrics do not compare" in out
+    assert "different test sets" not in compare("a", "b")[1]
+
+
+def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
+    runs = [make("a", 1 / 3, seed=1), make("b", seed=2, lr=0.5), make("c", finished=False)]
+    file = tmp_path / "table.csv"
+    assert compare(*runs, "--csv", str(file))[-1] == 0
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [x["run"] for x in rows] == runs
+    assert [x["lr"] for x in rows] == ["0.001", "0.5", "0.001"]
+    assert json.loads(rows[0]["loss_args"]) == {"variant": "Ds", "anneal": 0.1}
+    assert float(rows[0]["trained_mean_average_precision_at_r"]) == 1 / 3
+    assert float(rows[1]["trained_recall_at_100"]) == 0.54
+    assert rows[0]["training_seconds"] == "100.0" and rows[2]["best_epoch"] == ""
+
+
+def test_mistakes_end_in_one_line(make, compare, tmp_path):
+    make("a")
+    (tmp_path / "empty").mkdir()
+    assert compare("a", "empty")[2:] == (
+        "compare: error: compare: no run in empty: it holds no config.json\n",
+        2,
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert "other/config.json is not of this program: no data" in compare("other")[2]
+    err, code = compare("a", "--csv", "nowhere/table.csv")[2:]
+    assert (code, err) == (
+        2,
+        "compare: error: cannot write nowhere/table.csv: No such file or directory\n",
+    )
+
+
+def test_run_from_before_a_setting_existed_is_compared(make, compare, tmp_path):
+    config = json.loads((tmp_path / make("old") / "config.json").read_text())
+    del config["threads"], config["versions"], config["world_size"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert compare("old")[-1] == 0

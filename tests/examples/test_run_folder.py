@@ -1,0 +1,249 @@
+"""A run's folder: one process at a time, and a disk that refuses."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
+FULL = Path("/dev/full")
+no_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
+
+@pytest.fixture(scope="module")
+def one_epoch(main, quick, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one epoch")
+    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(one_epoch, tmp_path):
+    """A finished run of one epoch, a copy for every test."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+def contents(run):
+    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+# --- the lock -------------------------------------------------------------------------------
+
+
+def test_run_in_use_is_refused_and_free_again_when_its_process_is_killed(
+    main, quick, tmp_path, environment, capsys
+):
+    """Its loader process lives on for a while, and must not keep the lock."""
+    pytest.importorskip("fcntl")
+    from retrieval.run_folder import RunFolder, RunLock
+
+    run = tmp_path / "run"
+    arguments = ["--epochs", 1000, "--output-dir", tmp_path, "--name", "run", *quick]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments), "--workers", "1"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        while not process.stdout.readline().startswith("epoch 1 of"):
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGSTOP)
+        before = contents(run)
+        for again in (["--resume", run], [*arguments, "--workers", 1, "--resume-if-exists"]):
+            assert main(*again) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"train.py: error: {run} is in use by process {process.pid} on ")
+            assert err.count("\n") == 1
+        assert contents(run) == before
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with RunLock() as lock:
+        lock.take(RunFolder(run))
+    assert (run / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_lock_is_released_after_an_error(run, main, capsys):
+    (run / "checkpoints" / "last.pt").write_bytes(b"garbage")
+    for _ in range(2):
+        assert main("--resume", run, "--epochs", 2) == 2
+        assert "cannot read the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["the module", "the system's locks"])
+def test_system_without_locks_is_told_of(run, main, capsys, monkeypatch, missing):
+    from retrieval import run_folder
+
+    if missing == "the module":
+        monkeypatch.setattr(run_folder, "fcntl", None)
+    else:
+        monkeypatch.setattr(run_folder.fcntl, "flock", fail_with(errno.ENOLCK))
+    assert main("--resume", run, "--epochs", 2) == 0
+    assert "cannot be locked on this system; take care" in capsys.readouterr().out
+
+
+def test_other_error_of_the_lock_is_told(run, main, capsys, monkeypatch):
+    from retrieval import run_folder
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", fail_with(errno.EIO))
+    assert main("--resume", run, "--epochs", 2) == 2
+    assert f"cannot lock {run}: {os.strerror(errno.EIO)}" in capsys.readouterr().err
+
+
+def fail_with(number):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# --- the disk -------------------------------------------------------------------------------
+
+# file -> what to open in its place, so that what is written there meets a full disk
+REFUSED = {
+    "checkpoints/last.pt": "checkpoints/last.pt.tmp",
+    "checkpoints/best.pt": "checkpoints/best.pt.tmp",
+    "config.json": "config.json.tmp",
+    "metrics.json": "metrics.json.tmp",
+    "classes.csv": "classes.csv.tmp",
+    "skipped.csv": "skipped.csv.tmp",
+    "logs/loss_histories.csv": "logs/loss_histories.csv",
+    "log.txt": "log.txt",
+}
+
+
+@no_full
+@pytest.mark.parametrize("name", REFUSED)
+def test_full_disk_ends_in_one_line(run, main, capsys, monkeypatch, name):
+    from retrieval import records, run_folder, screen
+
+    place = run / REFUSED[name]
+    monkeypatch.setattr(run_folder.RunFolder, "remove_incomplete", lambda self: None)
+
+    def fill(*args, original=screen.log_to if name == "log.txt" else records.replay):
+        original(*args)
+        place.unlink(missing_ok=True)
+        place.symlink_to(FULL)
+
+    if "tmp" in place.name:
+        place.symlink_to(FULL)
+    else:
+        where = (screen, "log_to") if name == "log.txt" else (records, "replay")
+        monkeypatch.setattr(*where, fill)
+    monkeypatch.setattr(
+        run_folder.RunFolder, "save_best", always_best(run_folder.RunFolder.save_best)
+    )
+    last = (run / "checkpoints" / "last.pt").read_bytes()
+    assert main("--resume", run, "--epochs", 2) == 2
+    err = capsys.readouterr().err
+    assert err == f"train.py: error: cannot write {run / name}: No space left on device\n"
+    assert not list(run.rglob("*.tmp"))
+    if name != "metrics.json" and "best" not in name:
+        assert (run / "checkpoints" / "last.pt").read_bytes() == last
+    if name == "checkpoints/last.pt":  # the one that counts can be continued from
+        monkeypatch.undo()
+        assert main("--resume", run, "--epochs", 2) == 0
+
+
+def always_best(save_best):
+    def save(self, state):
+        save_best(self, {**state, "best": {**state["best"], "epoch": state["epoch"]}})
+
+    return save
+
+
+@no_full
+def test_full_disk_stops_the_curves_in_one_line(run, main, capsys, monkeypatch):
+    from retrieval.records import Curves
+
+    begin = Curves.__init__
+
+    def fill(self, folder):
+        begin(self, folder)
+        os.dup2(os.open(FULL, os.O_WRONLY), self.file.fileno())
+
+    monkeypatch.setattr(Curves, "__init__", fill)
+    assert main("--resume", run, "--epochs", 2) == 2
+    (file,) = (run / "tensorboard").iterdir()
+    err = capsys.readouterr().err
+    assert err == f"train.py: error: cannot write {file}: No space left on device\n"
+
+
+def test_database_that_cannot_be_written_is_named_in_one_line(run, main, capsys, monkeypatch):
+    from record_keeper.db_utils import DBManager
+
+    def open_to_read(self, original=DBManager.open):
+        original(self)
+        self.cursor.execute("PRAGMA query_only = ON")
+
+    monkeypatch.setattr(DBManager, "open", open_to_read)
+    assert main("--resume", run, "--epochs", 2) == 2
+    database, reason = run / "logs" / "logs.db", "attempt to write a readonly database"
+    assert capsys.readouterr().err == f"train.py: error: cannot write {database}: {reason}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of the size of files")
+def test_limit_of_the_size_of_files_ends_in_one_line(quick, tmp_path, environment):
+    """A refusal by the system in a process of its own: the checkpoint is larger than 128 KiB."""
+    import resource
+
+    arguments = ["--epochs", 1, "--output-dir", tmp_path, "--name", "run", *quick]
+    process = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17)),
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    reason = os.strerror(errno.EFBIG)
+    assert process.stderr == f"train.py: error: cannot write {checkpoint}: {reason}\n"
+    assert process.returncode == 2
+    assert not any(checkpoint.parent.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_reason_of_the_system_is_told_and_the_old_file_stays(tmp_path, number):
+    from retrieval.disk import replace
+    from retrieval.errors import UserError
+
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def write(path):
+        path.write_text("half")
+        fail_with(number)()
+
+    with pytest.raises(UserError, match="^cannot write ") as error:
+        replace(file, write)
+    assert str(error.value) == f"cannot write {file}: {os.strerror(number)}"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_folder_that_cannot_be_made_is_named(main, quick, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(*quick, "--output-dir", tmp_path / "file", "--epochs", 1) == 2
+    assert f"cannot make the run folder {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_mistakes_of_the_program_are_no_errors_of_the_disk(tmp_path):
+    from retrieval.disk import writing
+
+    with pytest.raises(RuntimeError, match="of another kind"), writing(tmp_path):
+        raise RuntimeError("of another kind")
+
+
+def test_torch_reads_what_is_saved(run):
+    for name in ("last.pt", "best.pt"):
+        assert torch.load(run / "checkpoints" / name, weights_only=True)["epoch"] == 1

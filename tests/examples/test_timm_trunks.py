@@ -1,0 +1,130 @@
+"""Trunks of timm, with weights that a test makes: everything but the download."""
+
+import functools
+import math
+
+import pytest
+import torch
+from benchmark_trees import CONFIGS, IMAGES, TEST, write_products
+from PIL import Image
+
+pytestmark = [
+    pytest.mark.images,
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def timm():
+    from retrieval.errors import UserError
+    from retrieval.trunks import import_timm
+
+    try:
+        return import_timm("of timm")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def weights(timm, tmp_path, monkeypatch):
+    """Make a file of weights for a model, which timm then loads instead of downloading one."""
+
+    def make(name):
+        torch.manual_seed(1)
+        state = timm.create_model(name).state_dict()  # with a classifier, as published weights
+        for key, value in state.items():
+            if key.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 1)
+        path = tmp_path / f"{name}.pth"
+        torch.save(state, path)
+        local = {"pretrained_cfg_overlay": {"file": str(path)}}
+        monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **local))
+        return state
+
+    return make
+
+
+def build(name, pretrained=False, size=None, color_jitter=0.4):
+    from retrieval.trunks import SmallTransform, build_trunk
+
+    return build_trunk(name, pretrained, size, SmallTransform(64, "RGB"), color_jitter)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_pretrained_weights_are_loaded_but_for_the_classifier(weights, name):
+    state = weights(name)
+    loaded = build(name, pretrained=True).module.state_dict()
+    assert loaded.keys() < state.keys()
+    assert state.keys() - loaded.keys() in ({"fc.weight", "fc.bias"}, *HEADS)
+    assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+
+
+HEADS = ({"classifier.weight", "classifier.bias"}, {"head.weight", "head.bias"})
+
+
+def test_weights_that_cannot_be_had_are_an_error_in_one_line(weights, main, capsys, tmp_path):
+    weights("resnet10t")
+    (tmp_path / "resnet10t.pth").unlink()
+    assert main("--trunk", "resnet10t", "--pretrained", "--output-dir", tmp_path / "runs") == 2
+    err = capsys.readouterr().err
+    assert "train.py: error: timm could not make the trunk 'resnet10t': FileNotFound" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("pretrained", [False, True], ids=["untrained", "pretrained"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 64),
+        ("vit_tiny_patch16_224", None),
+        ("mobilenetv3_small_050", 64),  # makes more features than it says
+        ("resnet10t", 64),
+    ],
+)
+def test_trunk_takes_images_of_the_size_that_was_asked_for(weights, name, size, pretrained):
+    if pretrained:
+        weights(name)  # those of a transformer are for 224: its positions are interpolated
+    trunk = build(name, pretrained, size)
+    image = torch.rand(1, 3, *[size or 224] * 2)
+    for transform in (trunk.train_transform, trunk.eval_transform):
+        assert transform(Image.new("RGB", (90, 70))).shape == image.shape[1:]
+    assert trunk.module.eval()(image).shape == (1, trunk.num_features)
+
+
+def test_colours_vary_as_much_as_was_asked_for():
+    grey = Image.new("RGB", (40, 40), (90, 120, 150))
+
+    def colours(color_jitter):
+        transform = build("resnet10t", size=32, color_jitter=color_jitter).train_transform
+        return torch.stack([transform(grey).mean((1, 2)) for _ in range(8)]).std(0).max()
+
+    assert colours(0.0) < 1e-5 < colours(0.4)
+
+
+def test_timm_trunk_trains_with_frozen_batchnorm(main, quick, capsys, tmp_path, strict_json):
+    arguments = [*quick, "--trunk", "resnet10t", "--freeze-batchnorm", "--image-size", 32]
+    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *arguments) == 0
+    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
+    assert main("--trunk", "no_such_model") == 2
+    assert "timm could not make the trunk 'no_such_model'" in capsys.readouterr().err
+
+
+def test_experiment_of_the_paper_with_its_own_trunk(weights, main, tmp_path, strict_json):
+    state = weights("resnet50.tv_in1k")
+    write_products(tmp_path / "data")
+    arguments = ["--config", CONFIGS / "online_products.yaml", "--data-root", tmp_path / "data"]
+    arguments += ["--batch-size", 8, "--samples-per-class", 2, "--grad-cache", 3]
+    arguments += ["--epochs", 1, "--image-size", 64, "--workers", 0]
+    assert main(*arguments, "--output-dir", tmp_path, "--name", "run") == 0
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    assert metrics["test_classes"] == len(TEST)
+    assert 0 <= metrics["trained"]["precision_at_1"] <= 1
+    assert metrics["trained"]["recall_at_1000"] == 1
+    trained = torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["models"]["trunk"]
+    steps = len(TEST) * (IMAGES - 2) // 8  # of Adam, none of which moves a weight further than lr
+    moved = {key: (trained[key] - state[key]).abs().max().item() for key in trained}
+    frozen = [key for key in moved if "running" in key or "num_batches" in key]
+    assert len(frozen) == 3 * 53
+    assert all(moved.pop(key) == 0 for key in frozen)
+    assert all(0 < x for key, x in moved.items() if key.endswith("conv2.weight"))
+    assert max(moved.values()) < 1e-5 * (steps + 1) and math.isfinite(max(moved.values()))
