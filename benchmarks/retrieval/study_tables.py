@@ -68,6 +68,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
         for part, make in PARTS.items():
             text = _with(text, f"{name} {part}", make(rows))
     text = _with(text, "anneal of the batch", anneal_of_the_batch(files))
+    text = _with(text, "positives before", positives_before(files))
     return _with(text, "gradients", gradients())
 
 
@@ -320,6 +321,28 @@ def anneal_of_the_batch(files: dict[str, list[Row]]) -> str:
             for share in AUTO_SHARES:
                 cells += _against(auto[str(share)], fixed[best], False)
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def positives_before(files: dict[str, list[Row]]) -> str:
+    """PNP minus SmoothAP, which counts the positives before a positive as well, at one temperature.
+
+    Both at their defaults, which have the same temperature, trained on all training classes.
+    """
+    lines = [
+        "| data set | SmoothAP | "
+        + " | ".join(f"{loss} minus it | p" for loss in ("PNP-O", "PNP-Ds", "PNP-Dq"))
+        + " |",
+        "|---" * 8 + "|",
+    ]
+    for name, rows in files.items():
+        values = by_loss((r for r in rows if r["stage"] == "untuned"), "map_at_r")
+        if "SmoothAP" not in values:
+            continue
+        cells = [name, _cell(values["SmoothAP"].values())]
+        for loss in ("PNP-O", "PNP-Ds", "PNP-Dq"):
+            cells += _against(values[loss], values["SmoothAP"], False)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -118,6 +118,17 @@ def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
     assert study_tables.page(made, tmp_path) == made
 
 
+def test_pnp_is_compared_with_smooth_ap_over_the_seeds_of_both():
+    rows = [row("untuned", "SmoothAP", s, 0.5 + s / 100) for s in (1, 2, 3)]
+    rows += [row("untuned", "PNP-O", s, 0.4 + s / 100) for s in (2, 3, 4)]
+    rows += [row("temperature", "PNP-Ds", s, 0.9) for s in (1, 2, 3)]
+    table = study_tables.positives_before({"tiny": rows, "without": rows[3:]})
+    found = cells(table, "tiny")
+    assert found[1:3] == ["52.00 ± 2.48", "-10.00 ± 0.00"]
+    assert found[4:] == [""] * 4
+    assert "without" not in table
+
+
 def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
     rows = [row("temperature", "PNP-Ds", s, 0.5 + s / 100, "0.01") for s in (1, 2, 3)]
     rows += [row("temperature", "PNP-Ds", s, 0.6 + s / 100, "0.05") for s in (1, 2, 3)]
