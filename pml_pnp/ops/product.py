@@ -112,6 +112,7 @@ class _Mean(torch.autograd.Function):
             losses, grad_s, grad_self = kernel(
                 s, s_self, relation, settings, call.with_gradient, overwrite=True
             )
+            del s  # on a GPU the gradient does not overwrite it
             total = total + losses.sum()
             number = number + relation.counted.sum()
             if whole and call.with_gradient:
