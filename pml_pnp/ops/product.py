@@ -123,6 +123,7 @@ class _Mean(torch.autograd.Function):
                     grad_z.addmm_(grad_s.T, part)
                 if s_self is not None:
                     grad_q[rows].addcmul_(part, grad_self.unsqueeze(1), value=2)
+            del grad_s
         if call.normalized and call.with_gradient:
             _differentiate_direction_(grad_q, q, q_norm)
             if call.with_grad_references:
