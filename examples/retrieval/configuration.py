@@ -32,7 +32,7 @@ from .data import (
 )
 from .errors import UserError
 from .metrics import RECALL_AT
-from .processes import world_size
+from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
@@ -223,7 +223,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
-    add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+    add(training, "--device", DEVICES)
     add(
         training,
         "--threads",

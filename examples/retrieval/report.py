@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import configuration
+from .arguments import parser_for_run
 from .data import RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
@@ -35,15 +36,7 @@ ROUNDING = 0.005
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("run", metavar="RUN", help="folder of the run")
-    flags.add_argument("--data-root", help="where its images are now, if they have moved")
-    flags.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"
-    )
-    return flags
+    return parser_for_run(prog, __doc__, "--data-root", "--device")
 
 
 def run(args: argparse.Namespace) -> int:
