@@ -160,13 +160,19 @@ def _notes(
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
 ) -> list[str]:
+    notes = []
+    if tested and tested.is_part:
+        notes.append(
+            f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
+            "images, drawn at random. Their means differ from the result, which is of all."
+        )
     if saved is None:
-        return [
+        notes.append(
             "The run has not ended: it has no metrics.json. The metrics were calculated for this "
             "page."
-        ]
-    if tested is None:
-        return []
+        )
+    if saved is None or tested is None or tested.is_part:
+        return notes
     return [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."
