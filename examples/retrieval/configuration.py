@@ -427,8 +427,8 @@ def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
         values = ", ".join(f'"{key}": {json.dumps(defaults[key])}' for key in later)
         raise UserError(
             f"{asked_by}: {file} has no {', '.join(later)}, so an earlier version made this run; "
-            f"start a new one with the same settings by --config {file}, or add to the file what "
-            f"the run had, which if it had the present defaults is {values}"
+            f"start a new one with the same settings by --config {file}, or add to the file the "
+            f"values with which this one was made; the present defaults are {values}"
         )
     return config
 

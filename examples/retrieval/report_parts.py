@@ -19,8 +19,8 @@ from .trunks import Trunk
 # What keeps the page below 10 MB: sides of thumbnails in pixels, and how many there are at most.
 SHEET_SIDE, CLASS_SIDE, MAP_SIDE, AUGMENTED_SIDE = 96, 48, 48, 64
 NEIGHBOURS = 10
-# Pairs of a query and an image that each network ranks. More images than its square root are not
-# all queries: with 60,000, that would be 36 times as many pairs.
+# Pairs of a query and an image that are ranked for each network. Of more images than its square
+# root only a part are queries: with all 60,000 of a test set, there would be 36 times as many.
 PAIRS_AT_MOST = 10**8
 SHEETS_OF_A_KIND = 5
 MAP_POINTS = 2000

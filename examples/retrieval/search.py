@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{flag}: {path} exists; name a new file")
     if args.sheet:
         if Path(args.sheet).suffix.lower() not in PICTURES:
-            raise UserError(f"--sheet: expected a name that ends in .png or .pdf, got {args.sheet}")
+            expected = " or ".join(PICTURES)
+            raise UserError(f"--sheet: expected a name that ends in {expected}, got {args.sheet}")
         require({"matplotlib": "matplotlib"})
     queries = _queries(Path(args.query))
     index = Index(args.run, args.index, find_device(args.device), args.workers)
