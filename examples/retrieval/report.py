@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import configuration
+from .arguments import parser_for_run
 from .data import RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
@@ -35,15 +36,7 @@ ROUNDING = 0.005
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("run", metavar="RUN", help="folder of the run")
-    flags.add_argument("--data-root", help="where its images are now, if they have moved")
-    flags.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"
-    )
-    return flags
+    return parser_for_run(prog, __doc__, "--data-root", "--device")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,13 +160,19 @@ def _notes(
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
 ) -> list[str]:
+    notes = []
+    if tested and tested.is_part:
+        notes.append(
+            f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
+            "images, drawn at random. Their means differ from the result, which is of all."
+        )
     if saved is None:
-        return [
+        notes.append(
             "The run has not ended: it has no metrics.json. The metrics were calculated for this "
             "page."
-        ]
-    if tested is None:
-        return []
+        )
+    if saved is None or tested is None or tested.is_part:
+        return notes
     return [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."
