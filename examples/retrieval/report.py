@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import configuration
+from . import configuration, sheet
 from .arguments import parser_for_run
 from .data import RetrievalSplits
 from .embeddings import embed
@@ -24,7 +24,7 @@ from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
 from .records import read
-from .report_parts import TestResults, augmented
+from .report_parts import FRAMES, TestResults, augmented
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -36,27 +36,47 @@ ROUNDING = 0.005
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    return parser_for_run(prog, __doc__, "--data-root", "--device")
+    flags = parser_for_run(prog, __doc__, "--data-root", "--device")
+    flags.add_argument(
+        "--sheet",
+        metavar="FILE",
+        help="show the worst, a typical and the best query in a new picture as well, PNG or PDF",
+    )
+    return flags
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the report of an earlier run; returns the exit code."""
     require(NEEDS)
+    if args.sheet:
+        sheet.check(args.sheet)
     folder = RunFolder.existing(args.run, "report")
     config = configuration.of_run(folder, "report")
     device = find_device(args.device)
     splits = configuration.splits_of_run(config, args.data_root)
-    say(f"written to {make(folder, config, splits, device)}")
+    say(f"written to {make(folder, config, splits, device, args.sheet)}")
     return 0
 
 
 def make(
-    folder: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+    folder: RunFolder,
+    config: dict[str, Any],
+    splits: RetrievalSplits,
+    device: torch.device,
+    sheet_file: str | None = None,
 ) -> Path:
     """Write the report of a run, in place of an earlier one; returns its path.
 
+    Args:
+        folder: The run.
+        config: Its configuration.
+        splits: Its images.
+        device: Where to embed and to rank.
+        sheet_file: A new picture of some queries, if wished.
+
     Raises:
-        UserError: If images or checkpoint cannot be read.
+        UserError: If images or checkpoint cannot be read, or a picture is wished and there is no
+            test image.
     """
     notes: list[str] = []
     embeddings = {}
@@ -81,8 +101,12 @@ def make(
             workers=config["workers"],
             description=f"{name} network",
         )
-    page = render(contents(folder, config, splits, embeddings, notes, device))
-    folder.write_text(FILE, page)
+    content = contents(folder, config, splits, embeddings, notes, device)
+    folder.write_text(FILE, render(content))
+    if sheet_file:
+        if content["tested"] is None:
+            raise UserError(f"--sheet: there are no queries to show; {' '.join(notes)}")
+        sheet.write(sheet_file, content["tested"].picture())
     return folder.path / FILE
 
 
@@ -142,6 +166,7 @@ def contents(
         "augmented": augmented(splits.train.samples, build({**config, "pretrained": False})),
         "settings": _settings(config),
         "tested": tested,
+        "frames": FRAMES,
     }
 
 

@@ -13,12 +13,14 @@ from .data import LabelledImages, Sample
 from .embeddings import to_plane
 from .figures import Diagram, negatives_histogram
 from .ranking import rank_all
-from .thumbnails import Sprite, contact_sheet, sprite, thumbnail, to_image
+from .sheet import Cell
+from .thumbnails import Sprite, contact_sheet, from_data_uri, sprite, thumbnail, to_image
 from .trunks import Trunk
 
 # What keeps the page below 10 MB: sides of thumbnails in pixels, and how many there are at most.
 SHEET_SIDE, CLASS_SIDE, MAP_SIDE, AUGMENTED_SIDE = 96, 48, 48, 64
 NEIGHBOURS = 10
+FRAMES = {"right": "#2e9e4f", "wrong": "#d64541"}
 # Pairs of a query and an image that are ranked for each network. Of more images than its square
 # root only a part are queries: with all 60,000 of a test set, there would be 36 times as many.
 PAIRS_AT_MOST = 10**8
@@ -174,6 +176,22 @@ class TestResults:
             "best": order[::-1][:count],
         }
         return {kind: [self._sheet(int(row)) for row in rows] for kind, rows in kinds.items()}
+
+    def picture(self) -> list[tuple[str, list[Cell]]]:
+        """Rows of a picture: the first query of each kind of sheet, by each network."""
+        rows = []
+        for kind, (first, *_) in self.sheets().items():
+            query = Cell(from_data_uri(first.query.uri))
+            for row in first.rows:
+                name = f"{kind} query\n{row.network}\nAP@R {row.average_precision:.2f}"
+                cells = (
+                    Cell(
+                        from_data_uri(x.picture.uri), frame=FRAMES["right" if x.right else "wrong"]
+                    )
+                    for x in row.neighbours
+                )
+                rows.append((name, [query, *cells]))
+        return rows
 
     def classes(self) -> list[ClassRow]:
         """All classes from the worst MAP@R to the best; of many, those at the two ends."""

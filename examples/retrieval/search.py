@@ -9,22 +9,21 @@ similarity. A query that lies in the folder is not found itself.
 """
 
 import argparse
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import sheet
 from .arguments import parser_for_run, positive
 from .data import Sample
 from .disk import new, write_csv
-from .errors import UserError, require
+from .errors import UserError
 from .image_tree import Skipped, read_trees
 from .image_tree import summary as summary_of
 from .index import Index, Neighbor
 from .processes import find_device, say
 
 ROWS_AT_MOST = 40  # of a sheet
-PICTURES = (".png", ".pdf")
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -40,14 +39,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Search; returns the exit code."""
-    for flag, path in (("--sheet", args.sheet), ("--csv", args.csv)):
-        if path and Path(path).exists():
-            raise UserError(f"{flag}: {path} exists; name a new file")
     if args.sheet:
-        if Path(args.sheet).suffix.lower() not in PICTURES:
-            expected = " or ".join(PICTURES)
-            raise UserError(f"--sheet: expected a name that ends in {expected}, got {args.sheet}")
-        require({"matplotlib": "matplotlib"})
+        sheet.check(args.sheet)
+    if args.csv and Path(args.csv).exists():
+        raise UserError(f"--csv: {args.csv} exists; name a new file")
     queries = _queries(Path(args.query))
     index = Index(args.run, args.index, find_device(args.device), args.workers)
     if index.skipped:
@@ -68,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
         with new(Path(args.csv)) as path:
             write_csv(path, _rows(queries, found))
     if args.sheet:
-        # The writer of PDF hides why a disk refuses, so that the picture is made before.
-        picture = _drawn(Path(args.sheet).suffix[1:], queries, found)
-        with new(Path(args.sheet)) as path:
-            path.write_bytes(picture)
+        sheet.write(args.sheet, _pictured(queries, found))
     for query, neighbors in zip(queries, found, strict=True):
         say(query, *(f"{i:4}  {x.similarity:.4f}  {x.name}" for i, x in enumerate(neighbors, 1)))
     return 0
@@ -92,27 +84,17 @@ def _rows(queries: list[str], found: list[list[Neighbor]]) -> Iterator[tuple[Any
             yield query, place, x.name, x.similarity
 
 
-def _drawn(kind: str, queries: list[str], found: list[list[Neighbor]]) -> bytes:
-    """A picture that shows each query and what was found in a row."""
-    from matplotlib.figure import Figure
-
+def _pictured(
+    queries: list[str], found: list[list[Neighbor]]
+) -> list[tuple[str, list[sheet.Cell]]]:
+    """Rows of the sheet: a query and what was found for it."""
     if len(queries) > ROWS_AT_MOST:
         say(f"--sheet: the first {ROWS_AT_MOST} of {len(queries)} queries")
-    rows = list(zip(queries, found, strict=True))[:ROWS_AT_MOST]
-    columns = 1 + max(len(neighbors) for _, neighbors in rows)
-    figure = Figure(figsize=(1.3 * columns, 1.6 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for (query, neighbors), (first, *others) in zip(rows, axes, strict=True):
-        _show(first, query, "query")
-        for ax, x in zip(others, neighbors, strict=False):
-            _show(ax, x.name, f"{x.similarity:.3f}")
-    stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=120)
-    return stream.getvalue()
+    return [
+        ("", [_cell(query, "query"), *(_cell(x.name, f"{x.similarity:.3f}") for x in neighbors)])
+        for query, neighbors in list(zip(queries, found, strict=True))[:ROWS_AT_MOST]
+    ]
 
 
-def _show(ax, name: str, title: str) -> None:
-    ax.imshow(Sample(name, "", Path(name)).open().convert("RGB"))
-    ax.set_title(title, fontsize=8)
+def _cell(name: str, title: str) -> sheet.Cell:
+    return sheet.Cell(Sample(name, "", Path(name)).open(), title)

@@ -408,6 +408,33 @@ def test_worse_retrieval_is_said(copied, report, strict_json, change):
     assert ("Training made the retrieval of unseen classes worse" in result) is (change < 0)
 
 
+def test_sheet_shows_queries_in_frames(copied, report, tmp_path, capsys):
+    file = tmp_path / "new" / "sheet.png"
+    assert report(copied, "--sheet", file) == 0
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    for color in FRAME.values():
+        channels = [color >> shift & 255 for shift in (16, 8, 0)]
+        assert (abs(pixels - channels).max(axis=2) <= 2).sum() > 100
+    assert report(copied, "--sheet", file) == 2
+    assert f"--sheet: {file} exists; name a new file" in capsys.readouterr().err
+    assert report(copied, "--sheet", tmp_path / "sheet.jpeg") == 2
+    assert "expected a name that ends in .png or .pdf" in capsys.readouterr().err
+
+
+def test_sheet_of_a_run_without_networks_is_refused(copied, report, tmp_path, capsys, monkeypatch):
+    from retrieval import report as module
+    from retrieval.errors import UserError
+
+    def fail(config):
+        raise UserError("no weights")
+
+    (copied / "checkpoints" / "best.pt").unlink()
+    monkeypatch.setattr(module, "untrained", fail)
+    assert report(copied, "--sheet", tmp_path / "sheet.png") == 2
+    assert "--sheet: there are no queries to show; Nothing is shown" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()
+
+
 def test_images_that_moved_are_found_with_data_root(copied, report, images, tmp_path, capsys):
     config = json.loads((copied / "config.json").read_text())
     config["data_root"] = str(tmp_path / "gone")

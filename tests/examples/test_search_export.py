@@ -120,8 +120,8 @@ def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
     assert command("search", run, folder / "7", "--index", folder, "-k", 4, "--sheet", sheet) == 0
     with Image.open(sheet) as image:
         width, height = image.size
-    assert width == pytest.approx(5 * 1.3 * 120, abs=2)
-    assert height == pytest.approx(24 * 1.6 * 120, abs=2)
+    assert width == pytest.approx(5 * 120, abs=2)
+    assert height == pytest.approx(24 * 150, abs=2)
 
 
 MISTAKES = {
