@@ -32,18 +32,26 @@ def report(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(once):
     """Rows of two ranks with eight embeddings each, by `efficient`."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    path = tmp_path_factory.mktemp("ranks") / "rows.csv"
-    arguments = ["--ranks", "2", "--batch", "16", "--size", "4", "--output", str(path)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, str(BENCHMARKS / "ranks.py"), *arguments]
-    subprocess.run(command, check=True, env=environment)
-    with path.open(newline="") as file:
+
+    def measure(folder):
+        arguments = ["--ranks", "2", "--batch", "16", "--size", "4"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        command = [
+            sys.executable,
+            BENCHMARKS / "ranks.py",
+            *arguments,
+            "--output",
+            folder / "rows.csv",
+        ]
+        subprocess.run(command, check=True, env=environment)
+
+    with (once("benchmark of ranks", measure) / "rows.csv").open(newline="") as file:
         return {row["efficient"]: row for row in csv.DictReader(file)}
 
 

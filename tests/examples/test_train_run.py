@@ -6,6 +6,7 @@ import sqlite3
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,14 +23,28 @@ METRICS = {
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
+class Printed(NamedTuple):
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="module")
-def finished(script, tmp_path_factory):
-    """The first epochs of the default run, in a process of its own that lists what it imports."""
-    folder = tmp_path_factory.mktemp("default")
-    process = script("--output-dir", folder, "--epochs", 2, launcher=["-X", "importtime"])
-    assert process.returncode == 0, process.stderr
-    (run,) = folder.iterdir()
-    return process, run
+def finished(script, once):
+    """The first epochs of the default run, in a process of its own that lists what it imports.
+
+    What it printed, and the run.
+    """
+
+    def train(folder):
+        arguments = ["--output-dir", folder / "runs", "--epochs", 2]
+        process = script(*arguments, launcher=["-X", "importtime"])
+        assert process.returncode == 0, process.stderr
+        for name in Printed._fields:
+            (folder / name).write_text(getattr(process, name))
+
+    folder = once("default run", train)
+    (run,) = (folder / "runs").iterdir()
+    return Printed(*((folder / name).read_text() for name in Printed._fields)), run
 
 
 @pytest.fixture(scope="module")
