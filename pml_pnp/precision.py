@@ -5,9 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-@torch.compiler.assume_constant_result  # torch before 2.13 breaks the graph at the call
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+# Or torch before 2.13 breaks the graph at the call. This is torch.compiler.assume_constant_result
+# without its import of torch._dynamo, which takes longer than that of torch.
+_has_autocast._dynamo_marked_constant = True
 
 
 def is_autocast_on(device_type: str) -> bool:

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,18 +37,18 @@ def rows(once):
         pytest.skip("this torch has no gloo")
 
     def measure(folder):
-        arguments = ["--ranks", "2", "--batch", "16", "--size", "4"]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        command = [
-            sys.executable,
-            BENCHMARKS / "ranks.py",
-            *arguments,
-            "--output",
-            folder / "rows.csv",
-        ]
-        subprocess.run(command, check=True, env=environment)
+        arguments = ["--ranks", "2", "--batch", "16", "--size", "4"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(BENCHMARKS)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+            patch.setattr(sys, "argv", ["ranks.py", *arguments, "--output", f"{folder}/rows.csv"])
+            import ranks
+
+            threads = torch.get_num_threads()
+            ranks.main()
+            torch.set_num_threads(threads)
 
     with (once("benchmark of ranks", measure) / "rows.csv").open(newline="") as file:
         return {row["efficient"]: row for row in csv.DictReader(file)}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers import free_port
 
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHER = [
+    *("-m", "torch.distributed.run", "--standalone"),
+    *("--nproc-per-node", "2", "--max-restarts", "1"),
+]
 PLAIN = "plain"  # the run whose images are not augmented
 WORKER = Path(__file__).with_name("train_worker.py")
-DYING_WORKER = Path(__file__).with_name("dying_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def train_all(environment, quick, folder):
     memory = [*new, "--memory-size", 96]
     frozen = [*new, "--epochs", 1, "--freeze-batchnorm"]
     runs = [
+        [*memory, "--name", "killed", "--epochs", 2, "--resume-if-exists"],
         [*memory, "--name", "whole", "--epochs", 2],
         [*memory, "--name", "parts", "--epochs", 1],
         ["--resume", folder / "parts", "--epochs", 2],
@@ -43,7 +46,7 @@ def train_all(environment, quick, folder):
     runs = [[str(x) for x in arguments] for arguments in runs]
     runs = json.dumps(list(zip(ports, augmented, runs, strict=True)))
     process = subprocess.run(
-        [sys.executable, *LAUNCHER, str(WORKER), runs],
+        [sys.executable, *LAUNCHER, str(WORKER), str(folder / "died"), runs],
         env=environment,
         capture_output=True,
         text=True,
@@ -62,7 +65,7 @@ def numbers(run, strict_json):
 
 def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
     printed, folder = finished
-    assert printed["stdout"].count("MAP@R  ") == 7  # one process of two speaks
+    assert printed["stdout"].count("MAP@R  ") == 8  # one process of two speaks
     assert strict_json(folder / "whole" / "config.json")["world_size"] == 2
     whole, parts = (numbers(folder / x, strict_json) for x in ("whole", "parts"))
     assert whole == parts and whole["epochs_trained"] == 2
@@ -122,29 +125,17 @@ def test_processes_train_in_chunks(finished, strict_json):
     assert chunks == pytest.approx(whole, rel=1e-3)
 
 
-def test_torchrun_restarts_a_run_after_a_process_died(
-    finished, environment, quick, tmp_path, strict_json
-):
+def test_torchrun_restarts_a_run_after_a_process_died(finished, strict_json):
     """The process that is killed ends the other one, and both continue to the same end."""
-    arguments = ["--output-dir", tmp_path, *quick, "--memory-size", 96, "--epochs", 2]
-    arguments += ["--name", "run", "--resume-if-exists"]
-    command = [*LAUNCHER, "--max-restarts", "1", DYING_WORKER, tmp_path / "died", *arguments]
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "died").exists()
-    log = (tmp_path / "run" / "log.txt").read_text()
+    folder = finished[1]
+    assert (folder / "died").exists()
+    log = (folder / "killed" / "log.txt").read_text()
     assert [log.count(f"epoch {i} of 2: ") for i in (1, 2)] == [1, 1]
     first, second = (int(x) for x in re.findall(r"^--- .*, process (\d+) on ", log, re.MULTILINE))
     assert first != second
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
-    assert numbers(tmp_path / "run", strict_json) == numbers(finished[1] / "whole", strict_json)
+    assert numbers(folder / "killed", strict_json) == numbers(folder / "whole", strict_json)
 
 
 def test_mistake_is_said_once(finished):
