@@ -190,11 +190,11 @@ def test_export_of_images_that_are_gone(command, run, tmp_path, capsys):
     assert not (run / "export").exists()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_exported_network_takes_batches_of_any_size(command, run, images, tmp_path, batch):
+def test_exported_network_takes_batches_of_any_size(command, run, images, tmp_path):
     assert command("export", run, "--images", images, "--output", tmp_path / "exported") == 0
     model = torch.export.load(tmp_path / "exported" / "model.pt2").module()
-    assert model(torch.zeros(batch, 3, 8, 8)).shape == (batch, 128)
+    for batch in (1, 3):
+        assert model(torch.zeros(batch, 3, 8, 8)).shape == (batch, 128)
 
 
 def test_commands_are_listed(command, capsys):
