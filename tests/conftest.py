@@ -1,3 +1,4 @@
+import functools
 import os
 import random
 import shutil
@@ -78,6 +79,7 @@ def ranks(once):
         command = [sys.executable, rank_processes.__file__, str(folder)]
         subprocess.run(command, check=True, timeout=900, env=environment)
 
+    @functools.cache
     def found(module, world):
         folder = once("ranks", start)
         files = (rank_processes.file_of(folder, module, world, rank) for rank in range(world))
