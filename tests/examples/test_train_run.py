@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import sqlite3
 import sys
 import warnings
@@ -259,8 +260,9 @@ def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
     assert metrics_of(tester, "test") == pytest.approx(metrics["trained"], abs=1e-6)
 
 
-def test_finished_run_says_so_and_shows_its_table(finished, main, capsys):
-    assert main("--resume", finished[1]) == 0
+def test_finished_run_says_so_and_shows_its_table(finished, main, tmp_path, capsys):
+    run = shutil.copytree(finished[1], tmp_path / "run")  # which adds to its log
+    assert main("--resume", run) == 0
     out = capsys.readouterr().out
     assert "is finished" in out
     assert "MAP@R" in out
