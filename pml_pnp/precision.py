@@ -5,14 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-@torch.compiler.assume_constant_result  # torch before 2.13 breaks the graph at the call
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
 def is_autocast_on(device_type: str) -> bool:
     """Whether autocast is on for a device type."""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    # Before torch 2.13, torch.compile cannot trace the question whether there is autocast.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

@@ -1,5 +1,7 @@
+import functools
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -53,12 +55,13 @@ def once(tmp_path_factory):
         root = root.parent
 
     def folder_of(name, make):
+        folder, made = root / name, root / f"{name}.made"
         with FileLock(root / f"{name}.lock"):
-            folder = root / name
-            if not folder.exists():
-                unfinished = tmp_path_factory.mktemp(name)
-                make(unfinished)
-                unfinished.rename(folder)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a make that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
         return folder
 
     return folder_of
@@ -76,6 +79,7 @@ def ranks(once):
         command = [sys.executable, rank_processes.__file__, str(folder)]
         subprocess.run(command, check=True, timeout=900, env=environment)
 
+    @functools.cache
     def found(module, world):
         folder = once("ranks", start)
         files = (rank_processes.file_of(folder, module, world, rank) for rank in range(world))

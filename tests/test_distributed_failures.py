@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,32 +17,21 @@ WORKER = Path(__file__).with_name("distributed_failures_worker.py")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank printed, line by line, and the seconds that both took."""
+def ranks(once):
+    """What each rank wrote, line by line, and the seconds that both took."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    file = tmp_path_factory.mktemp("ranks") / "group"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    began = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), file],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0, 3], printed
-    return [[json.loads(line) for line in text.splitlines()] for text in printed] + [
-        time.monotonic() - began
-    ]
+
+    def start(folder):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([sys.executable, WORKER, folder], check=True, timeout=300, env=environment)
+
+    folder = once("failing ranks", start)
+    written = [(folder / f"{rank}.jsonl").read_text() for rank in range(2)]
+    ends = json.loads((folder / "ends.json").read_text())
+    assert ends["codes"] == [0, 3], written
+    lines = [[json.loads(line) for line in text.splitlines()] for text in written]
+    return [*lines, ends["seconds"]]
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ def rank_all(
         first.append(right[:, 0].cpu())
         before += (places - hits)[right].bincount(minlength=count)
         wrong = (own * classes + found)[within & ~right]
-        for pair, times in zip(*wrong.unique(return_counts=True), strict=True):
-            confused[divmod(int(pair), classes)] += int(times)
+        pairs, times = (x.tolist() for x in wrong.unique(return_counts=True))
+        for pair, number in zip(pairs, times, strict=True):
+            confused[divmod(pair, classes)] += number
     return Ranking(
         torch.cat(nearest), torch.cat(precisions), torch.cat(first), before.cpu(), confused
     )

@@ -12,28 +12,30 @@ pytestmark = needs_built_in  # beside which PNPLoss is measured
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def measure(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
+@pytest.fixture(scope="module")
+def measure():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import measure
 
-    tiny = {part: [(8, 4, 4)] for part in measure.SIZES}
-    monkeypatch.setattr(measure, "SIZES", tiny)
-    monkeypatch.setattr(measure, "QUEUE", 16)
-    # A process of its own, and a compiler, take longer than the rest together.
-    monkeypatch.setattr(measure, "number_of_process", lambda *_: 1024)
-    monkeypatch.setattr(measure.torch, "compile", lambda f, **_: f)
-    return measure
+        tiny = {part: [(8, 4, 4)] for part in measure.SIZES}
+        patch.setattr(measure, "SIZES", tiny)
+        patch.setattr(measure, "QUEUE", 16)
+        # A process of its own, and a compiler, take longer than the rest together.
+        patch.setattr(measure, "number_of_process", lambda *_: 1024)
+        patch.setattr(measure.torch, "compile", lambda f, **_: f)
+        yield measure
 
 
-@pytest.fixture
-def rows(measure, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def rows(measure, tmp_path_factory):
     """Rows of every part but those for GPUs alone."""
-    path = tmp_path / "rows.csv"
+    path = tmp_path_factory.mktemp("measure") / "rows.csv"
     parts = [part for part in measure.SIZES if part not in measure.ON_GPU_ALONE]
     arguments = ["--only", *parts, "--rounds", "1", "--seconds", "0.001", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["measure.py", *arguments, "--output", str(path)])
-    measure.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["measure.py", *arguments, "--output", str(path)])
+        measure.main()
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,18 +31,26 @@ def report(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(once):
     """Rows of two ranks with eight embeddings each, by `efficient`."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    path = tmp_path_factory.mktemp("ranks") / "rows.csv"
-    arguments = ["--ranks", "2", "--batch", "16", "--size", "4", "--output", str(path)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, str(BENCHMARKS / "ranks.py"), *arguments]
-    subprocess.run(command, check=True, env=environment)
-    with path.open(newline="") as file:
+
+    def measure(folder):
+        paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+        arguments = ["--ranks", "2", "--batch", "16", "--size", "4"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(BENCHMARKS)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+            patch.setattr(sys, "argv", ["ranks.py", *arguments, "--output", f"{folder}/rows.csv"])
+            import ranks
+
+            threads = torch.get_num_threads()
+            ranks.main()
+            torch.set_num_threads(threads)
+
+    with (once("benchmark of ranks", measure) / "rows.csv").open(newline="") as file:
         return {row["efficient"]: row for row in csv.DictReader(file)}
 
 

@@ -49,27 +49,31 @@ def main():
 
 
 @pytest.fixture(scope="session")
-def quick(tmp_path_factory):
+def quick(once):
     """Arguments that make an epoch of 12 iterations last a moment: 24 images of each digit."""
     from sklearn.datasets import load_digits
 
-    root = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    for label in range(10):
-        (root / str(label)).mkdir()
-        for i, pixels in enumerate(digits.images[digits.target == label][:24]):
-            image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
-            image.save(root / str(label) / f"{i:02d}.png")
+    def write(root):
+        digits = load_digits()
+        for label in range(10):
+            (root / str(label)).mkdir()
+            for i, pixels in enumerate(digits.images[digits.target == label][:24]):
+                image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
+                image.save(root / str(label) / f"{i:02d}.png")
+
+    root = once("digits", write)
     data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
     return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
 
 
 @pytest.fixture(scope="session")
-def one_epoch(main, quick, tmp_path_factory):
+def one_epoch(main, quick, once):
     """A finished run of one epoch, which no test changes."""
-    folder = tmp_path_factory.mktemp("one epoch")
-    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
-    return folder / "run"
+
+    def train(folder):
+        assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
+
+    return once("one epoch", train) / "run"
 
 
 @pytest.fixture

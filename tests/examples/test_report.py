@@ -91,13 +91,15 @@ def report():
 
 
 @pytest.fixture(scope="module")
-def images(quick, tmp_path_factory):
+def images(quick, once):
     """The images of `quick`, one test class and one of its files with names that break HTML."""
-    root = tmp_path_factory.mktemp("hostile") / "images"
-    shutil.copytree(quick[quick.index("--data-root") + 1], root)
-    (root / "9").rename(root / HOSTILE_CLASS)
-    (root / HOSTILE_CLASS / "00.png").rename(root / HOSTILE_CLASS / HOSTILE_FILE)
-    return root
+
+    def write(root):
+        shutil.copytree(quick[quick.index("--data-root") + 1], root, dirs_exist_ok=True)
+        (root / "9").rename(root / HOSTILE_CLASS)
+        (root / HOSTILE_CLASS / "00.png").rename(root / HOSTILE_CLASS / HOSTILE_FILE)
+
+    return once("hostile images", write)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +109,11 @@ def arguments(quick, images):
 
 
 @pytest.fixture(scope="module")
-def finished(main, arguments, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    assert main(*arguments, "--epochs", 2, "--output-dir", folder, "--name", "run") == 0
-    return folder / "run"
+def finished(main, arguments, once):
+    def train(folder):
+        assert main(*arguments, "--epochs", 2, "--output-dir", folder, "--name", "run") == 0
+
+    return once("run with a report", train) / "run"
 
 
 @pytest.fixture(scope="module")

@@ -179,23 +179,21 @@ def test_database_that_cannot_be_written_is_named_in_one_line(run, main, capsys,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of the size of files")
-def test_limit_of_the_size_of_files_ends_in_one_line(quick, tmp_path, environment):
-    """A refusal by the system in a process of its own: the checkpoint is larger than 128 KiB."""
+def test_limit_of_the_size_of_files_ends_in_one_line(main, quick, tmp_path, capsys):
+    """A refusal by the system: the checkpoint is larger than 128 KiB."""
     import resource
 
     arguments = ["--epochs", 1, "--output-dir", tmp_path, "--name", "run", *quick]
-    process = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17)),
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+    try:
+        assert main(*arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     reason = os.strerror(errno.EFBIG)
-    assert process.stderr == f"train.py: error: cannot write {checkpoint}: {reason}\n"
-    assert process.returncode == 2
+    err = capsys.readouterr().err
+    assert err == f"train.py: error: cannot write {checkpoint}: {reason}\n"
     assert not any(checkpoint.parent.iterdir())
 
 

@@ -116,12 +116,15 @@ def test_files_that_are_no_images_are_named(command, run, folder, capsys):
 
 
 def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
-    sheet = tmp_path / "found.png"
-    assert command("search", run, folder / "7", "--index", folder, "-k", 4, "--sheet", sheet) == 0
+    sheet, queries = tmp_path / "found.png", tmp_path / "queries"
+    queries.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        shutil.copy(folder / "7" / name, queries)
+    assert command("search", run, queries, "--index", folder, "-k", 4, "--sheet", sheet) == 0
     with Image.open(sheet) as image:
         width, height = image.size
     assert width == pytest.approx(5 * 120, abs=2)
-    assert height == pytest.approx(24 * 150, abs=2)
+    assert height == pytest.approx(3 * 150, abs=2)
 
 
 MISTAKES = {
@@ -192,11 +195,11 @@ def test_export_of_images_that_are_gone(command, run, tmp_path, capsys):
     assert not (run / "export").exists()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_exported_network_takes_batches_of_any_size(command, run, images, tmp_path, batch):
+def test_exported_network_takes_batches_of_any_size(command, run, images, tmp_path):
     assert command("export", run, "--images", images, "--output", tmp_path / "exported") == 0
     model = torch.export.load(tmp_path / "exported" / "model.pt2").module()
-    assert model(torch.zeros(batch, 3, 8, 8)).shape == (batch, 128)
+    for batch in (1, 3):
+        assert model(torch.zeros(batch, 3, 8, 8)).shape == (batch, 128)
 
 
 def test_commands_are_listed(command, capsys):

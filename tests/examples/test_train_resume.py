@@ -37,19 +37,18 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def whole(main, quick, tmp_path_factory):
+def whole(main, quick, once):
     """An uninterrupted run of a setting, and the folder that holds a copy of it of each moment."""
-    made = {}
 
     def get(setting):
-        if setting not in made:
-            folder = tmp_path_factory.mktemp(setting)
+        def train(folder):
             arguments = ["--output-dir", folder, "--name", "whole", "--epochs", EPOCHS]
             with pytest.MonkeyPatch.context() as patch:
                 copy_at_moments(patch, folder)
                 assert main(*arguments, *quick, *SETTINGS[setting]) == 0
-            made[setting] = folder
-        return made[setting] / "whole", made[setting]
+
+        folder = once(f"whole run, {setting}", train)
+        return folder / "whole", folder
 
     return get
 
@@ -106,12 +105,11 @@ def results(run, strict_json):
     return metrics, tables, texts
 
 
-@pytest.mark.parametrize("again", ["--resume", "the same command line"])
-def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, strict_json, again):
+def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, strict_json):
+    """It continues by --resume, and by the same command line."""
     run = tmp_path / "run"
     arguments = ["--epochs", EPOCHS, "--output-dir", tmp_path, "--name", "run", *quick]
-    if again != "--resume":
-        arguments.append("--resume-if-exists")
+    arguments.append("--resume-if-exists")
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         env=environment,
@@ -125,10 +123,12 @@ def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, stri
                 process.kill()
     assert process.returncode == -9
     assert not (run / "metrics.json").exists()
-    assert main(*(["--resume", run] if again == "--resume" else arguments)) == 0
-    assert results(run, strict_json) == results(whole("default")[0], strict_json)
-    log = (run / "log.txt").read_text()
-    assert log.count("--- ") == 2 and f"epoch {EPOCHS} of {EPOCHS}" in log
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for continued, again in ((copy, ["--resume", copy]), (run, arguments)):
+        assert main(*again) == 0
+        assert results(continued, strict_json) == results(whole("default")[0], strict_json)
+        log = (continued / "log.txt").read_text()
+        assert log.count("--- ") == 2 and f"epoch {EPOCHS} of {EPOCHS}" in log
 
 
 def test_the_same_command_line_starts_continues_and_ends_a_run(

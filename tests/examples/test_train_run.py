@@ -2,10 +2,12 @@
 
 import csv
 import re
+import shutil
 import sqlite3
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,14 +24,28 @@ METRICS = {
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
+class Printed(NamedTuple):
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="module")
-def finished(script, tmp_path_factory):
-    """The first epochs of the default run, in a process of its own that lists what it imports."""
-    folder = tmp_path_factory.mktemp("default")
-    process = script("--output-dir", folder, "--epochs", 2, launcher=["-X", "importtime"])
-    assert process.returncode == 0, process.stderr
-    (run,) = folder.iterdir()
-    return process, run
+def finished(script, once):
+    """The first epochs of the default run, in a process of its own that lists what it imports.
+
+    What it printed, and the run.
+    """
+
+    def train(folder):
+        arguments = ["--output-dir", folder / "runs", "--epochs", 2]
+        process = script(*arguments, launcher=["-X", "importtime"])
+        assert process.returncode == 0, process.stderr
+        for name in Printed._fields:
+            (folder / name).write_text(getattr(process, name))
+
+    folder = once("default run", train)
+    (run,) = (folder / "runs").iterdir()
+    return Printed(*((folder / name).read_text() for name in Printed._fields)), run
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +260,9 @@ def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
     assert metrics_of(tester, "test") == pytest.approx(metrics["trained"], abs=1e-6)
 
 
-def test_finished_run_says_so_and_shows_its_table(finished, main, capsys):
-    assert main("--resume", finished[1]) == 0
+def test_finished_run_says_so_and_shows_its_table(finished, main, tmp_path, capsys):
+    run = shutil.copytree(finished[1], tmp_path / "run")  # which adds to its log
+    assert main("--resume", run) == 0
     out = capsys.readouterr().out
     assert "is finished" in out
     assert "MAP@R" in out
