@@ -55,13 +55,13 @@ def test_chunks_give_the_values_and_gradients_of_the_whole_batch(
     name, kind, variant, include_self, device
 ):
     distance = DISTANCES[name]().to(device, torch.float64)
-    x, y = batch(dtype=torch.float64, device=device)
+    x, y = batch(n=12, dtype=torch.float64, device=device)
     ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
     args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
     variant = copy.deepcopy(variant).double() if variant == SCALE else variant
     kwargs = {"distance": distance, "variant": variant, "include_self": include_self}
     whole = stepwise(PNPLoss(anneal=0.1, **kwargs), *args)
-    for chunk_size in (1, 7, 23):
+    for chunk_size in (1, 5, 11):
         chunks = stepwise(PNPLoss(anneal=0.1, chunk_size=chunk_size, **kwargs), *args)
         for got, want in zip(chunks, whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
