@@ -82,7 +82,9 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not cls.is_at(run.path):
-            raise UserError(f"{asked_by}: no run in {path}: it holds no {CONFIG}")
+            below = sorted(run.path.glob(f"*/{CONFIG}"))
+            hint = f"; there is a run in {below[0].parent}" if below else ""
+            raise UserError(f"{asked_by}: no run in {path}: it holds no {CONFIG}{hint}")
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -133,6 +133,13 @@ def test_mistakes_end_in_one_line(make, compare, tmp_path):
     )
 
 
+def test_folder_of_runs_is_told(make, compare, tmp_path):
+    (tmp_path / "runs").mkdir()
+    make("runs/one")
+    *_, err, code = compare("runs")
+    assert code == 2 and "no run in runs: it holds no config.json; there is a run in runs/" in err
+
+
 def test_run_from_before_a_setting_existed_is_compared(make, compare, tmp_path):
     config = json.loads((tmp_path / make("old") / "config.json").read_text())
     del config["threads"], config["versions"], config["world_size"]
