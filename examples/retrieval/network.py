@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder
 from .seeding import seed_everything
 from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
 
@@ -52,7 +52,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
         CPU, and a function that makes a tensor of a PIL image.
     """
     run = RunFolder.existing(path, "load_best")
-    config = {**run.read_json("config.json"), "pretrained": False}
+    config = {**run.read_json(CONFIG), "pretrained": False}
     best = run.load_checkpoint("best.pt")
     if best is None:
         raise UserError(f"{path} holds no checkpoints/best.pt yet")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .configuration import PNP_ARGS
 from .metrics import PRIMARY_METRIC
 
 
@@ -75,9 +76,9 @@ def advice(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
         tries.append("--turned-classes")
     if config["memory_size"]:
         tries.append("--memory-size 0")
-    recommended = {"variant": "Ds", "anneal": 0.1}
-    if config["loss"] != "PNPLoss" or not recommended.items() <= config["loss_args"].items():
-        tries.append("--loss PNPLoss --loss-args variant=Ds anneal=0.1")
+    if config["loss"] != "PNPLoss" or not PNP_ARGS.items() <= config["loss_args"].items():
+        arguments = " ".join(f"{name}={value}" for name, value in PNP_ARGS.items())
+        tries.append(f"--loss PNPLoss --loss-args {arguments}")
     return [
         "",
         f"Training made retrieval of unseen classes worse: MAP@R fell from {before:.4f} to "

@@ -33,12 +33,12 @@ EPOCH = "epoch"  # a column of what is recorded once per epoch
 class Records:
     """PML's hooks for one run: they record, evaluate and tell when to stop."""
 
-    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, trainer: BaseTrainer):
+    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, iterations_per_epoch: int):
         """Continue the records of a run where `epoch` ended."""
         self.run = run
         self.tester = tester
         with writing(run.logs, run.logs / DATABASE):
-            cut(run.logs, epoch, trainer.iterations_per_epoch)
+            cut(run.logs, epoch, iterations_per_epoch)
         self.curves = Curves(run.tensorboard)
         with writing(run.logs, run.logs / DATABASE):
             replay(run.logs, self.curves)

@@ -317,7 +317,7 @@ class Training:
             self.records.close()
 
     def _open_records(self, epoch: int) -> None:
-        self.records = Records(self.run, self.tester, epoch, self.trainer)
+        self.records = Records(self.run, self.tester, epoch, self.trainer.iterations_per_epoch)
         self.evaluate = self.records.evaluation(self.splits, self.config["patience"])
 
     def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,36 @@ def quick(tmp_path_factory):
             image.save(root / str(label) / f"{i:02d}.png")
     data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
     return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
+
+
+@pytest.fixture(scope="session")
+def one_epoch(main, quick, tmp_path_factory):
+    """A finished run of one epoch, which no test changes."""
+    folder = tmp_path_factory.mktemp("one epoch")
+    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(one_epoch, tmp_path):
+    """A finished run of one epoch, a copy for every test."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+@pytest.fixture
+def run_of_real_images(main, tmp_path):
+    """Train on a real data set for an epoch, if its folder is there; returns the run."""
+
+    def train(name, folder):
+        root = Path(os.environ.get("PML_PNP_DATA", ""))
+        if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
+            pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder}")
+        settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
+        batch = ["--samples-per-class", 4, "--batch-size", 128]
+        assert main(*settings, "--dataset", name, *batch) == 0
+        return tmp_path / "run"
+
+    return train
 
 
 @pytest.fixture(scope="session")

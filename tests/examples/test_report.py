@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -495,15 +494,11 @@ def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
 @pytest.mark.parametrize(
     ("name", "folder"), [("omniglot", "omniglot-small"), ("grocery", "grocery64")]
 )
-def test_report_of_real_images(main, tmp_path, name, folder):
-    root = Path(os.environ.get("PML_PNP_DATA", ""))
-    if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
-        pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder} in it")
-    settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
-    assert main(*settings, "--dataset", name, "--samples-per-class", 4, "--batch-size", 128) == 0
-    page = parsed(tmp_path / "run" / "report.html")
+def test_report_of_real_images(run_of_real_images, name, folder):
+    report = run_of_real_images(name, folder) / "report.html"
+    page = parsed(report)
     assert [x.get("id") for x in page.iter("section")] == SECTIONS
-    assert (tmp_path / "run" / "report.html").stat().st_size < 10 * MEGABYTES
+    assert report.stat().st_size < 10 * MEGABYTES
 
 
 # --- in a browser ---------------------------------------------------------------------------

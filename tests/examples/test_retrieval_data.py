@@ -39,6 +39,18 @@ def write(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
 
 
+def store(files, folder, archive=None):
+    """Write files below a folder, or into a zip of that name in it."""
+    if archive is None:
+        for name, content in files.items():
+            write(folder / name, content)
+    else:
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / archive, "w") as file:
+            for name, content in files.items():
+                file.writestr(name, content)
+
+
 def write_classes(root, classes, count=5):
     for name in classes:
         for i in range(count):
@@ -313,14 +325,7 @@ def test_omniglot_layouts(tmp_path, monkeypatch, layout):
     folder, first, second, zipped = OMNIGLOT[layout]
     for part, alphabets in ((first, ["Greek", "Korean"]), (second, ["Greek", "Tagalog"])):
         files = omniglot_files(part, alphabets)
-        if zipped:
-            (tmp_path / folder).mkdir(exist_ok=True)
-            with zipfile.ZipFile(tmp_path / folder / f"{part}.zip", "w") as archive:
-                for name, content in files.items():
-                    archive.writestr(name, content)
-        else:
-            for name, content in files.items():
-                write(tmp_path / folder / name, content)
+        store(files, tmp_path / folder, f"{part}.zip" if zipped else None)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setenv("PML_PNP_DATA", str(tmp_path))
     splits = load("omniglot")
@@ -349,13 +354,7 @@ def test_grocery_layouts(tmp_path, capsys, zipped):
     writer.writerows([[path, path.split("/")[1], 0] for path in files])
     writer.writerow(["train/0/missing.jpg", 0, 0])
     files["labels.csv"] = table.getvalue()
-    if zipped:
-        with zipfile.ZipFile(tmp_path / "grocery64.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    else:
-        for name, content in files.items():
-            write(tmp_path / name, content)
+    store(files, tmp_path, "grocery64.zip" if zipped else None)
     splits = load("grocery", tmp_path)
     assert class_names(splits.train) == {"000", "002"}
     assert class_names(splits.test) == {"001", "003"}
@@ -372,13 +371,7 @@ def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, zip
     table = "path,fine,coarse\n" + "".join(f"{x},{x[6]},0\n" for x in rows)
     files = {x: png(i) for i, x in enumerate([*rows, "train/2/unlisted.jpg"])}
     files |= {"labels.csv": table, "classes.csv": "", "LICENSE": ""}
-    if zipped:
-        with zipfile.ZipFile(tmp_path / "grocery64.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    else:
-        for name, content in files.items():
-            write(tmp_path / name, content)
+    store(files, tmp_path, "grocery64.zip" if zipped else None)
     splits = load("grocery", tmp_path)
     assert sum(x["images"] for x in splits.summary().values()) == 16
     place = tmp_path / "grocery64.zip" if zipped else tmp_path

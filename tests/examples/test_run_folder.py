@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,19 +14,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 FULL = Path("/dev/full")
 no_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
-
-
-@pytest.fixture(scope="module")
-def one_epoch(main, quick, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one epoch")
-    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
-    return folder / "run"
-
-
-@pytest.fixture
-def run(one_epoch, tmp_path):
-    """A finished run of one epoch, a copy for every test."""
-    return shutil.copytree(one_epoch, tmp_path / "run")
 
 
 def contents(run):

@@ -181,13 +181,13 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     assert curves(old) == curves(run)
 
 
-def test_rows_that_a_full_disk_cut_off_are_removed(short, main, strict_json, whole):
-    logs = short / "logs"
+def test_rows_that_a_full_disk_cut_off_are_removed(run, main, strict_json, whole):
+    logs = run / "logs"
     for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
         with (logs / f"{name}.csv").open("a") as file:
             file.write(end)
-    assert main("--resume", short, "--epochs", EPOCHS) == 0
-    assert results(short, strict_json) == results(whole("default")[0], strict_json)
+    assert main("--resume", run, "--epochs", EPOCHS) == 0
+    assert results(run, strict_json) == results(whole("default")[0], strict_json)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -208,15 +208,15 @@ def best(run):
     return (run / "checkpoints" / "best.pt").read_bytes()
 
 
-def test_best_checkpoint_that_a_kill_prevented_is_written(short, main, monkeypatch):
+def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch):
     """The kill came after last.pt, of an epoch that no later one surpasses."""
     from retrieval.training import Training
 
-    before = best(short)
-    (short / "checkpoints" / "best.pt").unlink()
+    before = best(run)
+    (run / "checkpoints" / "best.pt").unlink()
     monkeypatch.setattr(Training, "train", lambda self: None)
-    assert main("--resume", short, "--epochs", 2) == 0
-    assert best(short) == before
+    assert main("--resume", run, "--epochs", 2) == 0
+    assert best(run) == before
 
 
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
@@ -227,23 +227,10 @@ def test_a_killed_run_with_more_state_continues_to_the_same_end(whole, main, str
     assert results(continued, strict_json) == results(run, strict_json)
 
 
-def test_more_epochs_continue_a_finished_run(whole, short, main, curves, strict_json):
-    assert main("--resume", short, "--epochs", EPOCHS) == 0
-    assert results(short, strict_json) == results(whole("default")[0], strict_json)
-    assert curves(short) == curves(whole("default")[0])
-
-
-@pytest.fixture(scope="module")
-def one_epoch(main, quick, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("short")
-    assert main("--output-dir", folder, "--name", "run", "--epochs", 1, *quick) == 0
-    return folder / "run"
-
-
-@pytest.fixture
-def short(one_epoch, tmp_path):
-    """A finished run of one epoch, a copy for every test."""
-    return shutil.copytree(one_epoch, tmp_path / "run")
+def test_more_epochs_continue_a_finished_run(whole, run, main, curves, strict_json):
+    assert main("--resume", run, "--epochs", EPOCHS) == 0
+    assert results(run, strict_json) == results(whole("default")[0], strict_json)
+    assert curves(run) == curves(whole("default")[0])
 
 
 @pytest.mark.parametrize(
@@ -254,8 +241,8 @@ def short(one_epoch, tmp_path):
         (["--name", "other"], "leave out --name"),
     ],
 )
-def test_resume_refuses_what_contradicts_the_run(short, main, capsys, arguments, message):
-    assert main("--resume", short, *arguments) == 2
+def test_resume_refuses_what_contradicts_the_run(run, main, capsys, arguments, message):
+    assert main("--resume", run, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -264,8 +251,8 @@ def test_resume_refuses_fewer_epochs(whole, main, capsys):
     assert f"--epochs can only be raised from {EPOCHS}, got 1" in capsys.readouterr().err
 
 
-def test_resume_accepts_what_the_run_has_anyway(short, main):
-    assert main("--resume", short, "--dataset", "folder", "--epochs", 1) == 0
+def test_resume_accepts_what_the_run_has_anyway(run, main):
+    assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
 
 
 def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_json):
@@ -279,14 +266,14 @@ def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_jso
     assert ends[0]["validation"] == pytest.approx(ends[1]["validation"], rel=1e-3)
 
 
-def test_resume_names_a_damaged_checkpoint(short, main, capsys):
-    (short / "checkpoints" / "last.pt").write_bytes(b"garbage")
-    assert main("--resume", short) == 2
+def test_resume_names_a_damaged_checkpoint(run, main, capsys):
+    (run / "checkpoints" / "last.pt").write_bytes(b"garbage")
+    assert main("--resume", run) == 2
     assert "cannot read the checkpoint" in capsys.readouterr().err
 
 
-def test_resume_refuses_another_number_of_processes(short, main, capsys, strict_json):
-    config = strict_json(short / "config.json")
-    (short / "config.json").write_text(json.dumps({**config, "world_size": 2}))
-    assert main("--resume", short) == 2
+def test_resume_refuses_another_number_of_processes(run, main, capsys, strict_json):
+    config = strict_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
+    assert main("--resume", run) == 2
     assert "started with 2 processes" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Runs of train.py, from the command line to the table."""
 
 import csv
-import os
 import re
 import sqlite3
 import sys
@@ -385,13 +384,8 @@ def test_diverging_loss_is_named(main, quick, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "folder"), [("omniglot", "omniglot-small"), ("grocery", "grocery64")]
 )
-def test_real_images_train_to_the_end(main, tmp_path, strict_json, name, folder):
-    root = Path(os.environ.get("PML_PNP_DATA", ""))
-    if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
-        pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder} in it")
-    settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
-    assert main(*settings, "--dataset", name, "--samples-per-class", 4, "--batch-size", 128) == 0
-    metrics = strict_json(tmp_path / "run" / "metrics.json")
+def test_real_images_train_to_the_end(run_of_real_images, strict_json, name, folder):
+    metrics = strict_json(run_of_real_images(name, folder) / "metrics.json")
     before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
     assert after > before
 
