@@ -55,7 +55,8 @@ from pml_pnp.ops.settings import Settings
 from pml_pnp.pairs import Relation
 
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+EAGER, TRITON = "ops/eager.py", "ops/triton.py"
+COMPILED = "the same sums by torch.compile"
 PRODUCT, AT_ONCE = "PNPLoss, in squares", "PNPLoss, not in squares"
 TWO_PRODUCTS = "PNPLoss, two products"
 RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
@@ -229,6 +230,10 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
     s, labels = z @ z.T, torch.arange(n, device=device) // per_class
     relation = Relation.from_labels(labels, labels, torch.arange(n, device=device))
     settings = Settings(100.0, "Dq", 1.0, 2.0, True)
+    if provider == TRITON:
+        from pml_pnp.ops import triton
+
+        return partial(triton.losses_and_gradient, s, None, relation, settings, True)
     if provider != COMPILED:
         block = BLOCKS.get(provider, eager.CPU_BLOCK)
         sums = partial(eager.losses_and_gradient, s, None, relation, settings, True)
@@ -323,7 +328,7 @@ def _times(part: str, n: int, per_class: int, d: int, device, dtype: str, rounds
         providers.append(LEAN)
     make = build_queue if part == "queue" else build
     others = {
-        "kernel": ([EAGER, COMPILED], build_kernel),
+        "kernel": ([EAGER, *([] if device.type == "cpu" else [TRITON]), COMPILED], build_kernel),
         "blocks": (list(BLOCKS), build_kernel),
         "products": ([FLOOR, PRODUCT, AT_ONCE, TWO_PRODUCTS], build_product),
         "sigmoids": ([RATIOS, SINGLE], build_sigmoids),

@@ -26,7 +26,8 @@ GRAD_CACHE = RESULTS / "grad_cache"
 RANKS = RESULTS / "ranks"
 END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
-EAGER, COMPILED = "ops/eager.py", "the same sums by torch.compile"
+EAGER, TRITON = "ops/eager.py", "ops/triton.py"
+COMPILED = "the same sums by torch.compile"
 PRODUCT, AT_ONCE = "PNPLoss, in squares", "PNPLoss, not in squares"
 TWO_PRODUCTS = "PNPLoss, two products"
 RATIOS, SINGLE = "sigmoids as ratios", "sigmoids one by one"
@@ -244,17 +245,17 @@ def devices(rows: list[Row]) -> list[str]:
     return sorted({r["device"] for r in rows})
 
 
-def times(rows: list[Row], *parts: str) -> dict[str, dict[int, float]]:
-    """{provider: {N: median in ms}} of some parts, for float32."""
+def times(rows: list[Row], *parts: str, dtype: str = "float32") -> dict[str, dict[int, float]]:
+    """{provider: {N: median in ms}} of some parts."""
     result: dict[str, dict[int, float]] = {}
     for row in rows:
-        if _is(row, *parts):
+        if _is(row, *parts, dtype=dtype):
             result.setdefault(row["provider"], {})[int(row["N"])] = float(row["median_ms"])
     return result
 
 
-def _is(row: Row, *parts: str) -> bool:
-    return row["part"] in parts and row["dtype"] == "float32"
+def _is(row: Row, *parts: str, dtype: str = "float32") -> bool:
+    return row["part"] in parts and row["dtype"] == dtype
 
 
 def exponent(values: dict[int, float]) -> float:
@@ -266,23 +267,34 @@ def exponent(values: dict[int, float]) -> float:
 
 
 def summary(rows: list[Row]) -> str:
-    """What the README says about time: four rows for each device, and the plot."""
-    parts = []
-    for device in devices(rows):
-        of_device = [r for r in rows if r["device"] == device]
-        first, measured = of_device[0], _losses(of_device)
-        chosen = {
-            OURS: measured[OURS],
-            FASTEST: _fastest(measured),
-            BUILT_IN: measured.get(BUILT_IN, {}),
-            FLOOR: measured[FLOOR],
-        }
-        parts += [
-            "Milliseconds of forward and backward over the batch size N, from embeddings of length "
-            f"512, 4 per class ({first['hardware']}, {first['threads']} threads, {first['date']}):",
-            "\n".join(_table(chosen)),
-            f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
-        ]
+    """What the README says about time: four rows and the plot, a sentence for other devices."""
+    device, *others = devices(rows)
+    of_device = [r for r in rows if r["device"] == device]
+    first, measured = of_device[0], _losses(of_device)
+    chosen = {
+        OURS: measured[OURS],
+        FASTEST: _fastest(measured),
+        BUILT_IN: measured.get(BUILT_IN, {}),
+        FLOOR: measured[FLOOR],
+    }
+    parts = [
+        "Milliseconds of forward and backward over the batch size N, from embeddings of length "
+        f"512, 4 per class ({first['hardware']}, {_threads(first)}, {first['date']}):",
+        "\n".join(_table(chosen)),
+        f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
+    ]
+    for other in others:
+        of_device = [r for r in rows if r["device"] == other]
+        measured = _losses(of_device)
+        fastest = _fastest(measured)
+        sizes = [n for n in (384, 4096) if n in fastest]
+        ours, theirs = (
+            " and ".join(_short(t[n]) for n in sizes) for t in (measured[OURS], fastest)
+        )
+        parts.append(
+            f"On an {of_device[0]['hardware']} PNPLoss takes {ours} ms at N = "
+            f"{' and '.join(f'{n:,}' for n in sizes)}, the fastest other {theirs}."
+        )
     return "\n\n".join(parts)
 
 
@@ -349,9 +361,13 @@ def _where(rows: list[Row]) -> str:
     first = rows[0]
     commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows))
     return (
-        f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, "
+        f"{first['hardware']}, {_threads(first)}, torch {first['torch']}, "
         f"PML {first['pytorch_metric_learning']}, {first['date']}, {commands}"
     )
+
+
+def _threads(row: Row) -> str:
+    return f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
 
 
 def _list(sentences: list[str]) -> str:
@@ -428,6 +444,14 @@ def _ratios(rows: list[Row]) -> list[str]:
             f"With `chunk_size=2048` a step takes {ms / growth[OURS][n]:.2f} times as long as "
             f"without at N = {n:,}."
         )
+    halves = times(rows, "small", "large", "largest", dtype="bfloat16")
+    if OURS in halves:
+        n = max(halves[OURS])
+        ours, floor = (_short(halves[p][n]) for p in (OURS, FLOOR))
+        said.append(
+            f"Embeddings in bfloat16 are multiplied in float32: a step takes {ours} ms at N = "
+            f"{n:,}, the floor in bfloat16 {floor} ms."
+        )
     for n, ms in times(rows, "trunk").get(TRUNK, {}).items():
         share = times(rows, "trunk")[OURS][n] / ms
         said.append(
@@ -484,9 +508,13 @@ def _inside(rows: list[Row]) -> list[str]:
 
     said = []
     work = "Losses and gradient of given similarities take"
+    kernels = times(rows, "kernel")
     for n, ms, other in compared("kernel", EAGER, COMPILED):
+        plain = f"{work} {ms} ms"
+        if n in kernels.get(TRITON, {}):
+            plain = f"{work} {_short(kernels[TRITON][n])} ms in Triton, {ms} ms in plain PyTorch"
         said.append(
-            f"{work} {ms} ms at {_classes(rows, 'kernel', n)}; the same sums by `torch.compile` "
+            f"{plain} at {_classes(rows, 'kernel', n)}; the same sums by `torch.compile` "
             f"take {other} ms."
         )
     for n, ms, other in compared("sigmoids", RATIOS, SINGLE):

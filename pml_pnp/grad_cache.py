@@ -215,13 +215,14 @@ class _CalledTwice:
     def __call__(self, *rows: Tensor) -> Any:
         row_versions = [t._version for t in rows]
         before = [(b, n, b[n], b[n]._version, b[n].detach().clone()) for b, n in self.changing]
-        second_pass = _SecondPass(self)
+        first_pass, second_pass = _FirstPass(self.call), _SecondPass(self)
         output = checkpoint(
-            self.call,
+            first_pass.call,
             *rows,
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), second_pass),
         )
+        first_pass.end()
         if row_versions != [t._version for t in rows]:
             raise RuntimeError(
                 f"{self.name} changes its input in place, which is needed again in the backward "
@@ -239,6 +240,36 @@ class _CalledTwice:
     def note_versions(self) -> None:
         """Record the versions of the parameters, to notice a later change."""
         self.versions = [p._version for p in self.parameters]
+
+
+class _FirstPass:
+    """Keeps an error of the model until `checkpoint` has returned.
+
+    In torch before 2.13, an error that leaves `checkpoint` leaves its hooks in place, which then
+    call the model again in the backward pass of anything else.
+    """
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+        self._error: Exception | None = None
+        self._has_ended = False
+
+    def call(self, *rows: Tensor) -> Any:
+        """Call the model; errors of the second pass are raised at once."""
+        try:
+            return self._call(*rows)
+        except Exception as error:
+            if self._has_ended:
+                raise
+            self._error = error
+            return None
+
+    def end(self) -> None:
+        """Raise the error if there was one."""
+        self._has_ended = True
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 class _SecondPass:

@@ -315,7 +315,7 @@ def _losses_of(
     references: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L(a) of the queries in `rows`, which of them count, and their `ranking_counts`, (1, 3)."""
-    is_whole = rows == slice(0, queries.shape[0])
+    is_whole = rows.stop - rows.start == queries.shape[0]
     block = queries if is_whole else queries[rows]
     self_similarity = None
     if references is None:

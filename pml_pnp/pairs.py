@@ -118,7 +118,7 @@ class Pairs:
         self, labels, indices_tuple, ref_labels, n: int, m: int, is_own_reference: bool, device
     ) -> None:
         """Take the arguments of a PML loss, with n queries and m references."""
-        self._rows, self._m = slice(0, n), m
+        self._n, self._m = n, m
         self._query_column = self._by_labels = self._tuple = None
         if is_own_reference:
             self._query_column, ref_labels = torch.arange(n, device=device), labels
@@ -133,7 +133,8 @@ class Pairs:
     def of(self, rows: slice) -> Relation:
         """Return the relation of the queries in `rows`."""
         if self._by_labels is not None:
-            return self._by_labels if rows == self._rows else self._by_labels.of(rows)
+            is_whole = rows.stop - rows.start == self._n
+            return self._by_labels if is_whole else self._by_labels.of(rows)
         anchors, positives, *rest = self._tuple
         negative_anchors, negatives = rest if len(rest) == 2 else (anchors, *rest)
         column = None if self._query_column is None else self._query_column[rows]

@@ -5,9 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+@torch.compiler.assume_constant_result  # torch before 2.13 breaks the graph at the call
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def is_autocast_on(device_type: str) -> bool:
     """Whether autocast is on for a device type."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

@@ -38,7 +38,7 @@ def run(
     """Train on one part and measure on another.
 
     Initial weights, batches and augmentation follow from the seed alone, whatever the loss: runs of
-    two losses with the same seed are a pair.
+    two losses with the same seed are a pair. Network and loss are where the inputs to train on are.
 
     Args:
         data: network, augmentation, batch and number of steps.
@@ -52,8 +52,9 @@ def run(
     """
     begin = time.process_time()
     torch.manual_seed(seed)
-    network = data.network(train.inputs)
-    objective = make_objective(len(train.classes))
+    device = train.inputs.device
+    network = data.network(train.inputs).to(device)
+    objective = make_objective(len(train.classes)).to(device)
     groups = [{"params": list(network.parameters()), "lr": learning_rate}]
     if proxies := list(objective.parameters()):
         groups.append({"params": proxies, "lr": proxy_learning_rate})
@@ -61,7 +62,7 @@ def run(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, data.steps)
     generator = torch.Generator().manual_seed(seed)
     network.train()
-    for step, indices in enumerate(batches(train.labels, data, seed)):
+    for step, indices in enumerate(batches(train.labels, data, seed).to(device)):
         embeddings = network(data.augment(train.inputs[indices], generator))
         labels = train.labels[indices]
         each_step(step, embeddings, labels)
@@ -79,7 +80,7 @@ def batches(labels: Tensor, data: DataSet, seed: int) -> Tensor:
     """Indices of all batches, (steps, batch size), by PML's sampler."""
     size = data.classes_per_batch * data.examples_per_class
     np.random.seed(seed)  # PML's sampler draws from NumPy's own generator
-    sampler = MPerClassSampler(labels, data.examples_per_class, size, data.steps * size)
+    sampler = MPerClassSampler(labels.cpu(), data.examples_per_class, size, data.steps * size)
     return torch.tensor(list(sampler)).view(data.steps, size)
 
 
@@ -93,6 +94,7 @@ def retrieval_metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     Raises:
         ValueError: a class of one example, which has nothing to find.
     """
+    embeddings, labels = embeddings.cpu(), labels.cpu()  # NumPy selects what is nearest
     if not embeddings.isfinite().all():
         return dict.fromkeys(METRICS, 0.0)
     number = labels.bincount()[labels] - 1

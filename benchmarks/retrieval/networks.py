@@ -94,7 +94,7 @@ def sentence_net(ids: Tensor) -> nn.Module:
 
 @cache
 def _features(ids: Tensor) -> Tensor:
-    return embed(SentenceNet(), ids)
+    return embed(SentenceNet().to(ids.device), ids)
 
 
 def _folder_of_weights() -> Path:

@@ -89,6 +89,7 @@ def run_probes(study: Study, stage: str, seeds: int = SEEDS) -> None:
             probe.measured_on,
             params,
             outcome,
+            study.device,
         )
         rows.add(study.path, row)
         if stage == "temperature":
@@ -230,7 +231,7 @@ def coarse_and_fine(part: Part, fine: bool = False) -> tuple[Part, Part]:
     """
     order = torch.argsort(part.labels, stable=True)
     labels = part.labels[order]
-    within = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+    within = torch.arange(len(labels), device=labels.device) - torch.searchsorted(labels, labels)
     first, second = order[within % 4 != 3], order[within % 4 == 3]
     held_out = Part(part.inputs[second], part.labels[second], part.classes, part.coarse[second])
     if fine:

@@ -33,8 +33,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Argument ``multivariate``")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # a GPU computes what a CPU does
     data = DATA_SETS[args.dataset]
-    study = Study(data, args.data_root, args.results, args.database, args.losses)
+    device = torch.device(args.device)
+    study = Study(data, args.data_root, args.results, args.database, args.losses, device)
     for stage in args.stages:
         if stage == "untrained":
             study.untrained()
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
     parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each loss")
+    parser.add_argument("--device", default="cpu", help="of networks and losses")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--database", type=Path, default=DATABASE, help="SQLite file of optuna")

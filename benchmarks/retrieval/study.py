@@ -39,6 +39,7 @@ SEED_OF_TRIALS = 0  # the final runs have 1, 2, ...
 UNTRAINED = "untrained"  # a stage, and the name of its only row
 TRIALS_AT_RANDOM = 8  # before TPE models what they found
 OBJECTIVE = METRICS[0]
+CPU = torch.device("cpu")
 
 
 class Study:
@@ -50,6 +51,7 @@ class Study:
         results: the folder of the CSV files.
         database: the SQLite file of optuna; made of the rows where it lacks them.
         losses: the candidates to run, all by default.
+        device: where networks and losses are.
     """
 
     def __init__(
@@ -59,15 +61,17 @@ class Study:
         results: Path,
         database: Path,
         losses: Iterable[str] | None = None,
+        device: torch.device = CPU,
     ):
         self.data = data
         self.losses = list(CANDIDATES if losses is None else losses)
         self.path = rows.path_of(data.name, results)
         self.database = database
+        self.device = device
         self.part: Callable[[str], Part] = cache(partial(self._read, data_root))
 
     def _read(self, data_root: str | None, part: str) -> Part:
-        return self.data.read(part, data_root)
+        return self.data.read(part, data_root).to(self.device)
 
     def rows(self, stage: str | None = None) -> list[rows.Row]:
         """The rows so far, of one stage or of all."""
@@ -140,7 +144,9 @@ class Study:
 
     def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
         """Write the row of a run."""
-        row = rows.row_of(self.data, stage, name, setting, seed, measured_on, params, outcome)
+        row = rows.row_of(
+            self.data, stage, name, setting, seed, measured_on, params, outcome, self.device
+        )
         rows.add(self.path, row)
         return row
 
@@ -194,7 +200,8 @@ def measure_untrained(data: DataSet, measured: Part, seed: int = 1) -> Outcome:
     """What a network retrieves before training, or the features that it is given."""
     torch.manual_seed(seed)
     begin = time.process_time()
-    metrics = retrieval_metrics(embed(data.untrained(), measured.inputs), measured.labels)
+    network = data.untrained().to(measured.inputs.device)
+    metrics = retrieval_metrics(embed(network, measured.inputs), measured.labels)
     return Outcome(metrics, 0.0, time.process_time() - begin)
 
 

@@ -46,6 +46,11 @@ class Part:
     classes: tuple[str, ...]
     coarse: Tensor
 
+    def to(self, device: torch.device) -> "Part":
+        """The same part with its tensors on a device."""
+        tensors = {x: getattr(self, x).to(device) for x in ("inputs", "labels", "coarse")}
+        return dataclasses.replace(self, **tensors)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
@@ -223,11 +228,11 @@ class Warp:
         """Images (N, channels, side, side) to as many; what lies outside repeats the border."""
 
         def between(most: float) -> Tensor:
-            return (2 * torch.rand(len(images), generator=generator) - 1) * most
+            return ((2 * torch.rand(len(images), generator=generator) - 1) * most).to(images.device)
 
         angle, size = between(self.turn), 1 + between(self.scale)
         cos, sin = size * angle.cos(), size * angle.sin()
-        flip = between(1).sign() if self.mirror else torch.ones(len(images))
+        flip = between(1).sign() if self.mirror else torch.ones_like(cos)
         right, down = between(self.shift), between(self.shift)
         matrix = torch.stack([cos * flip, -sin, right, sin * flip, cos, down], 1).view(-1, 2, 3)
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)

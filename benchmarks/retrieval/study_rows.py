@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from fitting import Outcome
 from study_data import DataSet
 
@@ -86,6 +87,7 @@ def row_of(
     measured_on: str,
     parameters: dict[str, Any],
     outcome: Outcome,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The row of a run that just ended, on this machine.
 
@@ -99,6 +101,7 @@ def row_of(
         measured_on: the part of the data.
         parameters: of the candidate.
         outcome: of the run.
+        device: that it ran on.
     """
     return {
         "dataset": data.name,
@@ -113,22 +116,26 @@ def row_of(
         "batch_size": data.classes_per_batch * data.examples_per_class,
         "train_seconds": f"{outcome.train_seconds:.2f}",
         "evaluation_seconds": f"{outcome.evaluation_seconds:.2f}",
-        **_here(),
+        **_here(device),
     }
 
 
-def _here() -> dict[str, str]:
+def _here(device: torch.device) -> dict[str, str]:
     script = Path(sys.argv[0])
     root = Path(__file__).parents[2]
     name = script.resolve().relative_to(root) if root in script.resolve().parents else script.name
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores{_accelerator(device)}",
         "python": platform.python_version(),
         **{p: metadata.version(p) for p in PACKAGES},
         "pml_pnp": metadata.version("pml_pnp"),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", str(name), *sys.argv[1:]]),
     }
+
+
+def _accelerator(device: torch.device) -> str:
+    return f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
 
 
 def _processor() -> str:

@@ -112,6 +112,7 @@ class _Mean(torch.autograd.Function):
             losses, grad_s, grad_self = kernel(
                 s, s_self, relation, settings, call.with_gradient, overwrite=True
             )
+            del s  # on a GPU the gradient does not overwrite it
             total = total + losses.sum()
             number = number + relation.counted.sum()
             if whole and call.with_gradient:
@@ -122,6 +123,7 @@ class _Mean(torch.autograd.Function):
                     grad_z.addmm_(grad_s.T, part)
                 if s_self is not None:
                     grad_q[rows].addcmul_(part, grad_self.unsqueeze(1), value=2)
+            del grad_s
         if call.normalized and call.with_gradient:
             _differentiate_direction_(grad_q, q, q_norm)
             if call.with_grad_references:

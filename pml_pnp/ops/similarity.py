@@ -95,8 +95,9 @@ class _QueryLosses(torch.autograd.Function):
             )
             if found is not None:
                 return found
-        in_place = not gradients and not create_graph
-        if not gradients:
+        lacks_gradients = len(gradients) == 0  # torch.compile takes the truth of a tuple since 2.13
+        in_place = lacks_gradients and not create_graph
+        if lacks_gradients:
             gradients = ctx.gradients
             if in_place:
                 ctx.gradients = None
