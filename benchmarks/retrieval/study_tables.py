@@ -183,14 +183,15 @@ def _setting(parameters: str) -> str:
 
 
 def conditions(rows: list[Row]) -> str:
-    """Versions, machine and command of some rows."""
+    """Versions, machines and commands of some rows."""
     first = rows[-1]
     dates = sorted({r["date"] for r in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    machines = dict.fromkeys(f"{r['machine']}, torch {r['torch']}" for r in rows)
+    commands = dict.fromkeys(f"`{r['command'].partition(' --stages')[0]}`" for r in rows)
     return (
-        f"{first['steps']} steps of {first['batch_size']}, {first['machine']}, torch "
-        f"{first['torch']}, PML {first['pytorch-metric-learning']}, {when}, "
-        f"`{first['command'].partition(' --stages')[0]}`"
+        f"{first['steps']} steps of {first['batch_size']}, on {', and on '.join(machines)}, "
+        f"PML {first['pytorch-metric-learning']}, {when}, {', '.join(commands)}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Types of numbers that flags take, each with an error that says what was expected."""
+"""What several commands take: types of numbers, and flags."""
 
 import argparse
 from typing import Any
+
+from .processes import DEVICES
 
 
 def _number(kind: type, text: str, holds: Any, expected: str) -> Any:
@@ -47,3 +49,22 @@ def below_one(text: str) -> float:
 def fraction(text: str) -> float:
     """Read a number between 0 and 1."""
     return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
+# Flags of the commands that take an earlier run.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--data-root": {"metavar": "FOLDER", "help": "where the run's images are now"},
+    "--device": {"default": "auto", "help": f"{DEVICES} (default auto)"},
+    "--workers": {"type": natural, "default": 0, "help": "loader processes (default 0)"},
+}
+
+
+def parser_for_run(prog: str, description: str, *flags: str) -> argparse.ArgumentParser:
+    """The command line of a command that takes an earlier run, with some of the common flags."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    for flag in flags:
+        parser.add_argument(flag, **_FLAGS[flag])
+    return parser

@@ -11,6 +11,7 @@ from . import processes, screen
 from .errors import UserError
 from .processes import rank
 
+UNREAD = 141  # 128 and the number of SIGPIPE, as a shell says it
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
 COMMANDS = {
     "train": "train an embedding and evaluate it on classes it has never seen",
@@ -39,7 +40,8 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
     module = import_module(f".{command}", __package__)
     screen.start(silent=rank() > 0)
     try:
-        return module.run(module.parser(prog).parse_args(argv))
+        code = module.run(module.parser(prog).parse_args(argv))
+        return UNREAD if code == 0 and screen.is_unread() else code
     except UserError as error:
         if rank() == 0 or not error.common or _is_from_loader(error):
             _say_last(f"{prog}: error: {_one_line(error)}", sys.stderr)
@@ -61,7 +63,7 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
 
 def _say_last(line: str, stream: TextIO) -> None:
     """Print and log, and do not fail for a full disk, of which the line may tell."""
-    print(line, file=stream, flush=True)
+    screen.write(line, stream)
     screen.log_if_possible(line)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from importlib import metadata
@@ -32,7 +33,7 @@ from .data import (
 )
 from .errors import UserError
 from .metrics import RECALL_AT
-from .processes import world_size
+from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
 from .trunks import SMALL, SMALL_IMAGE_SIZE
 
@@ -223,7 +224,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     add(training, "--seed", "seed of everything random", type=seed)
     add(training, "--amp", "trunk in mixed precision", action="store_true")
-    add(training, "--device", "auto, cpu, cuda, cuda:N or mps")
+    add(training, "--device", DEVICES)
     add(
         training,
         "--threads",
@@ -416,9 +417,19 @@ def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
         UserError: If it lacks anything that this program writes.
     """
     config = {**EARLIER, **run.read_json(CONFIG)}
-    missing = sorted({*DEFAULTS, "world_size", "data", "versions"} - config.keys())
-    if missing:
-        raise UserError(f"{asked_by}: {run.path}/{CONFIG} is not of this program: no {missing[0]}")
+    file = run.path / CONFIG
+    other = sorted({"dataset", "loss", "world_size", "data", "versions"} - config.keys())
+    if other:
+        raise UserError(f"{asked_by}: {file} is not of this program: no {other[0]}")
+    later = [key for key in DEFAULTS if key not in config]
+    if later:
+        defaults = {**DEFAULTS, **DATASET_DEFAULTS.get(config["dataset"], {})}
+        values = ", ".join(f'"{key}": {json.dumps(defaults[key])}' for key in later)
+        raise UserError(
+            f"{asked_by}: {file} has no {', '.join(later)}, so an earlier version made this run; "
+            f"start a new one with the same settings by --config {file}, or add to the file the "
+            f"values with which this one was made; the present defaults are {values}"
+        )
     return config
 
 

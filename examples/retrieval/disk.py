@@ -3,8 +3,9 @@
 import csv
 import os
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,34 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new(path: Path) -> Iterator[Path]:
+    """Where to write a new file or folder, which comes to `path` whole or not at all.
+
+    Missing folders above it are made.
+
+    Raises:
+        UserError: As `writing`, or if there is something at `path`; nothing is left of it.
+    """
+    missing = [x for x in path.parents if not x.exists()]
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                prefix=f"{path.name[:100]}-", suffix=".incomplete", dir=path.parent
+            ) as folder:
+                part = Path(folder) / path.name
+                yield part
+                if not part.is_dir():  # a folder that holds anything is not replaced
+                    path.touch(exist_ok=False)
+                os.replace(part, path)
+        except BaseException:
+            for x in missing:
+                with suppress(OSError):  # another program may have put something there
+                    x.rmdir()
             raise
 
 

@@ -8,6 +8,7 @@ a folder, to an npz. README.md in the new folder says how to load them and how a
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arguments import natural
+from .arguments import parser_for_run
 from .configuration import of_run, splits_of_run
 from .data import Sample
+from .disk import new
 from .embeddings import embed_samples
 from .errors import UserError
 from .image_tree import Skipped, read_trees, summary
@@ -86,17 +88,11 @@ class Normalized(torch.nn.Module):
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("run", help="run folder")
+    flags = parser_for_run(prog, __doc__, "--data-root", "--device", "--workers")
     flags.add_argument("--output", metavar="FOLDER", help="a new folder (default RUN/export)")
     flags.add_argument(
         "--images", metavar="FOLDER", help="images to embed; by default those of the run's test"
     )
-    flags.add_argument("--data-root", metavar="FOLDER", help="where the run's data are now")
-    flags.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    flags.add_argument("--workers", type=natural, default=0, help="loader processes (default 0)")
     return flags
 
 
@@ -119,20 +115,7 @@ def run(args: argparse.Namespace) -> int:
     samples = [samples[i] for i in places]
     images = torch.stack([transform(x.open()) for x in samples[:2]])
     program = _exported(network.cpu(), images)
-    try:
-        output.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {output}: {error}") from error
-    torch.export.save(program, output / "model.pt2")
-    _check(torch.export.load(output / "model.pt2").module(), images, embeddings[: len(images)])
-    np.savez(
-        output / "embeddings.npz",
-        embeddings=embeddings.numpy(),
-        names=np.array([x.name for x in samples]),
-        labels=np.array([x.label for x in samples]),
-    )
     described, code = _described(transform)
-    (output / "transform.json").write_text(json.dumps(described, indent=2) + "\n")
     channels, height, width = images.shape[1:]
     text = README.format(
         title=run.path.resolve().name,
@@ -144,7 +127,21 @@ def run(args: argparse.Namespace) -> int:
         torch=torch.__version__.partition("+")[0],
         prepare=code,
     )
-    (output / "README.md").write_text(text, encoding="utf-8")
+    with new(output) as folder:
+        folder.mkdir()
+        # torch's writer of archives aborts the process where a disk is full.
+        stream = io.BytesIO()
+        torch.export.save(program, stream)
+        (folder / "model.pt2").write_bytes(stream.getbuffer())
+        _check(torch.export.load(folder / "model.pt2").module(), images, embeddings[: len(images)])
+        np.savez(
+            folder / "embeddings.npz",
+            embeddings=embeddings.numpy(),
+            names=np.array([x.name for x in samples]),
+            labels=np.array([x.label for x in samples]),
+        )
+        (folder / "transform.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "README.md").write_text(text, encoding="utf-8")
     say(f"{len(samples)} embeddings and the network: {output}")
     return 0
 

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import torch
 
+from .configuration import of_run
 from .data import Sample
 from .embeddings import embed_samples
 from .errors import UserError
@@ -55,6 +56,7 @@ class Index:
 
     def __init__(self, run: str, folder: str, device: torch.device, workers: int = 0):
         self.run = RunFolder.existing(run, "search")
+        of_run(self.run, "search")
         root = Path(folder)
         if not root.is_dir():
             raise UserError(f"--index: expected a folder of images, got {folder}")

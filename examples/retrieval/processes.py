@@ -17,6 +17,7 @@ from .errors import UserError
 # Rank 0 evaluates alone while the others wait; large test sets take a while. Elsewhere a process
 # that no longer answers is an error after PyTorch's own timeout.
 PATIENCE_WITH_RANK_ZERO = datetime.timedelta(hours=6)
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
 _waiting: dist.ProcessGroup | None = None
 SECONDS_TO_LET_GO = 0.5
 
@@ -56,7 +57,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
+            raise RuntimeError(f"expected {DEVICES}")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)

@@ -1,4 +1,4 @@
-"""Each image as a query among all others: what comes first, and how well it is ranked."""
+"""Images as queries among all others: what comes first, and how well it is ranked."""
 
 import dataclasses
 from collections import Counter
@@ -14,10 +14,10 @@ class Ranking:
     """The images ranked for every query, by cosine similarity, without the query itself.
 
     Attributes:
-        nearest: `(N, k)`, the nearest images, nearest first.
-        average_precision: `(N,)`, average precision at R, where R is the number of other images
+        nearest: `(Q, k)`, the nearest images, nearest first.
+        average_precision: `(Q,)`, average precision at R, where R is the number of other images
             of the query's class.
-        right_first: `(N,)`, whether the nearest image is of the query's class.
+        right_first: `(Q,)`, whether the nearest image is of the query's class.
         negatives_before: How many (query, positive) pairs have 0, 1, 2, ... negatives ranked before
             the positive.
         confused: How many of the R nearest places of the queries of one class are taken by
@@ -42,14 +42,16 @@ def rank_all(
     labels: torch.Tensor,
     neighbours: int,
     device: torch.device | str = "cpu",
+    queries: torch.Tensor | None = None,
 ) -> Ranking:
-    """Rank all images for each of them, a block of queries at a time.
+    """Rank all images for each query, a block of queries at a time.
 
     Args:
         embeddings: `(N, d)`, of length 1.
         labels: `(N,)`, class numbers from 0; each class has at least two images.
         neighbours: How many nearest images to keep; all if there are fewer.
         device: Where to compute.
+        queries: `(Q,)`, numbers of the images that are queries; by default all are.
     """
     count = len(labels)
     embeddings, labels = embeddings.to(device), labels.to(device)
@@ -59,11 +61,12 @@ def rank_all(
     nearest, precisions, first = [], [], []
     before = torch.zeros(count, dtype=torch.int64, device=device)
     confused: Counter[tuple[int, int]] = Counter()
-    for queries in torch.arange(count, device=device).split(max(1, PAIRS_AT_A_TIME // count)):
-        similarities = embeddings[queries] @ embeddings.T
-        similarities[torch.arange(len(queries)), queries] = -torch.inf  # itself comes last
+    queries = torch.arange(count) if queries is None else queries
+    for block in queries.to(device).split(max(1, PAIRS_AT_A_TIME // count)):
+        similarities = embeddings[block] @ embeddings.T
+        similarities[torch.arange(len(block)), block] = -torch.inf  # itself comes last
         order = similarities.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        own = labels[queries].unsqueeze(1)
+        own = labels[block].unsqueeze(1)
         found = labels[order]
         right = found == own
         hits = right.cumsum(dim=1)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from . import configuration
+from . import configuration, sheet
+from .arguments import parser_for_run
 from .data import RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
@@ -23,7 +24,7 @@ from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
 from .records import read
-from .report_parts import TestResults, augmented
+from .report_parts import FRAMES, TestResults, augmented
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -35,13 +36,11 @@ ROUNDING = 0.005
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("run", metavar="RUN", help="folder of the run")
-    flags.add_argument("--data-root", help="where its images are now, if they have moved")
+    flags = parser_for_run(prog, __doc__, "--data-root", "--device")
     flags.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"
+        "--sheet",
+        metavar="FILE",
+        help="show the worst, a typical and the best query in a new picture as well, PNG or PDF",
     )
     return flags
 
@@ -49,21 +48,35 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Make the report of an earlier run; returns the exit code."""
     require(NEEDS)
+    if args.sheet:
+        sheet.check(args.sheet)
     folder = RunFolder.existing(args.run, "report")
     config = configuration.of_run(folder, "report")
     device = find_device(args.device)
     splits = configuration.splits_of_run(config, args.data_root)
-    say(f"written to {make(folder, config, splits, device)}")
+    say(f"written to {make(folder, config, splits, device, args.sheet)}")
     return 0
 
 
 def make(
-    folder: RunFolder, config: dict[str, Any], splits: RetrievalSplits, device: torch.device
+    folder: RunFolder,
+    config: dict[str, Any],
+    splits: RetrievalSplits,
+    device: torch.device,
+    sheet_file: str | None = None,
 ) -> Path:
     """Write the report of a run, in place of an earlier one; returns its path.
 
+    Args:
+        folder: The run.
+        config: Its configuration.
+        splits: Its images.
+        device: Where to embed and to rank.
+        sheet_file: A new picture of some queries, if wished.
+
     Raises:
-        UserError: If images or checkpoint cannot be read.
+        UserError: If images or checkpoint cannot be read, or a picture is wished and there is no
+            test image.
     """
     notes: list[str] = []
     embeddings = {}
@@ -88,8 +101,12 @@ def make(
             workers=config["workers"],
             description=f"{name} network",
         )
-    page = render(contents(folder, config, splits, embeddings, notes, device))
-    folder.write_text(FILE, page)
+    content = contents(folder, config, splits, embeddings, notes, device)
+    folder.write_text(FILE, render(content))
+    if sheet_file:
+        if content["tested"] is None:
+            raise UserError(f"--sheet: there are no queries to show; {' '.join(notes)}")
+        sheet.write(sheet_file, content["tested"].picture())
     return folder.path / FILE
 
 
@@ -149,6 +166,7 @@ def contents(
         "augmented": augmented(splits.train.samples, build({**config, "pretrained": False})),
         "settings": _settings(config),
         "tested": tested,
+        "frames": FRAMES,
     }
 
 
@@ -167,13 +185,19 @@ def _notes(
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
 ) -> list[str]:
+    notes = []
+    if tested and tested.is_part:
+        notes.append(
+            f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
+            "images, drawn at random. Their means differ from the result, which is of all."
+        )
     if saved is None:
-        return [
+        notes.append(
             "The run has not ended: it has no metrics.json. The metrics were calculated for this "
             "page."
-        ]
-    if tested is None:
-        return []
+        )
+    if saved is None or tested is None or tested.is_part:
+        return notes
     return [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."

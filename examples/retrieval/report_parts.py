@@ -13,12 +13,17 @@ from .data import LabelledImages, Sample
 from .embeddings import to_plane
 from .figures import Diagram, negatives_histogram
 from .ranking import rank_all
-from .thumbnails import Sprite, contact_sheet, sprite, thumbnail, to_image
+from .sheet import Cell
+from .thumbnails import Sprite, contact_sheet, from_data_uri, sprite, thumbnail, to_image
 from .trunks import Trunk
 
 # What keeps the page below 10 MB: sides of thumbnails in pixels, and how many there are at most.
 SHEET_SIDE, CLASS_SIDE, MAP_SIDE, AUGMENTED_SIDE = 96, 48, 48, 64
 NEIGHBOURS = 10
+FRAMES = {"right": "#2e9e4f", "wrong": "#d64541"}
+# Pairs of a query and an image that are ranked for each network. Of more images than its square
+# root only a part are queries: with all 60,000 of a test set, there would be 36 times as many.
+PAIRS_AT_MOST = 10**8
 SHEETS_OF_A_KIND = 5
 MAP_POINTS = 2000
 CLASS_ROWS = 200
@@ -111,12 +116,15 @@ class Map:
 
 
 class TestResults:
-    """The test images, ranked by each network.
+    """The test images, ranked by each network for all of them or, of many, a random part.
 
     Args:
         images: The test images.
         embeddings: Theirs, of length 1, by the name of the network.
         device: Where to rank.
+
+    Attributes:
+        queries: Numbers of the images that they are ranked for.
     """
 
     def __init__(
@@ -128,13 +136,27 @@ class TestResults:
         self.samples = images.samples
         self.labels = torch.from_numpy(images.labels)
         self.embeddings = embeddings
+        count = len(self.samples)
+        self.queries = torch.from_numpy(_drawn(count, PAIRS_AT_MOST // count))
         self.rankings = {
-            name: rank_all(x, self.labels, NEIGHBOURS, device) for name, x in embeddings.items()
+            name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries)
+            for name, x in embeddings.items()
         }
         self.sizes = self.labels.bincount()
+        self.asked = self.labels[self.queries].bincount(minlength=len(self.sizes))
         numbers, first = np.unique(images.labels, return_index=True)
         self.first = dict(zip(numbers.tolist(), first.tolist(), strict=True))
         self._thumbnail = functools.cache(lambda i, side: thumbnail(self.samples[i], side))
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only a part of the images are queries."""
+        return len(self.queries) < len(self.samples)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes have queries."""
+        return int((self.asked > 0).sum())
 
     @property
     def networks(self) -> list[str]:
@@ -153,13 +175,30 @@ class TestResults:
             "typical": order[middle : middle + count],
             "best": order[::-1][:count],
         }
-        return {kind: [self._sheet(int(i)) for i in queries] for kind, queries in kinds.items()}
+        return {kind: [self._sheet(int(row)) for row in rows] for kind, rows in kinds.items()}
+
+    def picture(self) -> list[tuple[str, list[Cell]]]:
+        """Rows of a picture: the first query of each kind of sheet, by each network."""
+        rows = []
+        for kind, (first, *_) in self.sheets().items():
+            query = Cell(from_data_uri(first.query.uri))
+            for row in first.rows:
+                name = f"{kind} query\n{row.network}\nAP@R {row.average_precision:.2f}"
+                cells = (
+                    Cell(
+                        from_data_uri(x.picture.uri), frame=FRAMES["right" if x.right else "wrong"]
+                    )
+                    for x in row.neighbours
+                )
+                rows.append((name, [query, *cells]))
+        return rows
 
     def classes(self) -> list[ClassRow]:
         """All classes from the worst MAP@R to the best; of many, those at the two ends."""
         map_at_r = {k: self._class_means(x.average_precision) for k, x in self.rankings.items()}
         right_first = {k: self._class_means(x.right_first) for k, x in self.rankings.items()}
-        order = map_at_r[self.networks[0]].argsort(stable=True).tolist()
+        order = map_at_r[self.networks[0]].argsort(stable=True)
+        order = order[self.asked[order] > 0].tolist()
         if len(order) > CLASS_ROWS:
             order = order[: CLASS_ROWS // 2] + order[-CLASS_ROWS // 2 :]
         return [
@@ -190,10 +229,7 @@ class TestResults:
 
     def map(self) -> Map:
         """The test images in the plane."""
-        chosen = np.arange(len(self.samples))
-        if len(chosen) > MAP_POINTS:
-            chosen = np.random.default_rng(0).choice(chosen, MAP_POINTS, replace=False)
-            chosen.sort()
+        chosen = _drawn(len(self.samples), MAP_POINTS)
         planes = {
             name: to_plane(self.embeddings[name][torch.from_numpy(chosen)])
             for name in self.networks
@@ -211,11 +247,13 @@ class TestResults:
             sprite(samples, MAP_SIDE),
         )
 
-    def _sheet(self, query: int) -> Sheet:
+    def _sheet(self, row: int) -> Sheet:
+        """What is found for the query in a row of the rankings."""
+        query = int(self.queries[row])
         rows = []
         for network in self.networks:
             ranking, embeddings = self.rankings[network], self.embeddings[network]
-            nearest = ranking.nearest[query]
+            nearest = ranking.nearest[row]
             neighbours = [
                 Neighbour(
                     self._picture(int(i), SHEET_SIDE),
@@ -226,18 +264,19 @@ class TestResults:
                     nearest, embeddings[nearest] @ embeddings[query], strict=True
                 )
             ]
-            rows.append(Row(network, float(ranking.average_precision[query]), neighbours))
+            rows.append(Row(network, float(ranking.average_precision[row]), neighbours))
         return Sheet(self._picture(query, SHEET_SIDE), rows)
 
     def _picture(self, i: int, side: int) -> Picture:
         return Picture(self._thumbnail(i, side), self.samples[i].label, _file(self.samples[i]))
 
     def _class_means(self, values: torch.Tensor) -> torch.Tensor:
-        return self.labels.bincount(values.double()) / self.sizes
+        classes = self.labels[self.queries]
+        return classes.bincount(values.double(), minlength=len(self.sizes)) / self.asked
 
     def _share(self, network: str, pair: tuple[int, int]) -> float:
-        size = int(self.sizes[pair[0]])
-        return self.rankings[network].confused[pair] / (size * (size - 1))
+        places = int(self.asked[pair[0]] * (self.sizes[pair[0]] - 1))
+        return self.rankings[network].confused[pair] / places
 
 
 def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
@@ -250,6 +289,13 @@ def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
         versions = [trunk.train_transform(image) for _ in range(AUGMENTED_TIMES)]
         rows.append([image, *(to_image(x, trunk.mean, trunk.std) for x in versions)])
     return contact_sheet(rows, AUGMENTED_SIDE), [x.label for x in chosen]
+
+
+def _drawn(count: int, most: int) -> np.ndarray:
+    """The numbers below `count` in order, or a random part of `most` of them, always the same."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
 def _file(sample: Sample) -> str:

@@ -7,6 +7,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 import tqdm
 
@@ -17,6 +18,7 @@ _show_bar = tqdm.tqdm.__init__
 _show_warning = warnings.showwarning
 _log: Path | None = None
 _kept: list[str] = []  # said before there was a log
+_unread = False
 
 
 def start(silent: bool) -> None:
@@ -41,9 +43,27 @@ def stop() -> None:
 
 def show(line: str) -> None:
     """Print above any progress bar, and log it."""
-    tqdm.tqdm.write(line)
-    sys.stdout.flush()  # a kill, or who reads along, comes at any time
+    write(line, sys.stdout)
     log(line)
+
+
+def write(line: str, stream: TextIO) -> None:
+    """Print above any progress bar; nothing from when the reader of a pipe has gone."""
+    global _unread
+    try:
+        tqdm.tqdm.write(line, file=stream)
+        stream.flush()  # a kill, or who reads along, comes at any time
+    except BrokenPipeError:
+        _unread = True
+        # What is written or flushed from now on, at the latest when Python exits, goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def is_unread() -> bool:
+    """Whether the reader of a pipe has gone before the end, as `head` does."""
+    return _unread
 
 
 def log(text: str) -> None:
@@ -74,8 +94,8 @@ def log_to(path: Path) -> None:
 
 
 def _forget() -> None:
-    global _log
-    _log = None
+    global _log, _unread
+    _log, _unread = None, False
     _kept.clear()
 
 

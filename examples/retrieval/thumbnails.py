@@ -75,6 +75,11 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
 
 
+def from_data_uri(uri: str) -> Image.Image:
+    """The image that `data_uri` encoded."""
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     """The image scaled down to fit a square, or up by a whole factor, which keeps it sharp."""
     factor = side // max(image.size)

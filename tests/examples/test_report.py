@@ -408,6 +408,33 @@ def test_worse_retrieval_is_said(copied, report, strict_json, change):
     assert ("Training made the retrieval of unseen classes worse" in result) is (change < 0)
 
 
+def test_sheet_shows_queries_in_frames(copied, report, tmp_path, capsys):
+    file = tmp_path / "new" / "sheet.png"
+    assert report(copied, "--sheet", file) == 0
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    for color in FRAME.values():
+        channels = [color >> shift & 255 for shift in (16, 8, 0)]
+        assert (abs(pixels - channels).max(axis=2) <= 2).sum() > 100
+    assert report(copied, "--sheet", file) == 2
+    assert f"--sheet: {file} exists; name a new file" in capsys.readouterr().err
+    assert report(copied, "--sheet", tmp_path / "sheet.jpeg") == 2
+    assert "expected a name that ends in .png or .pdf" in capsys.readouterr().err
+
+
+def test_sheet_of_a_run_without_networks_is_refused(copied, report, tmp_path, capsys, monkeypatch):
+    from retrieval import report as module
+    from retrieval.errors import UserError
+
+    def fail(config):
+        raise UserError("no weights")
+
+    (copied / "checkpoints" / "best.pt").unlink()
+    monkeypatch.setattr(module, "untrained", fail)
+    assert report(copied, "--sheet", tmp_path / "sheet.png") == 2
+    assert "--sheet: there are no queries to show; Nothing is shown" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()
+
+
 def test_images_that_moved_are_found_with_data_root(copied, report, images, tmp_path, capsys):
     config = json.loads((copied / "config.json").read_text())
     config["data_root"] = str(tmp_path / "gone")
@@ -489,6 +516,71 @@ def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
     assert "2000 of the 5000 test images, drawn at random" in text_of(section(page, "map"))
     assert "of 500 classes the 100 at either end" in text_of(section(page, "classes"))
     assert len(list(section(page, "classes").find(".//tbody"))) == 200
+
+
+def test_of_many_images_a_part_are_queries(copied, report, monkeypatch):
+    """The metrics stay those of all; a query finds what it finds where all are queries."""
+    from retrieval import report_parts
+
+    monkeypatch.setattr(report_parts, "PAIRS_AT_MOST", 120 * 7)
+    before = parsed(copied / "report.html")
+    pages = []
+    for _ in range(2):
+        assert report(copied) == 0
+        pages.append((copied / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+    page = parsed(copied / "report.html")
+    assert "ranked for 7 of the 120 test images, drawn" in text_of(section(page, "notes"))
+    assert "network ranks the images found now" not in text_of(section(page, "notes"))
+    tables = [[cells(x) for x in section(x, "result").iter("tr")] for x in (page, before)]
+    assert tables[0] == tables[1]
+    sheets = [x for x in section(page, "sheets").iter("div") if x.get("class") == "sheet"]
+    assert [x.get("data-kind") for x in sheets] == ["worst"] * 2 + ["typical"] * 2 + ["best"] * 2
+    expected = brute_force(copied)
+    for sheet in sheets:
+        query = sheet.find("./figure/img").get("title")
+        for row in sheet.findall(".//ol"):
+            titles, _, _ = expected[row.get("data-network"), query]
+            assert [x.get("title") for x in row.iter("img")] == titles
+
+
+def test_parts_of_few_queries_are_means_over_these():
+    from retrieval.data import LabelledImages, Sample
+    from retrieval.report_parts import TestResults
+
+    pixels = np.zeros((8, 8), dtype=np.uint8)
+    samples = [Sample(f"{i}.png", f"class {i % 9}", pixels) for i in range(90)]
+    images = LabelledImages(samples, sorted({x.label for x in samples}))
+    embeddings = {"trained": torch.nn.functional.normalize(torch.randn(90, 4))}
+    whole = TestResults(images, embeddings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retrieval.report_parts.PAIRS_AT_MOST", 90 * 12)
+        part = TestResults(images, embeddings)
+    assert not whole.is_part and part.is_part
+    queries = part.queries.tolist()
+    assert len(queries) == 12 and queries == sorted(set(queries))
+    precision = whole.rankings["trained"].average_precision
+    found = {x.picture.label: x for x in part.classes()}
+    asked = {samples[q].label for q in queries}
+    assert found.keys() == asked and part.num_classes == len(asked) < 9
+    for label, row in found.items():
+        own = [float(precision[q]) for q in queries if samples[q].label == label]
+        assert row.map_at_r["trained"] == pytest.approx(np.mean(own))
+        assert row.images == 10
+    pairs = part.rankings["trained"].confused
+    assert {f"class {x}" for x, _ in pairs} <= asked
+    for label in asked:
+        shares = sum(part._share("trained", x) for x in pairs if f"class {x[0]}" == label)
+        own = [q for q in queries if samples[q].label == label]
+        wrong = [samples[i].label != label for q in own for i in nearest(embeddings["trained"], q)]
+        assert shares == pytest.approx(np.mean(wrong))
+
+
+def nearest(embeddings, query):
+    """The numbers of the nine images that are nearest to one."""
+    similarities = (embeddings @ embeddings[query]).tolist()
+    others = (i for i in range(len(similarities)) if i != query)
+    return sorted(others, key=lambda i: -similarities[i])[:9]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """`search` and `export` of a trained run, as a user calls them."""
 
+import contextlib
 import csv
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +120,8 @@ def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
     assert command("search", run, folder / "7", "--index", folder, "-k", 4, "--sheet", sheet) == 0
     with Image.open(sheet) as image:
         width, height = image.size
-    assert width == pytest.approx(5 * 1.3 * 120, abs=2)
-    assert height == pytest.approx(24 * 1.6 * 120, abs=2)
+    assert width == pytest.approx(5 * 120, abs=2)
+    assert height == pytest.approx(24 * 150, abs=2)
 
 
 MISTAKES = {
@@ -200,3 +205,160 @@ def test_commands_are_listed(command, capsys):
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert "search" in out and "export" in out
+
+
+# --- what is written ------------------------------------------------------------------------
+
+
+def found_beside(tmp_path):
+    return sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*"))
+
+
+@pytest.fixture
+def limited():
+    """Run with a limit of the size of files, at which the system refuses as with a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.mark.parametrize("name", ["found.csv", "found.png", "found.pdf", "made/here/found.csv"])
+def test_search_of_which_the_disk_takes_only_a_part(
+    command, run, folder, limited, tmp_path, capsys, name
+):
+    search = ["search", run, folder / "7" / "00.png", "--index", folder]
+    assert command(*search) == 0
+    (tmp_path / "found.csv.tmp").write_text("of the user")
+    before = found_beside(tmp_path)
+    output = tmp_path / name
+    capsys.readouterr()
+    with limited(1000):
+        flag = "--csv" if name.endswith("csv") else "--sheet"
+        assert command(*search, flag, output) == 2
+    err = capsys.readouterr().err
+    assert err == f"retrieval search: error: cannot write {output}: {os.strerror(errno.EFBIG)}\n"
+    assert found_beside(tmp_path) == before
+    assert command(*search, flag, output) == 0
+    assert output.stat().st_size > 1000
+    assert (tmp_path / "found.csv.tmp").read_text() == "of the user"
+
+
+@pytest.mark.parametrize("file", ["model.pt2", "embeddings.npz", "transform.json", "README.md"])
+def test_export_of_which_the_disk_takes_only_a_part(
+    command, run, tmp_path, capsys, monkeypatch, file
+):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    mkdir = Path.mkdir
+
+    def fill(self, *args, **kwargs):
+        mkdir(self, *args, **kwargs)
+        if self.name == "exported":
+            (self / file).symlink_to(full)
+
+    monkeypatch.setattr(Path, "mkdir", fill)
+    before = found_beside(tmp_path)
+    output = tmp_path / "made" / "exported"
+    assert command("export", run, "--output", output) == 2
+    err = capsys.readouterr().err
+    assert err == f"retrieval export: error: cannot write {output}: {os.strerror(errno.ENOSPC)}\n"
+    assert found_beside(tmp_path) == before
+
+
+def test_export_that_the_system_refuses_leaves_the_process_alive(
+    command, run, limited, tmp_path, capsys
+):
+    """The writer of torch ends the process where it may not write."""
+    before = found_beside(tmp_path)
+    with limited(1000):
+        assert command("export", run) == 2
+    reason = os.strerror(errno.EFBIG)
+    err = capsys.readouterr().err
+    assert err == f"retrieval export: error: cannot write {run / 'export'}: {reason}\n"
+    assert found_beside(tmp_path) == before
+
+
+def test_report_of_which_the_disk_takes_only_a_part(command, run, limited, tmp_path, capsys):
+    (run / "report.html").write_text("old")
+    before = found_beside(tmp_path)
+    with limited(1000):
+        assert command("report", run) == 2
+    reason = os.strerror(errno.EFBIG)
+    err = capsys.readouterr().err
+    assert err == f"retrieval report: error: cannot write {run / 'report.html'}: {reason}\n"
+    assert found_beside(tmp_path) == before
+    assert (run / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_what_came_to_the_place_meanwhile_is_kept(tmp_path, kind, there):
+    from retrieval.disk import new
+    from retrieval.errors import UserError
+
+    path = tmp_path / "output"
+    with pytest.raises(UserError, match=f"cannot write {path}: "), new(path) as part:
+        (part if kind == "file" else make(part) / "file").write_text("of the program")
+        (path if there == "file" else make(path) / "file").write_text("of the user")
+    kept = ["output"] if there == "file" else ["output", "output/file"]
+    assert found_beside(tmp_path) == kept
+    assert (tmp_path / kept[-1]).read_text() == "of the user"
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_new_can_be_read_by_whom_the_user_lets(tmp_path, kind):
+    from retrieval.disk import new
+
+    plain, path = make(tmp_path / "plain") / "file", tmp_path / "output"
+    plain.write_text("plain")
+    with new(path) as part:
+        part.write_text("new") if kind == "file" else part.mkdir()
+    like = plain if kind == "file" else plain.parent
+    assert path.stat().st_mode == like.stat().st_mode
+
+
+def test_sheet_of_an_unknown_kind_is_refused(command, run, folder, tmp_path, capsys):
+    search = ["search", run, folder / "7", "--index", folder]
+    assert command(*search, "--sheet", tmp_path / "found.txt") == 2
+    assert "expected a name that ends in .png or .pdf" in capsys.readouterr().err
+
+
+# --- a reader that goes away ----------------------------------------------------------------
+
+
+def test_reader_that_leaves_ends_the_command_quietly(run, folder, environment, tmp_path):
+    """As `| head -1` does; everything is written all the same."""
+    table, sheet = tmp_path / "found.csv", tmp_path / "found.png"
+    query = folder / "7" / "00.png"
+    arguments = ["search", run, query, "--index", folder, "--csv", table, "--sheet", sheet]
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "retrieval", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("index: 48 images")
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=300) == 141
+    assert error == ""
+    assert len(rows(table)) == 10
+    with Image.open(sheet) as image:
+        image.verify()

@@ -1,5 +1,7 @@
 """Every mistake a user can make ends in one line and exit code 2."""
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -107,7 +109,34 @@ def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
 def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert main("--resume", tmp_path) == 2
-    assert "config.json is not of this program: no amp" in capsys.readouterr().err
+    assert "config.json is not of this program: no data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train --resume", "report", "export", "search"])
+def test_run_of_an_earlier_version_says_how_to_go_on(
+    run, main, quick, capsys, strict_json, tmp_path, command
+):
+    from retrieval import commands
+
+    file = run / "config.json"
+    config = strict_json(file)
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("amp", "patience")}))
+    arguments = [*command.split(), str(run)]
+    if command == "search":
+        arguments += [str(run), "--index", str(run)]
+    assert commands.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert f"{file} has no patience, amp, so an earlier version made this run" in err
+    assert err.count("\n") == 1
+    assert f"start a new one with the same settings by --config {file}" in err
+    (values,) = re.findall(r"the present defaults are (.*)\n", err)
+    if command == "train --resume":  # both ways out
+        new = ["--output-dir", tmp_path, "--name", "new", "--epochs", 1, "--no-report"]
+        assert main("--config", file, *new) == 0
+        again = {**json.loads(file.read_text()), **json.loads("{" + values + "}")}
+        assert again == config
+        file.write_text(json.dumps(again))
+        assert main("--resume", run) == 0
 
 
 @pytest.mark.parametrize("common", [True, False])
