@@ -16,6 +16,14 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 
+@pytest.hookimpl(tryfirst=True)  # before the markers that the command line asks for are looked at
+def pytest_collection_modifyitems(items):
+    """Mark what is in this folder."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("application")
+
+
 @pytest.fixture
 def data_root(monkeypatch):
     """Unset the variable that names the data folder, so that a test decides itself."""
