@@ -278,28 +278,28 @@ def test_export_of_which_the_disk_takes_only_a_part(
     assert found_beside(tmp_path) == before
 
 
+def assert_refused(command, name, run, path, root, capsys):
+    """A command that may not write so large a file says so, and leaves all below root as it was."""
+    before = found_beside(root)
+    assert command(name, run) == 2
+    err = capsys.readouterr().err
+    reason = os.strerror(errno.EFBIG)
+    assert err == f"retrieval {name}: error: cannot write {path}: {reason}\n"
+    assert found_beside(root) == before
+
+
 def test_export_that_the_system_refuses_leaves_the_process_alive(
     command, run, limited, tmp_path, capsys
 ):
     """The writer of torch ends the process where it may not write."""
-    before = found_beside(tmp_path)
     with limited(1000):
-        assert command("export", run) == 2
-    reason = os.strerror(errno.EFBIG)
-    err = capsys.readouterr().err
-    assert err == f"retrieval export: error: cannot write {run / 'export'}: {reason}\n"
-    assert found_beside(tmp_path) == before
+        assert_refused(command, "export", run, run / "export", tmp_path, capsys)
 
 
 def test_report_of_which_the_disk_takes_only_a_part(command, run, limited, tmp_path, capsys):
     (run / "report.html").write_text("old")
-    before = found_beside(tmp_path)
     with limited(1000):
-        assert command("report", run) == 2
-    reason = os.strerror(errno.EFBIG)
-    err = capsys.readouterr().err
-    assert err == f"retrieval report: error: cannot write {run / 'report.html'}: {reason}\n"
-    assert found_beside(tmp_path) == before
+        assert_refused(command, "report", run, run / "report.html", tmp_path, capsys)
     assert (run / "report.html").read_text() == "old"
 
 
