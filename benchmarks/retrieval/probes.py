@@ -288,6 +288,7 @@ def saturated_share(embeddings: Tensor, labels: Tensor, temperature: float) -> f
     """
     unit = normalize(embeddings)
     s, same = unit @ unit.T, labels[:, None] == labels
-    query, positive = (same ^ torch.eye(len(s), dtype=torch.bool)).nonzero(as_tuple=True)
+    itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    query, positive = (same ^ itself).nonzero(as_tuple=True)
     t = (s[query] - s[query, positive][:, None]).abs() / temperature
     return (t > SATURATED)[~same[query]].float().mean().item()
