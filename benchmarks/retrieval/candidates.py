@@ -1,7 +1,8 @@
 """The losses of the study: how each is made, its defaults, and what tuning may change.
 
 A default is the value that PML documents, or the paper's for the losses of peers.py. Tuning also
-searches the learning rate of the network, for every loss over the same range.
+searches the learning rate of the network, for every loss over the same range. Two losses side by
+side are a sum: the other loss, plus PNPLoss or SupAP times a weight.
 """
 
 import dataclasses
@@ -31,7 +32,6 @@ from pml_pnp import losses
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import peers  # noqa: E402
 
-LEARNING_RATE = FloatDistribution(1e-4, 1e-2, log=True)
 # PML's documentation gives the proxies of a loss an optimizer of their own, at 0.01.
 PROXY_LEARNING_RATE = 0.01
 Params = dict[str, Any]
@@ -214,13 +214,20 @@ def _rounded(p: Params, classes: int) -> nn.Module:
     return Rounded(losses.PNPLoss(variant="Ds", anneal=p["anneal"]), p["dtype"])
 
 
-def _beside_proxies(p: Params, classes: int) -> nn.Module:
-    proxies = losses.ProxyAnchorLoss(num_classes=classes, embedding_size=EMBEDDING_SIZE)
-    return Sum(proxies, losses.PNPLoss(variant="Ds", anneal=p["anneal"]), p["weight"])
+def _beside(build: Callable, ranking_cls, names: tuple[str, ...], fixed: Params | None = None):
+    """Another loss plus a ranking loss times `weight`; `names` are the latter's parameters."""
+
+    def both(p: Params, classes: int) -> nn.Module:
+        ranking = ranking_cls(**(fixed or {}), **{k: p[k] for k in names})
+        others = {k: v for k, v in p.items() if k not in (*names, "weight")}
+        return Sum(build(others, classes), ranking, p["weight"])
+
+    return both
 
 
 _TEMPERATURE = _log(0.003, 0.3)
 _MEMORY = CategoricalDistribution([512, 1024, 2048, 4096])
+_WEIGHT = _log(0.1, 10)
 _PNP = losses.PNPLoss
 _TRIPLETS = CategoricalDistribution(["all", "hard", "semihard"])
 
@@ -266,13 +273,37 @@ CANDIDATES = {
     "PNP-Ds auto 1/2": Candidate(_auto("Ds"), {"share": 0.5}, {}, "PNP"),
     "PNP-Dq auto 1/4": Candidate(_auto("Dq"), {"share": 0.25}, {}, "PNP"),
     "PNP-Dq auto 1/2": Candidate(_auto("Dq"), {"share": 0.5}, {}, "PNP"),
+    # Beside a loss of another kind.
     "PNP-Ds + ProxyAnchor": Candidate(
-        _beside_proxies,
+        _beside(_with_proxies(losses.ProxyAnchorLoss), _PNP, ("anneal",), {"variant": "Ds"}),
         {"anneal": 0.05, "weight": 1.0},
         {
             "anneal": _TEMPERATURE,
-            "weight": _log(0.1, 10),
+            "weight": _WEIGHT,
             "proxy_learning_rate": _log(1e-3, 1e-1),
+        },
+        "PNP",
+    ),
+    "PNP-Ds + Contrastive": Candidate(
+        _beside(_loss(losses.ContrastiveLoss), _PNP, ("anneal",), {"variant": "Ds"}),
+        {"anneal": 0.1, "weight": 1.0, "pos_margin": 0.0, "neg_margin": 1.0},
+        {
+            "anneal": _TEMPERATURE,
+            "weight": _WEIGHT,
+            "pos_margin": FloatDistribution(0, 0.6),
+            "neg_margin": FloatDistribution(0.3, 1.4),
+        },
+        "PNP",
+    ),
+    "PNP-Ds + MultiSimilarity": Candidate(
+        _beside(_loss(losses.MultiSimilarityLoss), _PNP, ("anneal",), {"variant": "Ds"}),
+        {"anneal": 0.1, "weight": 1.0, "alpha": 2.0, "beta": 50.0, "base": 0.5},
+        {
+            "anneal": _TEMPERATURE,
+            "weight": _WEIGHT,
+            "alpha": _log(0.5, 20),
+            "beta": _log(5, 100),
+            "base": FloatDistribution(0, 1),
         },
         "PNP",
     ),
@@ -384,6 +415,26 @@ CANDIDATES = {
         _loss(peers.SupAP),
         {"temperature": 0.01, "slope": 100.0, "margin": 0.05},
         {"temperature": _TEMPERATURE, "slope": _log(5, 300), "margin": _log(0.01, 0.3)},
+        "peer",
+    ),
+    "SupAP + Contrastive": Candidate(
+        _beside(_loss(losses.ContrastiveLoss), peers.SupAP, ("temperature", "slope", "margin")),
+        {
+            "temperature": 0.01,
+            "slope": 100.0,
+            "margin": 0.05,
+            "weight": 1.0,
+            "pos_margin": 0.0,
+            "neg_margin": 1.0,
+        },
+        {
+            "temperature": _TEMPERATURE,
+            "slope": _log(5, 300),
+            "margin": _log(0.01, 0.3),
+            "weight": _WEIGHT,
+            "pos_margin": FloatDistribution(0, 0.6),
+            "neg_margin": FloatDistribution(0.3, 1.4),
+        },
         "peer",
     ),
     "RecallAtK": Candidate(

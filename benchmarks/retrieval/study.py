@@ -23,7 +23,6 @@ import torch
 import tqdm
 from candidates import (
     CANDIDATES,
-    LEARNING_RATE,
     PROXY_LEARNING_RATE,
     Params,
     candidate,
@@ -31,6 +30,7 @@ from candidates import (
 )
 from fitting import METRICS, Outcome, retrieval_metrics, run
 from networks import embed
+from optuna.distributions import BaseDistribution, FloatDistribution
 from study_data import DataSet, Part
 
 TRIALS = 20
@@ -115,6 +115,11 @@ class Study:
             params["proxy_learning_rate"] = PROXY_LEARNING_RATE
         return params
 
+    def learning_rates(self) -> BaseDistribution:
+        """What tuning searches: from a tenth of the untuned runs' learning rate to ten times it."""
+        usual = self.data.learning_rate
+        return FloatDistribution(usual / 10, usual * 10, log=True)
+
     def _measure(self, stage: str, settings: dict[str, Params], seeds: int) -> None:
         done = rows.done(self.rows(stage))
         todo = [
@@ -151,7 +156,7 @@ class Study:
         return row
 
     def _tune(self, name: str, trials: int) -> None:
-        space = {**CANDIDATES[name].space, "learning_rate": LEARNING_RATE}
+        space = {**CANDIDATES[name].space, "learning_rate": self.learning_rates()}
         study = self._optuna_study(name, space)
         number = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
         for trial_number in tqdm.trange(
