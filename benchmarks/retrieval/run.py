@@ -4,6 +4,7 @@
     python benchmarks/retrieval/run.py --dataset omniglot --stages untuned --seeds 3
     python benchmarks/retrieval/run.py --dataset clinc150 --stages tune --losses PNP-Ds SupCon
     python benchmarks/retrieval/run.py --dataset clinc150 --stages temperature batch coarse
+    python benchmarks/retrieval/run.py --dataset clinc150 --stages splits --losses PNP-Ds SupCon
 
 Every run is a row of benchmarks/results/retrieval_study. A run that has one is not repeated: the
 command carries on where it was stopped. Two processes can share the work by --losses.
@@ -23,7 +24,7 @@ from study import SEEDS, TRIALS, Study
 from study_data import DATA_SETS
 from study_rows import RESULTS
 
-STAGES = ("untrained", "untuned", "tune", "tuned")
+STAGES = ("untrained", "untuned", "tune", "tuned")  # by default
 DATABASE = Path(__file__).parents[2] / "runs" / "retrieval_study.db"
 
 
@@ -46,6 +47,8 @@ def main() -> None:
             study.tune(args.trials)
         elif stage == "tuned":
             study.tuned(args.seeds, args.trials)
+        elif stage == "splits":
+            study.splits(args.seeds)
         else:
             run_probes(study, stage, args.probe_seeds)
 
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATA_SETS)
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *PROBES), default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, "splits", *PROBES), default=STAGES)
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
     parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")

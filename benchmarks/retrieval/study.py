@@ -5,6 +5,8 @@
 `tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
 default.
 `tuned`: the best trial's setting, trained on all training classes, measured on `test`.
+`splits`: every candidate at its defaults on other splits of the classes; the seed of a run is that
+of its split.
 
 The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.
 """
@@ -31,7 +33,7 @@ from candidates import (
 from fitting import METRICS, Outcome, retrieval_metrics, run
 from networks import embed
 from optuna.distributions import BaseDistribution, FloatDistribution
-from study_data import DataSet, Part
+from study_data import DataSet, Part, other_split
 
 TRIALS = 20
 SEEDS = 10
@@ -88,6 +90,15 @@ class Study:
         settings = {name: self.defaults(name) for name in self.losses}
         self._measure("untuned", settings, seeds)
 
+    def splits(self, number: int = SEEDS) -> None:
+        """Run the defaults of every candidate on other splits into training and test classes."""
+
+        def parts(seed: int) -> tuple[Part, Part]:
+            return other_split(self.part("training"), self.part("test"), seed)
+
+        settings = {name: self.defaults(name) for name in self.losses}
+        self._measure("splits", settings, number, cache(parts))
+
     def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
         """Run the best setting of every loss whose trials are complete."""
         self._measure("tuned", self.best_settings(trials), seeds)
@@ -120,7 +131,14 @@ class Study:
         usual = self.data.learning_rate
         return FloatDistribution(usual / 10, usual * 10, log=True)
 
-    def _measure(self, stage: str, settings: dict[str, Params], seeds: int) -> None:
+    def _measure(
+        self,
+        stage: str,
+        settings: dict[str, Params],
+        seeds: int,
+        parts: Callable[[int], tuple[Part, Part]] | None = None,
+    ) -> None:
+        """Run every setting with every seed, on the parts of that seed or on those of the data."""
         done = rows.done(self.rows(stage))
         todo = [
             (seed, name)
@@ -129,22 +147,20 @@ class Study:
             if (stage, name, "", str(seed)) not in done
         ]
         for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
-            outcome = self.fit(name, settings[name], seed, train="training", measured_on="test")
+            train, test = parts(seed) if parts else (self.part("training"), self.part("test"))
+            outcome = self.fit(name, settings[name], seed, train, test)
             self.add(stage, name, "", seed, "test", settings[name], outcome)
 
-    def fit(
-        self, name: str, params: Params, seed: int, train: str, measured_on: str, **kwargs: Any
-    ) -> Outcome:
+    def fit(self, name: str, params: Params, seed: int, train: Part, measured: Part) -> Outcome:
         """One run of a candidate."""
         return run(
             self.data,
-            self.part(train),
-            self.part(measured_on),
+            train,
+            measured,
             lambda classes: objective(name, params, classes),
             params["learning_rate"],
             params.get("proxy_learning_rate", PROXY_LEARNING_RATE),
             seed,
-            **kwargs,
         )
 
     def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
@@ -167,9 +183,8 @@ class Study:
             # So that a resumed study draws what an uninterrupted one would have drawn.
             study.sampler = _sampler(name, trial_number)
             trial = study.ask(space)
-            outcome = self.fit(
-                name, trial.params, SEED_OF_TRIALS, train="fit", measured_on="validation"
-            )
+            parts = self.part("fit"), self.part("validation")
+            outcome = self.fit(name, trial.params, SEED_OF_TRIALS, *parts)
             setting = str(trial_number)
             row = self.add(
                 "tune", name, setting, SEED_OF_TRIALS, "validation", trial.params, outcome

@@ -112,6 +112,28 @@ def part_of_classes(names: Sequence[str], part: str) -> list[str]:
     return sorted(parts[part])
 
 
+def other_split(training: Part, test: Part, seed: int) -> tuple[Part, Part]:
+    """As many classes to train on and to test with, chosen at random from those of both parts.
+
+    Coarse labels, whose numbers differ between parts, are left out: all are 0.
+    """
+    names = training.classes + test.classes
+    inputs = torch.cat([training.inputs, test.inputs])
+    labels = torch.cat([training.labels, test.labels + len(training.classes)])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+
+    def part(chosen: Tensor) -> Part:
+        number = torch.full((len(names),), -1)
+        number[chosen] = torch.arange(len(chosen))
+        own = number.to(labels.device)[labels]
+        kept = own >= 0
+        classes = tuple(names[i] for i in chosen.tolist())
+        return Part(inputs[kept], own[kept], classes, torch.zeros_like(own[kept]))
+
+    at_first, later = order.tensor_split([len(training.classes)])
+    return part(at_first.sort().values), part(later.sort().values)
+
+
 # --- CLINC150 -------------------------------------------------------------------------------
 
 FEATURES = "minilm-features.npz"

@@ -14,7 +14,7 @@ from fitting import METRICS, batches, retrieval_metrics, run
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from study import Study
-from study_data import DATA_SETS, Warp, part_of_classes
+from study_data import DATA_SETS, Warp, other_split, part_of_classes
 
 from pml_pnp import losses
 
@@ -232,6 +232,37 @@ def test_final_runs_train_on_all_training_classes_and_measure_on_test(shorter, s
     study.untuned(seeds=1)
     assert set(shorter.read.parts) == {"training", "test"}
     assert {r["measured_on"] for r in study.rows()} == {"test"}
+
+
+def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
+    training, test = tiny.read("training", None), tiny.read("test", None)
+    splits = [other_split(training, test, seed) for seed in (1, 2, 1)]
+    for one, other in splits:
+        assert {*one.classes, *other.classes} == {*training.classes, *test.classes}
+        assert (len(one.classes), len(other.classes)) == (16, 6)
+        for part in (one, other):
+            assert part.labels.bincount().tolist() == [8] * len(part.classes)
+            for x, label in zip(part.inputs, part.labels.tolist(), strict=True):
+                of_class = [
+                    whole.classes[whole.labels[i]]
+                    for whole in (training, test)
+                    for i in (whole.inputs == x).all(dim=1).nonzero().flatten()
+                ]
+                assert of_class == [part.classes[label]]
+    assert splits[0][1].classes != splits[1][1].classes
+    assert splits[0][1].inputs.equal(splits[2][1].inputs)
+
+
+def test_a_run_on_another_split_is_measured_on_its_test_classes(shorter, study_of):
+    study = study_of(shorter, ["PNP-Ds", "SupCon"])
+    study.splits(number=2)
+    assert [(r["loss"], r["seed"]) for r in study.rows("splits")] == [
+        (loss, seed) for seed in ("1", "2") for loss in ("PNP-Ds", "SupCon")
+    ]
+    train, test = other_split(shorter.read("training", None), shorter.read("test", None), 2)
+    again = study.fit("SupCon", study.defaults("SupCon"), 2, train, test)
+    row = study.rows("splits")[-1]
+    assert float(row["map_at_r"]) == pytest.approx(again.metrics["map_at_r"], abs=1e-6)
 
 
 def test_what_is_without_training_is_measured_once(shorter, study_of):
