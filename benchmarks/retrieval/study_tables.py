@@ -1,7 +1,9 @@
-"""Make the tables of docs/retrieval.md of the rows in benchmarks/results/retrieval_study.
+"""Make the tables and the picture of docs/retrieval.md of the rows of the study.
 
     python benchmarks/retrieval/study_tables.py            # write them
-    python benchmarks/retrieval/study_tables.py --check    # only whether the page has them
+    python benchmarks/retrieval/study_tables.py --check    # only whether the page has the tables
+
+The rows are in benchmarks/results/retrieval_study, and so is the picture.
 
 A cell of a metric is its mean over the seeds, in percent, and half of the 95 % interval by
 Student's t. The last columns compare with the best peer (the loss of another paper with the highest
@@ -22,16 +24,27 @@ import numpy as np
 import torch
 from pytorch_metric_learning.distances import DotProductSimilarity
 from scipy import stats
+from study_plot import TITLES, plot
 
 from pml_pnp import losses
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval_study"
 PAGE = ROOT / "docs" / "retrieval.md"
+SIGNAL = "signal"  # the rows of another kind
+PICTURE = RESULTS / "losses.svg"
 END = "<!-- end -->"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 OURS = "PNP"  # the names of this package's losses start so
-UNTUNED, TUNED = "untuned", "tuned"
+UNTUNED, TUNED, SPLITS = "untuned", "tuned", "splits"
+TRANSFORMER = "clinc150_transformer"  # of which few losses are tuned
+# A loss that is a sum, and the part of it that it is compared with.
+SUMS = (
+    ("PNP-Ds + MultiSimilarity", "MultiSimilarity"),
+    ("PNP-Ds + ProxyAnchor", "ProxyAnchor"),
+    ("PNP-Ds + Contrastive", "Contrastive"),
+    ("SupAP + Contrastive", "Contrastive"),
+)
 AUTO_SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
 BATCH_CONTRASTS = (("56 x 4", "7 x 4"), ("28 x 4", "7 x 4"), ("14 x 16", "14 x 4"))
 BLURRING = "PNP-Iu"  # what the losses that keep the fine classes apart are compared with
@@ -58,18 +71,47 @@ def main() -> None:
     if args.check:
         sys.exit(0 if made == text else f"{PAGE.name} is not what the rows say")
     PAGE.write_text(made, encoding="utf-8")
+    picture()
 
 
 def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every part made anew that it has markers for."""
-    files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
-    text = _with(text, "signal", signal(files.pop("signal", [])))
+    files = _read_all(folder)
+    signals = folder / f"{SIGNAL}.csv"
+    text = _with(text, "signal", signal(read(signals) if signals.exists() else []))
     for name, rows in files.items():
         for part, make in PARTS.items():
             text = _with(text, f"{name} {part}", make(rows))
+    for stage in (UNTUNED, TUNED, SPLITS):
+        text = _with(text, f"all {stage}", summary(files, stage))
+    text = _with(text, "sums", sums(files))
     text = _with(text, "anneal of the batch", anneal_of_the_batch(files))
     text = _with(text, "positives before", positives_before(files))
     return _with(text, "gradients", gradients())
+
+
+def picture(folder: Path = RESULTS, path: Path = PICTURE) -> None:
+    """Draw the means of the untuned and of the tuned runs of all data sets."""
+    files = _read_all(folder)
+    files.pop(TRANSFORMER, None)
+    values = {
+        name: {
+            stage: {
+                loss: (100 * np.mean([*x.values()]), 100 * (half_width([*x.values()]) or 0))
+                for loss, x in by_loss(_of_stage(rows, stage), "map_at_r").items()
+            }
+            for stage in (UNTUNED, TUNED)
+        }
+        for name, rows in files.items()
+    }
+    plot(values, [*_behind(files, UNTUNED)], OURS, path)
+
+
+def _read_all(folder: Path) -> dict[str, list[Row]]:
+    """The rows of all data sets, in the order of the page."""
+    names = {path.stem for path in folder.glob("*.csv")} - {SIGNAL}
+    order = [*(n for n in TITLES if n in names), *sorted(names - TITLES.keys())]
+    return {name: read(folder / f"{name}.csv") for name in order}
 
 
 def _with(text: str, name: str, made: str) -> str:
@@ -130,7 +172,7 @@ def final(stage: str) -> Callable[[list[Row]], str]:
     """Makes the table of the runs at the defaults, or of the tuned ones."""
 
     def make(rows: list[Row]) -> str:
-        of_stage = [r for r in rows if r["stage"] == stage]
+        of_stage = _of_stage(rows, stage)
         if not of_stage:
             return "No runs yet."
         values = {m: by_loss(of_stage, m) for m in METRICS}
@@ -195,9 +237,68 @@ def conditions(rows: list[Row]) -> str:
     )
 
 
+def _of_stage(rows: Iterable[Row], stage: str) -> list[Row]:
+    return [r for r in rows if r["stage"] == stage]
+
+
+def _behind(files: dict[str, list[Row]], stage: str) -> dict[str, dict[str, float]]:
+    """{loss: {data set: mean MAP@R minus that of the best peer}}, in percent, the best loss first.
+
+    Of the losses that have run on all data sets.
+    """
+    behind: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, rows in files.items():
+        means = {
+            loss: 100 * float(np.mean([*x.values()]))
+            for loss, x in by_loss(_of_stage(rows, stage), "map_at_r").items()
+        }
+        best = max((m for loss, m in means.items() if not loss.startswith(OURS)), default=None)
+        for loss, mean in means.items():
+            if best is not None:
+                behind[loss][name] = mean - best
+    whole = {loss: x for loss, x in behind.items() if len(x) == len(files)}
+    return dict(sorted(whole.items(), key=lambda x: -np.mean([*x[1].values()])))
+
+
+def summary(files: dict[str, list[Row]], stage: str) -> str:
+    """How far each loss is from the best peer of each data set."""
+    files = {n: x for n, x in files.items() if stage == UNTUNED or n != TRANSFORMER}
+    behind = _behind(files, stage)
+    if not behind:
+        return "No runs yet."
+    lines = [
+        "| loss | " + " | ".join(TITLES.get(n, n) for n in files) + " | mean | least |",
+        "|---" * (len(files) + 3) + "|",
+    ]
+    for loss, of_sets in behind.items():
+        values = [of_sets[n] for n in files]
+        name = f"**{loss}**" if loss.startswith(OURS) else loss
+        cells = [f"{v:+.2f}" for v in (*values, np.mean(values), min(values))]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def sums(files: dict[str, list[Row]]) -> str:
+    """What a ranking loss beside another changes, paired by seed, over all data sets."""
+    lines = [
+        "| losses | minus | | " + " | ".join(TITLES.get(n, n) for n in files) + " |",
+        "|---" * (len(files) + 3) + "|",
+    ]
+    for stage in (UNTUNED, TUNED):
+        for both, alone in SUMS:
+            cells = [both, alone, stage]
+            for rows in files.values():
+                values = by_loss(_of_stage(rows, stage), "map_at_r")
+                difference, p = _against(values[both], values[alone], False)
+                cells.append(f"{difference} (p {p if p[:1] == '<' else f'= {p}'})" if p else "")
+            if any(cells[3:]):
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def trials(rows: list[Row]) -> str:
     """How many trials each loss has had, and the best of them on the validation classes."""
-    of_stage = [r for r in rows if r["stage"] == "tune"]
+    of_stage = _of_stage(rows, "tune")
     if not of_stage:
         return "No trials yet."
     found: dict[str, list[float]] = defaultdict(list)
@@ -217,7 +318,7 @@ def trials(rows: list[Row]) -> str:
 
 def temperature(rows: list[Row]) -> str:
     """The table of temperatures: a line for each loss, a column for each temperature."""
-    of_stage = [r for r in rows if r["stage"] == "temperature"]
+    of_stage = _of_stage(rows, "temperature")
     if not of_stage:
         return "No runs yet."
     cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -238,7 +339,7 @@ def temperature(rows: list[Row]) -> str:
 
 def batch(rows: list[Row]) -> str:
     """The table of batches, and what more classes or more examples of each are worth, paired."""
-    of_stage = [r for r in rows if r["stage"] == "batch"]
+    of_stage = _of_stage(rows, "batch")
     if not of_stage:
         return "No runs yet."
     found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -260,7 +361,7 @@ def batch(rows: list[Row]) -> str:
 
 def coarse(rows: list[Row]) -> str:
     """The table of training with coarse labels, a line for each loss."""
-    of_stage = [r for r in rows if r["stage"] == "coarse"]
+    of_stage = _of_stage(rows, "coarse")
     if not of_stage:
         return "No runs yet."
     values = {metric: defaultdict(dict) for metric in METRICS}
@@ -281,7 +382,7 @@ def coarse(rows: list[Row]) -> str:
 
 def settings(rows: list[Row]) -> str:
     """The table of single settings, a line for each, against PNP-Ds as the others have it."""
-    of_stage = [r for r in rows if r["stage"] == "settings"]
+    of_stage = _of_stage(rows, "settings")
     if not of_stage:
         return "No runs yet."
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
@@ -305,7 +406,7 @@ def anneal_of_the_batch(files: dict[str, list[Row]]) -> str:
         "|---" * (4 + 2 * len(AUTO_SHARES)) + "|",
     ]
     for name, rows in files.items():
-        of_stage = [r for r in rows if r["stage"] == "temperature"]
+        of_stage = _of_stage(rows, "temperature")
         for loss in ("PNP-Ds", "PNP-Dq"):
             fixed: dict[str, dict[str, float]] = defaultdict(dict)
             auto: dict[str, dict[str, float]] = defaultdict(dict)
@@ -337,7 +438,7 @@ def positives_before(files: dict[str, list[Row]]) -> str:
         "|---" * 8 + "|",
     ]
     for name, rows in files.items():
-        values = by_loss((r for r in rows if r["stage"] == "untuned"), "map_at_r")
+        values = by_loss(_of_stage(rows, UNTUNED), "map_at_r")
         if "SmoothAP" not in values:
             continue
         cells = [name, _cell(values["SmoothAP"].values())]
@@ -435,6 +536,7 @@ def signal(rows: list[Row]) -> str:
 PARTS: dict[str, Callable[[list[Row]], str]] = {
     UNTUNED: final(UNTUNED),
     TUNED: final(TUNED),
+    SPLITS: final(SPLITS),
     "trials": trials,
     "temperature": temperature,
     "batch": batch,

@@ -77,6 +77,65 @@ def test_what_is_without_training_stands_beside_the_table():
     )
 
 
+def test_the_summary_is_of_the_losses_that_ran_everywhere_best_first():
+    files = {
+        "clinc150": [
+            row("untuned", "PNP-Ds", 1, 0.5),
+            row("untuned", "SupCon", 1, 0.4),
+            row("untuned", "Triplet", 1, 0.3),
+            row("untuned", "ArcFace", 1, 0.35),
+        ],
+        "grocery": [
+            row("untuned", "PNP-Ds", 1, 0.5),
+            row("untuned", "SupCon", 1, 0.4),
+            row("untuned", "Triplet", 1, 0.72),
+        ],
+    }
+    header, _, *lines = study_tables.summary(files, "untuned").splitlines()
+    assert header == "| loss | CLINC150 | Grocery 64 | mean | least |"
+    assert lines == [
+        "| Triplet | -10.00 | +0.00 | -5.00 | -10.00 |",
+        "| **PNP-Ds** | +10.00 | -22.00 | -6.00 | -22.00 |",
+        "| SupCon | +0.00 | -32.00 | -16.00 | -32.00 |",
+    ]
+    assert study_tables.summary(files, "tuned") == "No runs yet."
+
+
+def test_few_losses_are_tuned_with_the_transformer_so_that_it_is_left_out():
+    rows = [row("tuned", "SupCon", 1, 0.4)]
+    files = {"clinc150": rows, "clinc150_transformer": rows}
+    assert study_tables.summary(files, "tuned").startswith("| loss | CLINC150 | mean |")
+    assert study_tables.summary(files, "untuned") == "No runs yet."
+
+
+def test_a_sum_is_compared_with_its_part_seed_by_seed():
+    both = [row("untuned", "PNP-Ds + Contrastive", s, 0.5 + s / 100) for s in (1, 2, 3)]
+    alone = [row("untuned", "Contrastive", s, 0.4 + s / 50) for s in (1, 2, 3)]
+    _, _, line = study_tables.sums({"tiny": both + alone}).splitlines()
+    half = 100 * stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    p = stats.ttest_1samp([0.09, 0.08, 0.07], 0).pvalue
+    assert line == (
+        f"| PNP-Ds + Contrastive | Contrastive | untuned | +8.00 ± {half:.2f} (p = {p:.3f}) |"
+    )
+
+
+def test_the_picture_has_every_loss_and_is_the_same_for_the_same_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row(stage, loss, s, 0.5) for stage, loss in FINAL for s in (1, 2)]
+    with (tmp_path / "grocery.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("one.svg", "other.svg"):
+        study_tables.picture(tmp_path, tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "other.svg").read_text()
+    assert all(f"<!-- {x} -->" in text for x in ("PNP-Ds", "SupCon", "Grocery 64", "tuned"))
+
+
+FINAL = (("untuned", "PNP-Ds"), ("untuned", "SupCon"), ("tuned", "SupCon"))
+
+
 def test_the_tuned_table_has_the_setting():
     rows = [row("tuned", "PNP-Ds", 1, 0.5, anneal=0.0512345, memory_size=1024)]
     table = study_tables.final("tuned")(rows)
