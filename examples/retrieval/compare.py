@@ -34,12 +34,12 @@ class Run:
     """The settings and results of one run folder."""
 
     def __init__(self, path: str):
-        folder = RunFolder.existing(path, "compare")
+        folder = RunFolder.existing(path)
         self.path = str(folder.path)
         config = {**EARLIER, **folder.read_json(CONFIG)}
         missing = sorted({"dataset", "loss", "loss_args", "seed", "data"} - config.keys())
         if missing:
-            raise UserError(f"compare: {path}/{CONFIG} is not of this program: no {missing[0]}")
+            raise UserError(f"{path}/{CONFIG} is not of this program: no {missing[0]}")
         self.loss = config["loss"]
         self.loss_args = config["loss_args"]
         self.seed = config["seed"]

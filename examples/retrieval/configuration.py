@@ -388,8 +388,11 @@ def resumed(
     path: str, given: dict[str, Any], asked_by: str = "--resume"
 ) -> tuple[RunFolder, dict[str, Any]]:
     """An earlier run and its configuration; what is typed must not contradict it."""
-    run = RunFolder.existing(path, asked_by)
-    config = of_run(run, asked_by)
+    try:
+        run = RunFolder.existing(path)
+        config = of_run(run)
+    except UserError as error:
+        raise UserError(f"{asked_by}: {error}") from error
     for key, value in _with_parsed_arguments(given).items():
         flag = "--" + key.replace("_", "-")
         if key == "epochs" and value < config[key]:
@@ -410,7 +413,7 @@ def resumed(
     return run, config
 
 
-def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
+def of_run(run: RunFolder) -> dict[str, Any]:
     """The configuration of an earlier run.
 
     Raises:
@@ -420,13 +423,13 @@ def of_run(run: RunFolder, asked_by: str) -> dict[str, Any]:
     file = run.path / CONFIG
     other = sorted({"dataset", "loss", "world_size", "data", "versions"} - config.keys())
     if other:
-        raise UserError(f"{asked_by}: {file} is not of this program: no {other[0]}")
+        raise UserError(f"{file} is not of this program: no {other[0]}")
     later = [key for key in DEFAULTS if key not in config]
     if later:
         defaults = {**DEFAULTS, **DATASET_DEFAULTS.get(config["dataset"], {})}
         values = ", ".join(f'"{key}": {json.dumps(defaults[key])}' for key in later)
         raise UserError(
-            f"{asked_by}: {file} has no {', '.join(later)}, so an earlier version made this run; "
+            f"{file} has no {', '.join(later)}, so an earlier version made this run; "
             f"start a new one with the same settings by --config {file}, or add to the file the "
             f"values with which this one was made; the present defaults are {values}"
         )

@@ -98,11 +98,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Export; returns the exit code."""
-    run = RunFolder.existing(args.run, "export")
+    run = RunFolder.existing(args.run)
     output = Path(args.output) if args.output else run.path / "export"
     if output.exists():
         raise UserError(f"{output} exists; name a new folder by --output")
-    config = of_run(run, "export")
+    config = of_run(run)
     network, transform = load_best(args.run)
     skipped: list[Skipped] = []
     samples = _samples(args, config, skipped)

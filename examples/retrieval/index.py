@@ -55,8 +55,8 @@ class Index:
     """
 
     def __init__(self, run: str, folder: str, device: torch.device, workers: int = 0):
-        self.run = RunFolder.existing(run, "search")
-        of_run(self.run, "search")
+        self.run = RunFolder.existing(run)
+        of_run(self.run)
         root = Path(folder)
         if not root.is_dir():
             raise UserError(f"--index: expected a folder of images, got {folder}")

@@ -51,7 +51,7 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
         A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
         CPU, and a function that makes a tensor of a PIL image.
     """
-    run = RunFolder.existing(path, "load_best")
+    run = RunFolder.existing(path)
     config = {**run.read_json(CONFIG), "pretrained": False}
     best = run.load_checkpoint("best.pt")
     if best is None:

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     require(NEEDS)
     if args.sheet:
         sheet.check(args.sheet)
-    folder = RunFolder.existing(args.run, "report")
-    config = configuration.of_run(folder, "report")
+    folder = RunFolder.existing(args.run)
+    config = configuration.of_run(folder)
     device = find_device(args.device)
     splits = configuration.splits_of_run(config, args.data_root)
     say(f"written to {make(folder, config, splits, device, args.sheet)}")

@@ -74,7 +74,7 @@ class RunFolder:
         return (path / CONFIG).is_file()
 
     @classmethod
-    def existing(cls, path: str, asked_by: str = "--resume") -> "RunFolder":
+    def existing(cls, path: str) -> "RunFolder":
         """The folder of an earlier run.
 
         Raises:
@@ -84,7 +84,7 @@ class RunFolder:
         if not cls.is_at(run.path):
             below = sorted(run.path.glob(f"*/{CONFIG}"))
             hint = f"; there is a run in {below[0].parent}" if below else ""
-            raise UserError(f"{asked_by}: no run in {path}: it holds no {CONFIG}{hint}")
+            raise UserError(f"no run in {path}: it holds no {CONFIG}{hint}")
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

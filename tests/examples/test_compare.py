@@ -120,7 +120,7 @@ def test_mistakes_end_in_one_line(make, compare, tmp_path):
     make("a")
     (tmp_path / "empty").mkdir()
     assert compare("a", "empty")[2:] == (
-        "compare: error: compare: no run in empty: it holds no config.json\n",
+        "compare: error: no run in empty: it holds no config.json\n",
         2,
     )
     (tmp_path / "other").mkdir()

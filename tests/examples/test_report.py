@@ -464,7 +464,7 @@ def test_other_images_are_refused(copied, report, images, tmp_path, capsys):
 
 def test_folder_without_a_run_is_refused(report, tmp_path, capsys):
     assert report(tmp_path) == 2
-    assert "report: no run in" in capsys.readouterr().err
+    assert "report: error: no run in" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     assert report(tmp_path) == 2
     assert "config.json is not of this program" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
 
 
 MISTAKES = {
-    "no run": (["{none}", "{query}", "--index", "{folder}"], "search: no run in"),
+    "no run": (["{none}", "{query}", "--index", "{folder}"], "search: error: no run in"),
     "no query": (["{run}", "{none}", "--index", "{folder}"], "expected an image or a folder"),
     "no folder": (["{run}", "{query}", "--index", "{none}"], "--index: expected a folder"),
     "no images": (["{run}", "{query}", "--index", "{empty}"], "no image that can be read below"),

@@ -102,7 +102,7 @@ def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
     from retrieval.errors import UserError
     from retrieval.network import load_best
 
-    with pytest.raises(UserError, match="^load_best: no run in"):
+    with pytest.raises(UserError, match="^no run in"):
         load_best(str(tmp_path))
 
 
