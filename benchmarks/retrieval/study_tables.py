@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -230,7 +231,7 @@ def conditions(rows: list[Row]) -> str:
     dates = sorted({r["date"] for r in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     machines = dict.fromkeys(f"{r['machine']}, torch {r['torch']}" for r in rows)
-    commands = dict.fromkeys(f"`{r['command'].partition(' --stages')[0]}`" for r in rows)
+    commands = dict.fromkeys(f"`{_command(r)}`" for r in rows)
     return (
         f"{first['steps']} steps of {first['batch_size']}, on {', and on '.join(machines)}, "
         f"PML {first['pytorch-metric-learning']}, {when}, {', '.join(commands)}"
@@ -497,11 +498,21 @@ def conditions_of_probe(rows: list[Row]) -> str:
     """The same of a probe, with the number of its seeds."""
     seeds = len({r["seed"] for r in rows})
     last = rows[-1]
-    command = f"{last['command'].partition(' --stages')[0]} --stages {last['stage']}"
     return (
         f"MAP@R in percent on {last['measured_on']}, {seeds} seeds, {last['steps']} steps, "
-        f"{last['date']}, `{command}`"
+        f"{last['date']}, `{_command(last)} --stages {last['stage']}`"
     )
+
+
+def _command(row: Row) -> str:
+    """The command of a row, without which stages and losses it was told to run."""
+    kept, left_out = [], False
+    for word in shlex.split(row["command"]):
+        if word.startswith("--"):
+            left_out = word in ("--stages", "--losses")
+        if not left_out:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def signal(rows: list[Row]) -> str:

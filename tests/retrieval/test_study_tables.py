@@ -70,6 +70,15 @@ def test_a_final_table_compares_with_the_best_peer():
     assert positions == sorted(positions)
 
 
+def test_the_command_of_a_table_is_that_of_all_its_losses():
+    rows = [row("untuned", loss, 1, 0.5) for loss in ("PNP-Ds", "PNP-Ds, memory")]
+    begin = "python benchmarks/retrieval/run.py --dataset tiny"
+    rows[0]["command"] = f"{begin} --device cuda --stages tune tuned --losses PNP-Ds"
+    rows[1]["command"] = f"{begin} --stages untuned --losses 'PNP-Ds, memory' --device cuda"
+    assert study_tables.conditions(rows).count("python") == 1
+    assert study_tables.conditions(rows).endswith(f", `{begin} --device cuda`")
+
+
 def test_what_is_without_training_stands_beside_the_table():
     rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
     assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
