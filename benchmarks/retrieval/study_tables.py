@@ -505,12 +505,12 @@ def conditions_of_probe(rows: list[Row]) -> str:
 
 
 def _command(row: Row) -> str:
-    """The command of a row, without which stages and losses it was told to run."""
-    kept, left_out = [], False
+    """The command of a row, without how much of the study it was told to run."""
+    kept, keep = [], True
     for word in shlex.split(row["command"]):
         if word.startswith("--"):
-            left_out = word in ("--stages", "--losses")
-        if not left_out:
+            keep = word in ("--dataset", "--device")
+        if keep:
             kept.append(word)
     return shlex.join(kept)
 

@@ -73,7 +73,7 @@ def test_a_final_table_compares_with_the_best_peer():
 def test_the_command_of_a_table_is_that_of_all_its_losses():
     rows = [row("untuned", loss, 1, 0.5) for loss in ("PNP-Ds", "PNP-Ds, memory")]
     begin = "python benchmarks/retrieval/run.py --dataset tiny"
-    rows[0]["command"] = f"{begin} --device cuda --stages tune tuned --losses PNP-Ds"
+    rows[0]["command"] = f"{begin} --device cuda --seeds 5 --stages tune tuned"
     rows[1]["command"] = f"{begin} --stages untuned --losses 'PNP-Ds, memory' --device cuda"
     assert study_tables.conditions(rows).count("python") == 1
     assert study_tables.conditions(rows).endswith(f", `{begin} --device cuda`")
