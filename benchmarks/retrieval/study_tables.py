@@ -92,20 +92,22 @@ def page(text: str, folder: Path = RESULTS) -> str:
 
 
 def picture(folder: Path = RESULTS, path: Path = PICTURE) -> None:
-    """Draw the means of the untuned and of the tuned runs of all data sets."""
+    """Draw the means of the untuned and of the tuned runs, of the losses that ran everywhere."""
     files = _read_all(folder)
     files.pop(TRANSFORMER, None)
+    order = [*_behind(files, UNTUNED)]
     values = {
         name: {
             stage: {
                 loss: (100 * np.mean([*x.values()]), 100 * (half_width([*x.values()]) or 0))
                 for loss, x in by_loss(_of_stage(rows, stage), "map_at_r").items()
+                if loss in order
             }
             for stage in (UNTUNED, TUNED)
         }
         for name, rows in files.items()
     }
-    plot(values, [*_behind(files, UNTUNED)], OURS, path)
+    plot(values, order, OURS, path)
 
 
 def _read_all(folder: Path) -> dict[str, list[Row]]:
