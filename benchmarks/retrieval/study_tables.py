@@ -183,7 +183,7 @@ def final(stage: str) -> Callable[[list[Row]], str]:
         order = sorted(main, key=lambda x: -np.mean([*main[x].values()]))
         best = next((x for x in order if not x.startswith(OURS)), None)
         lines = [
-            f"{conditions(of_stage)}{_untrained(rows)}:",
+            f"{conditions(of_stage)}{'' if stage == SPLITS else _untrained(rows)}:",
             "",
             "| loss | "
             + " | ".join(METRICS.values())

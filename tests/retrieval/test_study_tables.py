@@ -147,6 +147,11 @@ def test_the_picture_has_every_loss_and_is_the_same_for_the_same_rows(tmp_path):
 FINAL = (("untuned", "PNP-Ds"), ("untuned", "SupCon"), ("tuned", "SupCon"))
 
 
+def test_what_is_without_training_on_one_split_does_not_stand_beside_others():
+    rows = [row("splits", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
+    assert "without training" not in study_tables.final("splits")(rows)
+
+
 def test_the_tuned_table_has_the_setting():
     rows = [row("tuned", "PNP-Ds", 1, 0.5, anneal=0.0512345, memory_size=1024)]
     table = study_tables.final("tuned")(rows)
