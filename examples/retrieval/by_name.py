@@ -3,7 +3,8 @@
 import ast
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -42,27 +43,33 @@ def build_loss(
     embedding_size: int,
     memory_size: int = 0,
     miner: torch.nn.Module | None = None,
+    beside: str | None = None,
 ) -> torch.nn.Module:
     """A loss of `pml_pnp.losses`, inside a CrossBatchMemory with `miner` if `memory_size` > 0.
 
-    `num_classes` and `embedding_size` are filled in for a loss that takes them, and PNPLoss counts
-    the negatives before the positives, for the records.
+    The loss `beside`, at its defaults and without memory, is added to it. `num_classes` and
+    `embedding_size` are filled in for a loss that takes them, and PNPLoss counts the negatives
+    before the positives, for the records.
 
     Raises:
         UserError: For a name or an argument that is not taken.
     """
-    cls = _class_by_name("--loss", losses, BaseMetricLossFunction, name)
     known = {"num_classes": num_classes, "embedding_size": embedding_size}
+    cls = _class_by_name("--loss", losses, BaseMetricLossFunction, name)
     filled = {k: v for k, v in known.items() if k in _parameters(cls)}
     if issubclass(cls, losses.PNPLoss):
         filled["collect_stats"] = True
     loss = _construct("--loss-args", cls, {**filled, **arguments})
-    if memory_size == 0:
+    if memory_size:
+        try:
+            loss = losses.CrossBatchMemory(loss, embedding_size, memory_size, miner=miner)
+        except Exception as error:  # PML raises a bare Exception for a loss it does not list
+            raise UserError(f"--memory-size: {error}") from error
+    if beside is None:
         return loss
-    try:
-        return losses.CrossBatchMemory(loss, embedding_size, memory_size, miner=miner)
-    except Exception as error:  # PML raises a bare Exception for a loss it does not list
-        raise UserError(f"--memory-size: {error}") from error
+    cls = _class_by_name("--beside", losses, BaseMetricLossFunction, beside)
+    filled = {k: v for k, v in known.items() if k in _parameters(cls)}
+    return losses.MultipleLosses([loss, _construct("--beside", cls, filled)])
 
 
 def build_miner(name: str, arguments: dict[str, Any]) -> torch.nn.Module:
@@ -86,14 +93,23 @@ def try_out(
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(TRIAL_CLASSES).repeat_interleave(m_per_class)
     embeddings = torch.randn(len(labels), embedding_size, generator=generator)
-    flag = "--miner"
+    parts = loss.losses if isinstance(loss, losses.MultipleLosses) else [loss]
+    indices = None
+    if miner is not None:
+        with _trial("--miner", miner):
+            indices = miner(embeddings, labels)
+    for flag, part in zip(("--loss", "--beside"), parts, strict=False):
+        with _trial(flag, part):
+            part(embeddings.requires_grad_(), labels, indices).backward()
+
+
+@contextmanager
+def _trial(flag: str, module: torch.nn.Module) -> Iterator[None]:
     try:
-        indices = None if miner is None else miner(embeddings, labels)
-        flag = "--loss"
-        loss(embeddings.requires_grad_(), labels, indices).backward()
+        yield
     except Exception as error:  # every loss has its own way to fail
-        failed = type(loss if flag == "--loss" else miner).__name__
-        raise UserError(f"{flag}: {failed} cannot be used here: {_one_line(error)}") from error
+        name = type(module).__name__
+        raise UserError(f"{flag}: {name} cannot be used here: {_one_line(error)}") from error
 
 
 def _class_by_name(flag: str, module: ModuleType, base: type, name: str) -> type:

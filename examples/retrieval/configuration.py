@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "embedding_size": 128,
     "loss": "PNPLoss",
     "loss_args": None,
+    "beside": None,
     "miner": None,
     "miner_args": {},
     "memory_size": 0,
@@ -74,7 +75,7 @@ DEFAULTS: dict[str, Any] = {
     "threads": None,
 }
 # Settings that came later, as runs from before them had them.
-EARLIER: dict[str, Any] = {"threads": None}
+EARLIER: dict[str, Any] = {"threads": None, "beside": None}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
@@ -179,6 +180,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     loss = flags.add_argument_group("loss")
     add(loss, "--loss", "a loss of pml_pnp.losses")
     add(loss, "--loss-args", "its arguments", nargs="+", metavar="NAME=VALUE")
+    add(loss, "--beside", "another loss of pml_pnp.losses, at its defaults, that is added to it")
     add(loss, "--miner", "a miner of pytorch_metric_learning.miners")
     add(loss, "--miner-args", "its arguments", nargs="+", metavar="NAME=VALUE")
     add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=natural)

@@ -19,6 +19,8 @@ from pytorch_metric_learning.testers import BaseTester
 from pytorch_metric_learning.trainers import BaseTrainer
 from pytorch_metric_learning.utils import logging_presets
 
+from pml_pnp import losses
+
 from .data import RetrievalSplits
 from .disk import replace, write_csv, writing
 from .metrics import PRIMARY_METRIC
@@ -140,8 +142,10 @@ def varying(trainer: BaseTrainer) -> dict[str, dict[str, float]]:
 
 
 def innermost(module: torch.nn.Module, attribute: str) -> torch.nn.Module:
-    """The loss or miner inside the wrappers of processes and the memory."""
+    """The loss or miner inside the wrappers of processes and the memory; of a sum, the first."""
     module = unwrap(module)
+    if isinstance(module, losses.MultipleLosses):
+        module = module.losses[0]
     inside = getattr(module, attribute, None)
     return innermost(inside, attribute) if isinstance(inside, torch.nn.Module) else module
 

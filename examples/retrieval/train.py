@@ -197,8 +197,8 @@ def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
 
 
 def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
-    variant = config["loss_args"].get("variant")
-    stem = "-".join(map(str, filter(None, (config["dataset"], config["loss"], variant))))
+    losses = config["loss"], config["loss_args"].get("variant"), config["beside"]
+    stem = "-".join(map(str, filter(None, (config["dataset"], *losses))))
     run = RunFolder.create(place.parent, place.name, stem, place.resume_if_exists)
     _take(lock, run)
     return run

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch.optim.lr_scheduler import MultiStepLR
@@ -217,6 +218,7 @@ def build_loss_and_miner(
         config["embedding_size"],
         config["memory_size"],
         miner,
+        config["beside"],
     )
     return loss, miner
 
@@ -235,6 +237,8 @@ def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     # of which sees only the gradients of its own embeddings; of the loss's parameters it sees all.
     for parameter in loss.parameters():
         parameter.register_hook(lambda gradient: gradient / world_size())
+    if isinstance(loss, MultipleLosses):  # which the wrapper does not take
+        return parallel(MultipleLosses([DistributedLossWrapper(x) for x in loss.losses]), device)
     return parallel(DistributedLossWrapper(loss), device)
 
 

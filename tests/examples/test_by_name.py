@@ -45,6 +45,20 @@ def test_memory_gets_the_miner():
     assert memory.embedding_memory.shape == (64, 8)
 
 
+def test_a_loss_beside_is_added():
+    from retrieval.by_name import build_loss
+
+    from pml_pnp import losses
+
+    both = build_loss("PNPLoss", {"variant": "Ds"}, 4, 8, beside="MultiSimilarityLoss")
+    x, labels = torch.randn(12, 8), torch.arange(12) // 3
+    alone = losses.PNPLoss(variant="Ds")(x, labels), losses.MultiSimilarityLoss()(x, labels)
+    torch.testing.assert_close(both(x, labels), sum(alone))
+    proxies = build_loss("PNPLoss", {}, 4, 8, memory_size=64, beside="ProxyAnchorLoss")
+    assert proxies.losses[0].embedding_memory.shape == (64, 8)
+    assert proxies.losses[1].proxies.shape == (4, 8)
+
+
 @pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
 def test_every_variant_passes_the_trial(variant):
     from retrieval.by_name import build_loss, try_out

@@ -15,7 +15,8 @@ LAUNCHER = [
     *("-m", "torch.distributed.run", "--standalone"),
     *("--nproc-per-node", "2", "--max-restarts", "1"),
 ]
-PLAIN = "plain"  # the run whose images are not augmented
+PLAIN, BESIDE = "plain", "beside"  # the runs whose images are not augmented
+BOTH = ["--beside", "MultiSimilarityLoss"]
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
@@ -37,12 +38,13 @@ def train_all(environment, quick, folder):
         ["--resume", folder / "parts", "--epochs", 2],
         [*new, "--name", "proxies", "--epochs", 1, "--loss", "ProxyAnchorLoss"],
         [*frozen, "--name", PLAIN, "--report"],
+        [*frozen, "--name", BESIDE, *BOTH],
         [*frozen, "--name", "at once"],
         [*frozen, "--name", "in chunks", "--grad-cache", 7],
         ["--batch-size", 33, "--samples-per-class", 3],
     ]
     ports = [None, *(free_port() for _ in runs[1:])]
-    augmented = [PLAIN not in arguments for arguments in runs]
+    augmented = [PLAIN not in arguments and BESIDE not in arguments for arguments in runs]
     runs = [[str(x) for x in arguments] for arguments in runs]
     runs = json.dumps(list(zip(ports, augmented, runs, strict=True)))
     process = subprocess.run(
@@ -65,7 +67,7 @@ def numbers(run, strict_json):
 
 def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
     printed, folder = finished
-    assert printed["stdout"].count("MAP@R  ") == 8  # one process of two speaks
+    assert printed["stdout"].count("MAP@R  ") == 9  # one process of two speaks
     assert strict_json(folder / "whole" / "config.json")["world_size"] == 2
     whole, parts = (numbers(folder / x, strict_json) for x in ("whole", "parts"))
     assert whole == parts and whole["epochs_trained"] == 2
@@ -87,20 +89,21 @@ def test_processes_augment_differently_and_share_batches_weights_and_proxies(fin
     assert torch.equal(first["loss"]["loss.proxies"], second["loss"]["loss.proxies"])
 
 
+@pytest.mark.parametrize(("name", "losses"), [(PLAIN, []), (BESIDE, BOTH)])
 def test_two_processes_are_one_with_the_same_batches(
-    finished, main, quick, tmp_path, curves, monkeypatch
+    finished, main, quick, tmp_path, curves, monkeypatch, name, losses
 ):
     """Without what depends on the process: augmentation, and the statistics of BatchNorm."""
     monkeypatch.setattr("retrieval.network.PHOTOGRAPHS", {"mode": "RGB"})
     new = ["--output-dir", tmp_path, *quick, "--epochs", 1, "--freeze-batchnorm"]
-    assert main(*new, "--name", PLAIN) == 0
+    assert main(*new, "--name", name, *losses) == 0
     one, two = (
-        torch.load(folder / PLAIN / "checkpoints" / "last.pt", weights_only=True)["shared"]
+        torch.load(folder / name / "checkpoints" / "last.pt", weights_only=True)["shared"]
         for folder in (tmp_path, finished[1])
     )
     torch.testing.assert_close(two["models"], one["models"], rtol=1e-3, atol=1e-4)
     assert one["optimizers"]["trunk_optimizer"]["state"][0]["step"] == 11
-    one, two = curves(tmp_path / PLAIN), curves(finished[1] / PLAIN)
+    one, two = curves(tmp_path / name), curves(finished[1] / name)
     assert one.keys() == two.keys()
     losses = [[value for _, value in x["loss_histories/total_loss"]] for x in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -21,6 +21,8 @@ MISTAKES = {
     "--loss-args distance=Nearness": "no distance is called 'Nearness'",
     "--loss VICRegLoss": "--loss: VICRegLoss cannot be used here",
     "--loss ContrastiveLoss --loss-args pos_margin=x": "--loss: ContrastiveLoss cannot be used",
+    "--beside TripletLoss": "--beside: unknown name 'TripletLoss'; expected for",
+    "--beside VICRegLoss": "--beside: VICRegLoss cannot be used here",
     "--miner MultiSimilarity": "expected for instance MultiSimilarityMiner",
     "--miner-args epsilon=0.1": "--miner-args needs --miner",
     "--miner TripletMarginMiner --miner-args margn=1": "TripletMarginMiner has no argument margn",

@@ -286,6 +286,7 @@ OPTIONS = {
     ],
     "miner": ["--miner", "TripletMarginMiner"],
     "proxies": ["--loss", "ProxyAnchorLoss", "--loss-lr", 0.1],
+    "beside": ["--loss-args", "variant=Dq", "--beside", "MultiSimilarityLoss"],
     "loss-args": [
         *("--loss-args", "variant=Ib", "b=4", "distance=LpDistance", "reducer=SumReducer")
     ],
@@ -334,7 +335,11 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("option", ["", "memory", "miner"])
+def test_the_folder_is_named_after_both_losses(run_of):
+    assert run_of("beside").name == "folder-PNPLoss-Dq-MultiSimilarityLoss-1"
+
+
+@pytest.mark.parametrize("option", ["", "memory", "miner", "beside"])
 def test_curves_are_of_what_varies_and_have_the_same_names(run_of, curves, option):
     assert curves(run_of(option)).keys() == CURVES
 
