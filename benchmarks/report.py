@@ -293,7 +293,7 @@ def summary(rows: list[Row]) -> str:
         )
         parts.append(
             f"On an {of_device[0]['hardware']} PNPLoss takes {ours} ms at N = "
-            f"{' and '.join(f'{n:,}' for n in sizes)}, the fastest other {theirs}."
+            f"{' and '.join(f'{n:,}' for n in sizes)}, PML's fastest other loss {theirs}."
         )
     return "\n\n".join(parts)
 

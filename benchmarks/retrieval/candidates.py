@@ -1,8 +1,8 @@
 """The losses of the study: how each is made, its defaults, and what tuning may change.
 
-A default is the value that PML documents, or the paper's for the losses of peers.py. Tuning also
-searches the learning rate of the network, for every loss over the same range. Two losses side by
-side are a sum: the other loss, plus PNPLoss or SupAP times a weight.
+A default is the value that PML documents, or the paper's for the losses of peers.py; PNPLoss has
+several settings. Tuning also searches the learning rate of the network, for every loss over the
+same range. Two losses side by side are a sum: the other loss, plus PNPLoss or SupAP times a weight.
 """
 
 import dataclasses

@@ -220,10 +220,6 @@ def _held_out(study, loss, setting, params, data=None) -> Probe:
     )
 
 
-def _coarse_and_fine_of(study: Study, fine: bool = False) -> tuple[Part, Part]:
-    return coarse_and_fine(study.part("fit"), fine)
-
-
 def coarse_and_fine(part: Part, fine: bool = False) -> tuple[Part, Part]:
     """Three of four examples of every class, with coarse labels; the others, with fine ones.
 

@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
     parser.add_argument("--stages", nargs="+", choices=(*STAGES, "splits", *PROBES), default=STAGES)
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, help="of the final runs, and of the splits"
+    )
     parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each loss")
     parser.add_argument("--device", default="cpu", help="of networks and losses")

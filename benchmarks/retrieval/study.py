@@ -90,14 +90,23 @@ class Study:
         settings = {name: self.defaults(name) for name in self.losses}
         self._measure("untuned", settings, seeds)
 
-    def splits(self, number: int = SEEDS) -> None:
-        """Run the defaults of every candidate on other splits into training and test classes."""
+    def splits(self, seeds: int = SEEDS) -> None:
+        """Run the defaults of every candidate on other splits into training and test classes.
+
+        Raises:
+            SystemExit: a data set whose test has only some examples of its classes.
+        """
+        if not self.data.test_is_whole:
+            raise SystemExit(
+                f"--stages splits: {self.data.name} reads only some examples of its test classes, "
+                "which would then be trained on"
+            )
 
         def parts(seed: int) -> tuple[Part, Part]:
             return other_split(self.part("training"), self.part("test"), seed)
 
         settings = {name: self.defaults(name) for name in self.losses}
-        self._measure("splits", settings, number, cache(parts))
+        self._measure("splits", settings, seeds, cache(parts))
 
     def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
         """Run the best setting of every loss whose trials are complete."""

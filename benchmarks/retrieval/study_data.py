@@ -66,8 +66,9 @@ class DataSet:
         steps: of the optimizer.
         about: what it is, for the documentation.
         examples_per_class: of a training step.
-        learning_rate: of the untuned runs, Adam's default.
+        learning_rate: of the untuned runs; Adam's default, but for fine-tuning.
         large_batches: (classes, examples per class), probed besides those of every data set.
+        test_is_whole: whether `test` has all examples of its classes.
     """
 
     name: str
@@ -81,6 +82,7 @@ class DataSet:
     examples_per_class: int = 4
     learning_rate: float = 1e-3
     large_batches: tuple[tuple[int, int], ...] = ()
+    test_is_whole: bool = True
 
 
 def _root(data_root: str | None) -> Path:
@@ -286,6 +288,7 @@ DATA_SETS = {
         about="CLINC150: requests in 150 intents, all of all-MiniLM-L6-v2 trained along with the "
         "same layer",
         learning_rate=5e-5,
+        test_is_whole=False,
     ),
     "omniglot": DataSet(
         "omniglot",

@@ -17,7 +17,7 @@ import io
 import json
 import shlex
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -96,6 +96,8 @@ def picture(folder: Path = RESULTS, path: Path = PICTURE) -> None:
     files = _read_all(folder)
     files.pop(TRANSFORMER, None)
     order = [*_behind(files, UNTUNED)]
+    if not order:
+        return
     values = {
         name: {
             stage: {
@@ -183,7 +185,7 @@ def final(stage: str) -> Callable[[list[Row]], str]:
         order = sorted(main, key=lambda x: -np.mean([*main[x].values()]))
         best = next((x for x in order if not x.startswith(OURS)), None)
         lines = [
-            f"{conditions(of_stage)}{'' if stage == SPLITS else _untrained(rows)}:",
+            f"{conditions(of_stage)}{_untrained(rows) if stage != SPLITS else ''}:",
             "",
             "| loss | "
             + " | ".join(METRICS.values())
@@ -229,14 +231,20 @@ def _setting(parameters: str) -> str:
 
 def conditions(rows: list[Row]) -> str:
     """Versions, machines and commands of some rows."""
-    first = rows[-1]
+    last = rows[-1]
+    stages = f" --stages {SPLITS}" if last["stage"] == SPLITS else ""
+    return f"{last['steps']} steps of {last['batch_size']}, {_where(rows, stages)}"
+
+
+def _where(rows: list[Row], flags: str) -> str:
+    """Machines, versions, dates and commands, with more flags."""
     dates = sorted({r["date"] for r in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     machines = dict.fromkeys(f"{r['machine']}, torch {r['torch']}" for r in rows)
-    commands = dict.fromkeys(f"`{_command(r)}`" for r in rows)
+    commands = dict.fromkeys(f"`{_command(r)}{flags}`" for r in rows)
     return (
-        f"{first['steps']} steps of {first['batch_size']}, on {', and on '.join(machines)}, "
-        f"PML {first['pytorch-metric-learning']}, {when}, {', '.join(commands)}"
+        f"on {', and on '.join(machines)}, PML {rows[-1]['pytorch-metric-learning']}, {when}, "
+        f"{', '.join(commands)}"
     )
 
 
@@ -247,13 +255,16 @@ def _of_stage(rows: Iterable[Row], stage: str) -> list[Row]:
 def _behind(files: dict[str, list[Row]], stage: str) -> dict[str, dict[str, float]]:
     """{loss: {data set: mean MAP@R minus that of the best peer}}, in percent, the best loss first.
 
-    Of the losses that have run on all data sets.
+    Of the losses that have run with all seeds on all data sets.
     """
     behind: dict[str, dict[str, float]] = defaultdict(dict)
     for name, rows in files.items():
+        values = by_loss(_of_stage(rows, stage), "map_at_r")
+        most = max(map(len, values.values()), default=0)
         means = {
             loss: 100 * float(np.mean([*x.values()]))
-            for loss, x in by_loss(_of_stage(rows, stage), "map_at_r").items()
+            for loss, x in values.items()
+            if len(x) == most
         }
         best = max((m for loss, m in means.items() if not loss.startswith(OURS)), default=None)
         for loss, mean in means.items():
@@ -296,7 +307,7 @@ def sums(files: dict[str, list[Row]]) -> str:
                 cells.append(f"{difference} (p {p if p[:1] == '<' else f'= {p}'})" if p else "")
             if any(cells[3:]):
                 lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if lines[2:] else "No runs yet."
 
 
 def trials(rows: list[Row]) -> str:
@@ -452,11 +463,11 @@ def positives_before(files: dict[str, list[Row]]) -> str:
 
 
 def gradients() -> str:
-    """The gradient that a positive gets with R negatives at its similarity, as PNPLoss gives it.
+    """The gradient that a positive gets with 2 R negatives at its similarity, as PNPLoss gives it.
 
-    In units of the gradient of variant O.
+    Each of them counts 1/2. In units of the gradient of variant O.
     """
-    numbers = (2, 4, 8, 20, 60, 200)  # of negatives, each of which counts 1/2
+    numbers = (2, 4, 8, 20, 60, 200)  # of negatives
     lines = [
         "| variant | " + " | ".join(f"R = {number // 2}" for number in numbers) + " |",
         "|---" * (len(numbers) + 1) + "|",
@@ -498,11 +509,13 @@ def _table_of_probe(rows: list[Row], heads: Sequence[str], lines: Iterable[Seque
 
 def conditions_of_probe(rows: list[Row]) -> str:
     """The same of a probe, with the number of its seeds."""
-    seeds = len({r["seed"] for r in rows})
+    seeds = Counter((r["loss"], r["setting"]) for r in rows).values()
+    number = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{max(seeds)}"
     last = rows[-1]
+    flags = f" --stages {last['stage']} --probe-seeds {max(seeds)}"
     return (
-        f"MAP@R in percent on {last['measured_on']}, {seeds} seeds, {last['steps']} steps, "
-        f"{last['date']}, `{_command(last)} --stages {last['stage']}`"
+        f"MAP@R in percent on {last['measured_on']}, {number} seeds, {last['steps']} steps, "
+        f"{_where(rows, flags)}"
     )
 
 

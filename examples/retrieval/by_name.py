@@ -44,22 +44,27 @@ def build_loss(
     memory_size: int = 0,
     miner: torch.nn.Module | None = None,
     beside: str | None = None,
+    beside_arguments: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
     """A loss of `pml_pnp.losses`, inside a CrossBatchMemory with `miner` if `memory_size` > 0.
 
-    The loss `beside`, at its defaults and without memory, is added to it. `num_classes` and
-    `embedding_size` are filled in for a loss that takes them, and PNPLoss counts the negatives
-    before the positives, for the records.
+    The loss `beside`, without memory, is added to it. `num_classes` and `embedding_size` are filled
+    in for a loss that takes them, and PNPLoss counts the negatives before the positives, for the
+    records.
 
     Raises:
         UserError: For a name or an argument that is not taken.
     """
     known = {"num_classes": num_classes, "embedding_size": embedding_size}
-    cls = _class_by_name("--loss", losses, BaseMetricLossFunction, name)
-    filled = {k: v for k, v in known.items() if k in _parameters(cls)}
-    if issubclass(cls, losses.PNPLoss):
-        filled["collect_stats"] = True
-    loss = _construct("--loss-args", cls, {**filled, **arguments})
+
+    def build(flag: str, name: str, arguments: dict[str, Any]) -> torch.nn.Module:
+        cls = _class_by_name(flag, losses, BaseMetricLossFunction, name)
+        filled = {k: v for k, v in known.items() if k in _parameters(cls)}
+        if issubclass(cls, losses.PNPLoss):
+            filled["collect_stats"] = True
+        return _construct(f"{flag}-args", cls, {**filled, **arguments})
+
+    loss = build("--loss", name, arguments)
     if memory_size:
         try:
             loss = losses.CrossBatchMemory(loss, embedding_size, memory_size, miner=miner)
@@ -67,9 +72,7 @@ def build_loss(
             raise UserError(f"--memory-size: {error}") from error
     if beside is None:
         return loss
-    cls = _class_by_name("--beside", losses, BaseMetricLossFunction, beside)
-    filled = {k: v for k, v in known.items() if k in _parameters(cls)}
-    return losses.MultipleLosses([loss, _construct("--beside", cls, filled)])
+    return losses.MultipleLosses([loss, build("--beside", beside, beside_arguments or {})])
 
 
 def build_miner(name: str, arguments: dict[str, Any]) -> torch.nn.Module:
@@ -83,9 +86,15 @@ def build_miner(name: str, arguments: dict[str, Any]) -> torch.nn.Module:
 
 
 def try_out(
-    loss: torch.nn.Module, miner: torch.nn.Module | None, embedding_size: int, m_per_class: int
+    loss: torch.nn.Module,
+    miner: torch.nn.Module | None,
+    embedding_size: int,
+    m_per_class: int,
+    beside_is_mined: bool = True,
 ) -> None:
     """Call loss and miner once on random embeddings, to find now what fails only when called.
+
+    Whether the miner's pairs are for a loss beside as well, `beside_is_mined` says.
 
     Raises:
         UserError: If either cannot be used in this way.
@@ -99,8 +108,9 @@ def try_out(
         with _trial("--miner", miner):
             indices = miner(embeddings, labels)
     for flag, part in zip(("--loss", "--beside"), parts, strict=False):
+        pairs = indices if flag == "--loss" or beside_is_mined else None
         with _trial(flag, part):
-            part(embeddings.requires_grad_(), labels, indices).backward()
+            part(embeddings.requires_grad_(), labels, pairs).backward()
 
 
 @contextmanager

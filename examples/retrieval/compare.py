@@ -26,7 +26,7 @@ SHOWN = {PRIMARY_METRIC: "MAP@R", "precision_at_1": "P@1", "r_precision": "R-pre
 PARTS = ("untrained", "trained")
 # What may change when a run continues is not compared, except for epochs and data.
 NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root"}
-IN_OTHER_COLUMNS = {"loss", "loss_args"}
+IN_OTHER_COLUMNS = {"loss", "loss_args", "beside"}
 TEXT_COLUMNS = 4
 
 
@@ -40,7 +40,7 @@ class Run:
         missing = sorted({"dataset", "loss", "loss_args", "seed", "data"} - config.keys())
         if missing:
             raise UserError(f"{path}/{CONFIG} is not of this program: no {missing[0]}")
-        self.loss = config["loss"]
+        self.loss = " + ".join(filter(None, (config["loss"], config["beside"])))
         self.loss_args = config["loss_args"]
         self.seed = config["seed"]
         self.test_set = (config["dataset"], config["data"].get("test"))

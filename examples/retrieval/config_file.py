@@ -10,7 +10,7 @@ from typing import Any
 from .by_name import parse_arguments
 from .errors import UserError
 
-MAPPINGS = ("loss_args", "miner_args")
+MAPPINGS = ("loss_args", "beside_args", "miner_args")
 COMMAND_LINE_ONLY = ("config", "name", "output_dir", "resume")
 
 

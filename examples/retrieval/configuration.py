@@ -22,7 +22,7 @@ from .arguments import (
 )
 from .benchmark_sets import BENCHMARK_SETS
 from .by_name import parse_arguments
-from .config_file import read_config
+from .config_file import MAPPINGS, read_config
 from .data import (
     DATA_ROOT_VARIABLE,
     PML_DATASETS,
@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "loss": "PNPLoss",
     "loss_args": None,
     "beside": None,
+    "beside_args": None,
     "miner": None,
     "miner_args": {},
     "memory_size": 0,
@@ -75,7 +76,7 @@ DEFAULTS: dict[str, Any] = {
     "threads": None,
 }
 # Settings that came later, as runs from before them had them.
-EARLIER: dict[str, Any] = {"threads": None, "beside": None}
+EARLIER: dict[str, Any] = {"threads": None, "beside": None, "beside_args": {}}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # For pretrained trunks, the paper's.
@@ -180,7 +181,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     loss = flags.add_argument_group("loss")
     add(loss, "--loss", "a loss of pml_pnp.losses")
     add(loss, "--loss-args", "its arguments", nargs="+", metavar="NAME=VALUE")
-    add(loss, "--beside", "another loss of pml_pnp.losses, at its defaults, that is added to it")
+    add(loss, "--beside", "another loss of pml_pnp.losses, that is added to it")
+    add(loss, "--beside-args", "its arguments", nargs="+", metavar="NAME=VALUE")
     add(loss, "--miner", "a miner of pytorch_metric_learning.miners")
     add(loss, "--miner-args", "its arguments", nargs="+", metavar="NAME=VALUE")
     add(loss, "--memory-size", "embeddings in a CrossBatchMemory; 0 for none", type=natural)
@@ -270,7 +272,8 @@ def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
     """
     typed = _with_parsed_arguments(typed)
     given = read_config(path, parser("", ""), DEFAULTS, RECORDED)
-    for name, arguments in (("loss", "loss_args"), ("miner", "miner_args")):
+    for name in ("loss", "beside", "miner"):
+        arguments = f"{name}_args"
         in_file = given.get(name, DEFAULTS[name])
         if typed.get(name, in_file) != in_file:
             given.pop(arguments, None)
@@ -341,8 +344,9 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
         # The data set's image size was meant for its own trunk.
         own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
         config["image_size"] = given.get("image_size", own)
-    if config["loss_args"] is None:
-        config["loss_args"] = _default_loss_args(config)
+    for name in ("loss", "beside"):
+        if config[f"{name}_args"] is None:
+            config[f"{name}_args"] = _default_arguments(config[name], config["pretrained"])
     if config["loss_lr"] is None:
         config["loss_lr"] = config["lr"]
     config["world_size"] = world_size()
@@ -380,10 +384,10 @@ def absolute_root(config: dict[str, Any]) -> str | None:
     return os.path.abspath(root) if root and config["dataset"] != "digits" else None
 
 
-def _default_loss_args(config: dict[str, Any]) -> dict[str, Any]:
-    if config["loss"] != "PNPLoss":
+def _default_arguments(loss: str | None, pretrained: bool) -> dict[str, Any]:
+    if loss != "PNPLoss":
         return {}
-    return PAPER_PNP_ARGS if config["pretrained"] else PNP_ARGS
+    return PAPER_PNP_ARGS if pretrained else PNP_ARGS
 
 
 def resumed(
@@ -441,7 +445,7 @@ def of_run(run: RunFolder) -> dict[str, Any]:
 def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
     parsed = {
         key: parse_arguments("--" + key.replace("_", "-"), given[key])
-        for key in ("loss_args", "miner_args")
+        for key in MAPPINGS
         if isinstance(given.get(key), list)
     }
     return {**given, **parsed}

@@ -142,12 +142,16 @@ def varying(trainer: BaseTrainer) -> dict[str, dict[str, float]]:
 
 
 def innermost(module: torch.nn.Module, attribute: str) -> torch.nn.Module:
-    """The loss or miner inside the wrappers of processes and the memory; of a sum, the first."""
+    """The loss or miner inside the wrappers of processes and the memory; of a sum, what counts."""
     module = unwrap(module)
     if isinstance(module, losses.MultipleLosses):
-        module = module.losses[0]
+        module = next(filter(_counts, module.losses), module.losses[0])
     inside = getattr(module, attribute, None)
     return innermost(inside, attribute) if isinstance(inside, torch.nn.Module) else module
+
+
+def _counts(module: torch.nn.Module) -> bool:
+    return any(getattr(x, "collect_stats", False) for x in module.modules())
 
 
 def statistics(module: torch.nn.Module) -> dict[str, float]:

@@ -97,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_before_data(config: dict[str, Any]) -> None:
     """Find what is wrong with the configuration alone, before any data is read."""
-    if config["miner_args"] and not config["miner"]:
-        raise UserError("--miner-args needs --miner")
+    for name in ("beside", "miner"):
+        if config[f"{name}_args"] and not config[name]:
+            raise UserError(f"--{name}-args needs --{name}")
     if config["pretrained"] and config["trunk"] == SMALL:
         raise UserError(f"--pretrained: the trunk {SMALL!r} has no pretrained weights")
     if config["trunk"] != SMALL:
@@ -127,10 +128,11 @@ def _check_before_data(config: dict[str, Any]) -> None:
         json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--loss-args, --miner-args: expected values that JSON can hold ({error})"
+            f"arguments of losses and miner: expected values that JSON can hold ({error})"
         ) from error
     loss, miner = build_loss_and_miner({**config, "memory_size": 0}, TRIAL_CLASSES)
-    try_out(loss, miner, config["embedding_size"], config["samples_per_class"])
+    size, per_class = config["embedding_size"], config["samples_per_class"]
+    try_out(loss, miner, size, per_class, beside_is_mined=config["memory_size"] == 0)
     build_loss_and_miner(config, TRIAL_CLASSES)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pml_pnp import GradCache, PNPLoss
+from pml_pnp import GradCache, PNPLoss, losses
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 from .by_name import build_loss, build_miner
@@ -219,6 +218,7 @@ def build_loss_and_miner(
         config["memory_size"],
         miner,
         config["beside"],
+        config["beside_args"],
     )
     return loss, miner
 
@@ -237,8 +237,9 @@ def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     # of which sees only the gradients of its own embeddings; of the loss's parameters it sees all.
     for parameter in loss.parameters():
         parameter.register_hook(lambda gradient: gradient / world_size())
-    if isinstance(loss, MultipleLosses):  # which the wrapper does not take
-        return parallel(MultipleLosses([DistributedLossWrapper(x) for x in loss.losses]), device)
+    if isinstance(loss, losses.MultipleLosses):  # which the wrapper does not take
+        parts = [DistributedLossWrapper(part) for part in loss.losses]
+        return parallel(losses.MultipleLosses(parts), device)
     return parallel(DistributedLossWrapper(loss), device)
 
 

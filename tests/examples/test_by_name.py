@@ -54,9 +54,22 @@ def test_a_loss_beside_is_added():
     x, labels = torch.randn(12, 8), torch.arange(12) // 3
     alone = losses.PNPLoss(variant="Ds")(x, labels), losses.MultiSimilarityLoss()(x, labels)
     torch.testing.assert_close(both(x, labels), sum(alone))
-    proxies = build_loss("PNPLoss", {}, 4, 8, memory_size=64, beside="ProxyAnchorLoss")
+    arguments = {"margin": 0.3}
+    proxies = build_loss("PNPLoss", {}, 4, 8, 64, None, "ProxyAnchorLoss", arguments)
+    assert proxies.losses[1].margin == 0.3
     assert proxies.losses[0].embedding_memory.shape == (64, 8)
     assert proxies.losses[1].proxies.shape == (4, 8)
+
+
+def test_trial_gives_the_loss_beside_a_memory_no_pairs():
+    from retrieval.by_name import build_loss, build_miner, try_out
+    from retrieval.errors import UserError
+
+    miner = build_miner("MultiSimilarityMiner", {})
+    both = build_loss("PNPLoss", {}, 4, 16, beside="InstanceLoss")  # which takes no pairs
+    with pytest.raises(UserError, match="--beside: InstanceLoss cannot be used here"):
+        try_out(both, miner, 16, 3)
+    try_out(both, miner, 16, 3, beside_is_mined=False)
 
 
 @pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])

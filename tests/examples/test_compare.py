@@ -116,6 +116,14 @@ def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
     assert rows[0]["training_seconds"] == "100.0" and rows[2]["best_epoch"] == ""
 
 
+def test_a_loss_beside_stands_with_the_loss(make, compare):
+    both = make("both", beside="MultiSimilarityLoss")
+    words, out, *_ = compare(both, make("alone"))
+    assert words[2][:4] == ["both", "PNPLoss", "+", "MultiSimilarityLoss"]
+    assert words[3][:3] == ["alone", "PNPLoss", "variant=Ds"]
+    assert "beside=" not in out
+
+
 def test_mistakes_end_in_one_line(make, compare, tmp_path):
     make("a")
     (tmp_path / "empty").mkdir()

@@ -61,6 +61,9 @@ def test_arguments_of_flags_are_added_to_those_of_the_same_loss(read):
     text = "miner: MultiSimilarityMiner\nminer_args: {epsilon: 0.2}"
     assert read(text)["miner_args"] == {"epsilon": 0.2}
     assert "miner_args" not in read(text, "--miner", "UniformHistogramMiner")
+    text = "beside: CircleLoss\nbeside_args: {m: 0.3}"
+    assert read(text, "--beside-args", "gamma=64")["beside_args"] == {"m": 0.3, "gamma": 64}
+    assert "beside_args" not in read(text, "--beside", "SupConLoss")
 
 
 def test_null_is_the_default(read):

@@ -16,7 +16,7 @@ LAUNCHER = [
     *("--nproc-per-node", "2", "--max-restarts", "1"),
 ]
 PLAIN, BESIDE = "plain", "beside"  # the runs whose images are not augmented
-BOTH = ["--beside", "MultiSimilarityLoss"]
+BOTH = ["--beside", "MultiSimilarityLoss", "--memory-size", "96"]
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
@@ -105,8 +105,8 @@ def test_two_processes_are_one_with_the_same_batches(
     assert one["optimizers"]["trunk_optimizer"]["state"][0]["step"] == 11
     one, two = curves(tmp_path / name), curves(finished[1] / name)
     assert one.keys() == two.keys()
-    losses = [[value for _, value in x["loss_histories/total_loss"]] for x in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    values = [[value for _, value in x["loss_histories/total_loss"]] for x in (one, two)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
 def test_curves_have_the_same_names_with_a_memory(finished, curves):

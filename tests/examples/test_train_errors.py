@@ -22,6 +22,8 @@ MISTAKES = {
     "--loss VICRegLoss": "--loss: VICRegLoss cannot be used here",
     "--loss ContrastiveLoss --loss-args pos_margin=x": "--loss: ContrastiveLoss cannot be used",
     "--beside TripletLoss": "--beside: unknown name 'TripletLoss'; expected for",
+    "--beside-args margin=1": "--beside-args needs --beside",
+    "--beside CircleLoss --beside-args n=1": "--beside-args: CircleLoss has no argument n",
     "--beside VICRegLoss": "--beside: VICRegLoss cannot be used here",
     "--miner MultiSimilarity": "expected for instance MultiSimilarityMiner",
     "--miner-args epsilon=0.1": "--miner-args needs --miner",
@@ -100,7 +102,7 @@ def test_script_exits_with_the_code_of_main(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("train.py: error: ")
 
 
-def test_load_best_of_a_wrong_path_speaks_of_itself(tmp_path):
+def test_load_best_of_a_wrong_path_says_so(tmp_path):
     from retrieval.errors import UserError
     from retrieval.network import load_best
 

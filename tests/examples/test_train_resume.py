@@ -21,6 +21,7 @@ SETTINGS = {
     "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
     "chunks": ["--grad-cache", 16],
+    "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
 }
 
 
@@ -168,7 +169,8 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     run, copies = whole("default")
     old = shutil.copytree(copies / "after the second epoch", copies / "old")
     config = strict_json(old / "config.json")
-    del config["threads"]
+    for setting in ("threads", "beside", "beside_args"):
+        del config[setting]
     (old / "config.json").write_text(json.dumps(config))
     for name in ("lock", "log.txt"):
         (old / name).unlink()

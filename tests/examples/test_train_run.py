@@ -287,6 +287,7 @@ OPTIONS = {
     "miner": ["--miner", "TripletMarginMiner"],
     "proxies": ["--loss", "ProxyAnchorLoss", "--loss-lr", 0.1],
     "beside": ["--loss-args", "variant=Dq", "--beside", "MultiSimilarityLoss"],
+    "beside another": ["--loss", "MultiSimilarityLoss", "--beside", "PNPLoss"],
     "loss-args": [
         *("--loss-args", "variant=Ib", "b=4", "distance=LpDistance", "reducer=SumReducer")
     ],
@@ -339,7 +340,14 @@ def test_the_folder_is_named_after_both_losses(run_of):
     assert run_of("beside").name == "folder-PNPLoss-Dq-MultiSimilarityLoss-1"
 
 
-@pytest.mark.parametrize("option", ["", "memory", "miner", "beside"])
+def test_pnp_beside_another_loss_has_the_same_defaults(run_of, strict_json):
+    config = strict_json(run_of("beside another") / "config.json")
+    assert config["loss_args"] == {}
+    assert config["beside_args"] == strict_json(run_of("") / "config.json")["loss_args"]
+    assert strict_json(run_of("beside") / "config.json")["beside_args"] == {}
+
+
+@pytest.mark.parametrize("option", ["", "memory", "miner", "beside", "beside another"])
 def test_curves_are_of_what_varies_and_have_the_same_names(run_of, curves, option):
     assert curves(run_of(option)).keys() == CURVES
 

@@ -1,5 +1,6 @@
 """The stages of the study, on a tiny data set: what is run, read, written and not run again."""
 
+import dataclasses
 import json
 import os
 import sqlite3
@@ -255,7 +256,7 @@ def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
 
 def test_a_run_on_another_split_is_measured_on_its_test_classes(shorter, study_of):
     study = study_of(shorter, ["PNP-Ds", "SupCon"])
-    study.splits(number=2)
+    study.splits(seeds=2)
     assert [(r["loss"], r["seed"]) for r in study.rows("splits")] == [
         (loss, seed) for seed in ("1", "2") for loss in ("PNP-Ds", "SupCon")
     ]
@@ -263,6 +264,13 @@ def test_a_run_on_another_split_is_measured_on_its_test_classes(shorter, study_o
     again = study.fit("SupCon", study.defaults("SupCon"), 2, train, test)
     row = study.rows("splits")[-1]
     assert float(row["map_at_r"]) == pytest.approx(again.metrics["map_at_r"], abs=1e-6)
+
+
+def test_a_data_set_with_a_part_of_its_test_is_not_split_anew(shorter, study_of):
+    study = study_of(dataclasses.replace(shorter, test_is_whole=False), ["SupCon"])
+    with pytest.raises(SystemExit, match="tiny reads only some examples of its test classes"):
+        study.splits()
+    assert study.rows() == []
 
 
 def test_what_is_without_training_is_measured_once(shorter, study_of):

@@ -79,6 +79,20 @@ def test_the_command_of_a_table_is_that_of_all_its_losses():
     assert study_tables.conditions(rows).endswith(f", `{begin} --device cuda`")
 
 
+def test_a_table_of_a_probe_says_how_many_seeds_its_losses_have():
+    rows = [row("settings", "PNP-Ds", s, 0.5, "a") for s in (1, 2, 3)]
+    rows += [row("settings", "PNP-Dq", 1, 0.5, "a")]
+    text = study_tables.conditions_of_probe(rows)
+    assert text.startswith("MAP@R in percent on validation, 1 to 3 seeds, 3 steps, on a machine, ")
+    assert text.endswith("--dataset tiny --stages settings --probe-seeds 3`")
+    assert ", 3 seeds, " in study_tables.conditions_of_probe(rows[:3])
+
+
+def test_the_command_of_other_splits_runs_them():
+    rows = [row("splits", "PNP-Ds", 1, 0.5)]
+    assert study_tables.conditions(rows).endswith("--dataset tiny --stages splits`")
+
+
 def test_what_is_without_training_stands_beside_the_table():
     rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
     assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
@@ -110,6 +124,11 @@ def test_the_summary_is_of_the_losses_that_ran_everywhere_best_first():
     assert study_tables.summary(files, "tuned") == "No runs yet."
 
 
+def test_the_summary_leaves_out_what_lacks_a_seed():
+    rows = [row("untuned", "SupCon", s, 0.4) for s in (1, 2)] + [row("untuned", "Circle", 1, 0.9)]
+    assert "Circle" not in study_tables.summary({"grocery": rows}, "untuned")
+
+
 def test_few_losses_are_tuned_with_the_transformer_so_that_it_is_left_out():
     rows = [row("tuned", "SupCon", 1, 0.4)]
     files = {"clinc150": rows, "clinc150_transformer": rows}
@@ -131,7 +150,8 @@ def test_a_sum_is_compared_with_its_part_seed_by_seed():
 def test_the_picture_has_every_loss_and_is_the_same_for_the_same_rows(tmp_path):
     pytest.importorskip("matplotlib")
     one = [row(stage, loss, s, 0.5) for stage, loss in FINAL for s in (1, 2)]
-    for name, rows in {"grocery": [*one, row("tuned", "Circle", 1, 0.5)], "omniglot": one}.items():
+    more = [row(stage, "Circle", s, 0.5) for stage in ("untuned", "tuned") for s in (1, 2)]
+    for name, rows in {"grocery": [*one, *more], "omniglot": one}.items():
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
