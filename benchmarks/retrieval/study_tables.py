@@ -47,7 +47,14 @@ SUMS = (
     ("SupAP + Contrastive", "Contrastive"),
 )
 AUTO_SHARES = (0.125, 0.25, 0.375, 0.5, 1.0)
-BATCH_CONTRASTS = (("56 x 4", "7 x 4"), ("28 x 4", "7 x 4"), ("14 x 16", "14 x 4"))
+BATCH_CONTRASTS = (
+    ("28 x 4", "7 x 4"),
+    ("56 x 4", "28 x 4"),
+    ("100 x 4", "28 x 4"),
+    ("14 x 16", "14 x 4"),
+    ("28 x 14", "28 x 4"),
+    ("75 x 27", "75 x 4"),
+)
 BLURRING = "PNP-Iu"  # what the losses that keep the fine classes apart are compared with
 GRADIENTS_OF = (
     {"variant": "O"},

@@ -79,8 +79,6 @@ DEFAULTS: dict[str, Any] = {
 EARLIER: dict[str, Any] = {"threads": None, "beside": None, "beside_args": {}}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
-# For pretrained trunks, the paper's.
-PAPER_PNP_ARGS = {"variant": "Dq", "alpha": 4}
 # An untested starting point for a pretrained trunk.
 FINE_TUNING = {
     "freeze_batchnorm": True,
@@ -346,7 +344,7 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
         config["image_size"] = given.get("image_size", own)
     for name in ("loss", "beside"):
         if config[f"{name}_args"] is None:
-            config[f"{name}_args"] = _default_arguments(config[name], config["pretrained"])
+            config[f"{name}_args"] = PNP_ARGS if config[name] == "PNPLoss" else {}
     if config["loss_lr"] is None:
         config["loss_lr"] = config["lr"]
     config["world_size"] = world_size()
@@ -382,12 +380,6 @@ def absolute_root(config: dict[str, Any]) -> str | None:
     """Where the data are, to continue from another folder and without the variable."""
     root = config["data_root"] or os.environ.get(DATA_ROOT_VARIABLE)
     return os.path.abspath(root) if root and config["dataset"] != "digits" else None
-
-
-def _default_arguments(loss: str | None, pretrained: bool) -> dict[str, Any]:
-    if loss != "PNPLoss":
-        return {}
-    return PAPER_PNP_ARGS if pretrained else PNP_ARGS
 
 
 def resumed(
