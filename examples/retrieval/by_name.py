@@ -94,7 +94,7 @@ def try_out(
 ) -> None:
     """Call loss and miner once on random embeddings, to find now what fails only when called.
 
-    Whether the miner's pairs are for a loss beside as well, `beside_is_mined` says.
+    `beside_is_mined` says whether a loss beside gets the miner's pairs as well.
 
     Raises:
         UserError: If either cannot be used in this way.
