@@ -7,6 +7,7 @@ sigmoid of (s[a,j] - s[a,p]) / temperature stands for "j is ranked before p".
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 
-class RankingLoss(BaseMetricLossFunction):
+class RankingLoss(BaseMetricLossFunction, ABC):
     """What the losses below share: similarities, masks, checks and the reduction.
 
     Args:
@@ -74,9 +75,9 @@ class RankingLoss(BaseMetricLossFunction):
         losses = self.losses_of(s, positive, compared)
         return {"loss": {"losses": losses, "indices": counted, "reduction_type": "element"}}
 
+    @abstractmethod
     def losses_of(self, s: Tensor, positive: Tensor, compared: Tensor) -> Tensor:
         """L(a) of each row: similarities, which are positives, which take part in the ranking."""
-        raise NotImplementedError
 
     def _ranked(self, s: Tensor, positive: Tensor, compared: Tensor):
         """Differences s[a,j] - s[a,p] and the masks that go with them.

@@ -228,6 +228,14 @@ def _beside(build: Callable, ranking_cls, names: tuple[str, ...], fixed: Params 
 _TEMPERATURE = _log(0.003, 0.3)
 _MEMORY = CategoricalDistribution([512, 1024, 2048, 4096])
 _WEIGHT = _log(0.1, 10)
+# What tuning searches of losses that stand alone, behind a miner or in a sum.
+_MARGINS = {"pos_margin": FloatDistribution(0, 0.6), "neg_margin": FloatDistribution(0.3, 1.4)}
+_MULTI_SIMILARITY = {
+    "alpha": _log(0.5, 20),
+    "beta": _log(5, 100),
+    "base": FloatDistribution(0, 1),
+}
+_SUP_AP = {"temperature": _TEMPERATURE, "slope": _log(5, 300), "margin": _log(0.01, 0.3)}
 _PNP = losses.PNPLoss
 _TRIPLETS = CategoricalDistribution(["all", "hard", "semihard"])
 
@@ -290,8 +298,7 @@ CANDIDATES = {
         {
             "anneal": _TEMPERATURE,
             "weight": _WEIGHT,
-            "pos_margin": FloatDistribution(0, 0.6),
-            "neg_margin": FloatDistribution(0.3, 1.4),
+            **_MARGINS,
         },
         "PNP",
     ),
@@ -301,9 +308,7 @@ CANDIDATES = {
         {
             "anneal": _TEMPERATURE,
             "weight": _WEIGHT,
-            "alpha": _log(0.5, 20),
-            "beta": _log(5, 100),
-            "base": FloatDistribution(0, 1),
+            **_MULTI_SIMILARITY,
         },
         "PNP",
     ),
@@ -311,16 +316,14 @@ CANDIDATES = {
     "MultiSimilarity": Candidate(
         _loss(losses.MultiSimilarityLoss),
         {"alpha": 2.0, "beta": 50.0, "base": 0.5},
-        {"alpha": _log(0.5, 20), "beta": _log(5, 100), "base": FloatDistribution(0, 1)},
+        _MULTI_SIMILARITY,
         "peer",
     ),
     "MultiSimilarity, miner": Candidate(
         _with_miner(losses.MultiSimilarityLoss, miners.MultiSimilarityMiner),
         {"alpha": 2.0, "beta": 50.0, "base": 0.5, "miner_epsilon": 0.1},
         {
-            "alpha": _log(0.5, 20),
-            "beta": _log(5, 100),
-            "base": FloatDistribution(0, 1),
+            **_MULTI_SIMILARITY,
             "miner_epsilon": FloatDistribution(0.02, 0.5),
         },
         "peer",
@@ -344,7 +347,7 @@ CANDIDATES = {
     "Contrastive": Candidate(
         _loss(losses.ContrastiveLoss),
         {"pos_margin": 0.0, "neg_margin": 1.0},
-        {"pos_margin": FloatDistribution(0, 0.6), "neg_margin": FloatDistribution(0.3, 1.4)},
+        _MARGINS,
         "peer",
     ),
     "Contrastive, miner": Candidate(
@@ -356,8 +359,7 @@ CANDIDATES = {
             "miner_neg_margin": 0.8,
         },
         {
-            "pos_margin": FloatDistribution(0, 0.6),
-            "neg_margin": FloatDistribution(0.3, 1.4),
+            **_MARGINS,
             "miner_pos_margin": FloatDistribution(0, 0.6),
             "miner_neg_margin": FloatDistribution(0.3, 1.4),
         },
@@ -367,8 +369,7 @@ CANDIDATES = {
         _with_memory(losses.ContrastiveLoss),
         {"pos_margin": 0.0, "neg_margin": 1.0, "memory_size": 1024},
         {
-            "pos_margin": FloatDistribution(0, 0.6),
-            "neg_margin": FloatDistribution(0.3, 1.4),
+            **_MARGINS,
             "memory_size": _MEMORY,
         },
         "peer",
@@ -414,7 +415,7 @@ CANDIDATES = {
     "SupAP": Candidate(
         _loss(peers.SupAP),
         {"temperature": 0.01, "slope": 100.0, "margin": 0.05},
-        {"temperature": _TEMPERATURE, "slope": _log(5, 300), "margin": _log(0.01, 0.3)},
+        _SUP_AP,
         "peer",
     ),
     "SupAP + Contrastive": Candidate(
@@ -428,12 +429,9 @@ CANDIDATES = {
             "neg_margin": 1.0,
         },
         {
-            "temperature": _TEMPERATURE,
-            "slope": _log(5, 300),
-            "margin": _log(0.01, 0.3),
+            **_SUP_AP,
             "weight": _WEIGHT,
-            "pos_margin": FloatDistribution(0, 0.6),
-            "neg_margin": FloatDistribution(0.3, 1.4),
+            **_MARGINS,
         },
         "peer",
     ),

@@ -15,7 +15,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,12 @@ class Study:
                 "which would then be trained on"
             )
 
+        @lru_cache(maxsize=1)  # the losses of a seed follow each other, and a split is a copy
         def parts(seed: int) -> tuple[Part, Part]:
             return other_split(self.part("training"), self.part("test"), seed)
 
         settings = {name: self.defaults(name) for name in self.losses}
-        self._measure("splits", settings, seeds, cache(parts))
+        self._measure("splits", settings, seeds, parts)
 
     def tuned(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
         """Run the best setting of every loss whose trials are complete."""
