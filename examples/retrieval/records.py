@@ -19,8 +19,6 @@ from pytorch_metric_learning.testers import BaseTester
 from pytorch_metric_learning.trainers import BaseTrainer
 from pytorch_metric_learning.utils import logging_presets
 
-from pml_pnp import losses
-
 from .data import RetrievalSplits
 from .disk import replace, write_csv, writing
 from .metrics import PRIMARY_METRIC
@@ -130,8 +128,8 @@ def varying(trainer: BaseTrainer) -> dict[str, dict[str, float]]:
     """What changes from iteration to iteration, by group: loss, its statistics, learning rates."""
     groups = {
         "loss_histories": {"total_loss": trainer.batch_loss},
-        "metric_loss": statistics(innermost(trainer.loss_funcs["metric_loss"], "loss")),
-        **{k: statistics(innermost(x, "miner")) for k, x in trainer.mining_funcs.items()},
+        "metric_loss": {k: v for x in trainer.counting for k, v in statistics(x).items()},
+        **{k: statistics(innermost(x)) for k, x in trainer.mining_funcs.items()},
     }
     if trainer.lr_schedulers:
         groups["learning_rates"] = {
@@ -141,17 +139,11 @@ def varying(trainer: BaseTrainer) -> dict[str, dict[str, float]]:
     return {name: values for name, values in groups.items() if values}
 
 
-def innermost(module: torch.nn.Module, attribute: str) -> torch.nn.Module:
-    """The loss or miner inside the wrappers of processes and the memory; of a sum, what counts."""
-    module = unwrap(module)
-    if isinstance(module, losses.MultipleLosses):
-        module = next(filter(_counts, module.losses), module.losses[0])
-    inside = getattr(module, attribute, None)
-    return innermost(inside, attribute) if isinstance(inside, torch.nn.Module) else module
-
-
-def _counts(module: torch.nn.Module) -> bool:
-    return any(getattr(x, "collect_stats", False) for x in module.modules())
+def innermost(miner: torch.nn.Module) -> torch.nn.Module:
+    """The miner inside the wrappers of processes."""
+    miner = unwrap(miner)
+    inside = getattr(miner, "miner", None)
+    return innermost(inside) if isinstance(inside, torch.nn.Module) else miner
 
 
 def statistics(module: torch.nn.Module) -> dict[str, float]:
