@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class Outcome:
 
 def run(
     data: DataSet,
-    train: Part,
+    train_on: Part,
     measured: Part,
     make_objective: Callable[[int], nn.Module],
     learning_rate: float,
@@ -37,45 +38,84 @@ def run(
 ) -> Outcome:
     """Train on one part and measure on another.
 
+    Args:
+        data: see `train`, and so the others.
+        train_on: what to train on.
+        measured: what to measure on.
+        make_objective: number of training classes -> module of (embeddings, labels).
+        learning_rate: of the network.
+        proxy_learning_rate: of parameters of the objective.
+        seed: of the run.
+        each_step: called with the number of the step, the embeddings and the labels.
+    """
+    begin = time.process_time()
+    network = train(
+        data, train_on, make_objective, learning_rate, proxy_learning_rate, seed, each_step
+    )
+    trained = time.process_time()
+    metrics = retrieval_metrics(embed(network, measured.inputs), measured.labels)
+    return Outcome(metrics, trained - begin, time.process_time() - trained)
+
+
+def train(
+    data: DataSet,
+    part: Part,
+    make_objective: Callable[[int], nn.Module],
+    learning_rate: float,
+    proxy_learning_rate: float,
+    seed: int,
+    each_step: Callable[[int, Tensor, Tensor], None] = lambda step, embeddings, labels: None,
+) -> nn.Module:
+    """The network, trained.
+
     Initial weights, batches and augmentation follow from the seed alone, whatever the loss: runs of
     two losses with the same seed are a pair. Network and loss are where the inputs to train on are.
 
     Args:
         data: network, augmentation, batch and number of steps.
-        train: what to train on.
-        measured: what to measure on.
+        part: what to train on.
         make_objective: number of training classes -> module of (embeddings, labels).
         learning_rate: of the network, at the first step; it falls to zero along a cosine.
         proxy_learning_rate: the same for parameters of the objective.
         seed: of the run.
         each_step: called with the number of the step, the embeddings and the labels.
     """
-    begin = time.process_time()
     torch.manual_seed(seed)
-    device = train.inputs.device
-    network = data.network(train.inputs).to(device)
-    objective = make_objective(len(train.classes)).to(device)
-    groups = [{"params": list(network.parameters()), "lr": learning_rate}]
+    device = part.inputs.device
+    network = data.network(part.inputs).to(device)
+    objective = make_objective(len(part.classes)).to(device)
+    groups = parameter_groups(network, learning_rate, data.head_rate)
     if proxies := list(objective.parameters()):
         groups.append({"params": proxies, "lr": proxy_learning_rate})
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, data.steps)
     generator = torch.Generator().manual_seed(seed)
     network.train()
-    for step, indices in enumerate(batches(train.labels, data, seed).to(device)):
-        embeddings = network(data.augment(train.inputs[indices], generator))
-        labels = train.labels[indices]
+    for step, indices in enumerate(batches(part.labels, data, seed).to(device)):
+        embeddings = network(data.augment(part.inputs[indices], generator))
+        labels = part.labels[indices]
         each_step(step, embeddings, labels)
         loss = objective(embeddings, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    trained = time.process_time()
-    metrics = retrieval_metrics(embed(network, measured.inputs), measured.labels)
-    return Outcome(metrics, trained - begin, time.process_time() - trained)
+    return network
 
 
+def parameter_groups(network: nn.Module, learning_rate: float, head_rate: float) -> list[dict]:
+    """What an optimizer takes: the last layer at `head_rate` times the others' learning rate."""
+    if head_rate == 1:
+        return [{"params": list(network.parameters()), "lr": learning_rate}]
+    *trunk, head = network.children()
+    of_trunk = [p for part in trunk for p in part.parameters()]
+    return [
+        {"params": of_trunk, "lr": learning_rate},
+        {"params": list(head.parameters()), "lr": learning_rate * head_rate},
+    ]
+
+
+@lru_cache(maxsize=4)  # the losses of a seed have the same, and the sampler is slow
 def batches(labels: Tensor, data: DataSet, seed: int) -> Tensor:
     """Indices of all batches, (steps, batch size), by PML's sampler."""
     size = data.classes_per_batch * data.examples_per_class

@@ -5,8 +5,8 @@ are imported when they are needed.
 """
 
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from retrieval.trunks import SmallConvNet  # noqa: E402
 
 EMBEDDING_SIZE = 128
-EMBEDDED_AT_A_TIME = 1024
+EMBEDDED_AT_A_TIME = 256
 LONGEST_SENTENCE = 24  # tokens; a few of CLINC150's requests have more
 PADDING = 0  # the transformer's id of it
 
@@ -36,7 +36,7 @@ def small_net(channels: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _eigenvectors(features: Tensor) -> Tensor:
     """Of their uncentred second moments, by falling eigenvalue: (d, d), one a row."""
     return torch.linalg.eigh(features.T @ features).eigenvectors.T.flip(0)
@@ -89,12 +89,18 @@ def token_ids(texts: Sequence[str]) -> Tensor:
 
 def sentence_net(ids: Tensor) -> nn.Module:
     """SentenceNet under a linear layer of the principal components of what it makes of the ids."""
-    return nn.Sequential(SentenceNet(), linear_of_principal_components(_features(ids)))
+    return under_linear_layer(SentenceNet, ids)
 
 
-@cache
-def _features(ids: Tensor) -> Tensor:
-    return embed(SentenceNet().to(ids.device), ids)
+def under_linear_layer(make_trunk: Callable[[], nn.Module], inputs: Tensor) -> nn.Module:
+    """A pretrained trunk under a linear layer of the principal components of its features."""
+    features = _features(make_trunk, inputs)
+    return nn.Sequential(make_trunk(), linear_of_principal_components(features))
+
+
+@lru_cache(maxsize=1)
+def _features(make_trunk: Callable[[], nn.Module], inputs: Tensor) -> Tensor:
+    return embed(make_trunk().to(inputs.device), inputs)
 
 
 def _folder_of_weights() -> Path:

@@ -12,12 +12,13 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import networks
 import numpy as np
+import pretrained
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,6 +70,9 @@ class DataSet:
         learning_rate: of the untuned runs; Adam's default, but for fine-tuning.
         large_batches: (classes, examples per class), probed besides those of every data set.
         test_is_whole: whether `test` has all examples of its classes.
+        head_rate: learning rate of the last layer of the network over that of the others.
+        steps_of_grid, rates_of_grid: short and long training of the grid, and its learning rates
+            over `learning_rate`.
     """
 
     name: str
@@ -83,6 +87,9 @@ class DataSet:
     learning_rate: float = 1e-3
     large_batches: tuple[tuple[int, int], ...] = ()
     test_is_whole: bool = True
+    head_rate: float = 1.0
+    steps_of_grid: tuple[int, ...] = (100, 600)
+    rates_of_grid: tuple[float, ...] = (1.0, 0.3)
 
 
 def _root(data_root: str | None) -> Path:
@@ -115,7 +122,12 @@ def part_of_classes(names: Sequence[str], part: str) -> list[str]:
 
 
 def other_split(training: Part, test: Part, seed: int) -> tuple[Part, Part]:
-    """As many classes to train on and to test with, chosen at random from those of both parts.
+    """As many classes to train on and to test with, chosen at random from those of both parts."""
+    return other_splits(training, test, seed, [len(training.classes)])
+
+
+def other_splits(training: Part, test: Part, seed: int, at: Sequence[int]) -> tuple[Part, ...]:
+    """The classes of both parts in random order, cut into parts where `at` says.
 
     Coarse labels, whose numbers differ between parts, are left out: all are 0.
     """
@@ -132,8 +144,7 @@ def other_split(training: Part, test: Part, seed: int) -> tuple[Part, Part]:
         classes = tuple(names[i] for i in chosen.tolist())
         return Part(inputs[kept], own[kept], classes, torch.zeros_like(own[kept]))
 
-    at_first, later = order.tensor_split([len(training.classes)])
-    return part(at_first.sort().values), part(later.sort().values)
+    return tuple(part(x.sort().values) for x in order.tensor_split(list(at)))
 
 
 # --- CLINC150 -------------------------------------------------------------------------------
@@ -264,6 +275,39 @@ class Warp:
         return warped.contiguous(memory_format=torch.channels_last)
 
 
+# --- pretrained image networks --------------------------------------------------------------
+
+GROCERY_SIZE, SMALL_SIZE = 160, 96  # pixels
+
+
+def _reader_of_whole(
+    read: Callable[[Path], pretrained.Whole],
+) -> Callable[[str, str | None], Part]:
+    """Parts of what is read as a whole, by their classes."""
+
+    def read_part(part: str, data_root: str | None) -> Part:
+        inputs, fine, coarse = read(_root(data_root))
+        names, _ = pretrained.numbers(fine)
+        chosen = set(part_of_classes(names, part))
+        kept = torch.tensor([x in chosen for x in fine])
+        classes, labels = pretrained.numbers([x for x in fine if x in chosen])
+        _, kinds = pretrained.numbers([k for x, k in zip(fine, coarse, strict=True) if x in chosen])
+        return Part(inputs[kept], labels, tuple(classes), kinds)
+
+    return read_part
+
+
+def _lite0_features(
+    name: str, images: Callable[[Path], Iterator[pretrained.Labelled]], size: int
+) -> Callable[[str, str | None], Part]:
+    read = pretrained.images(images, size)
+    return _reader_of_whole(pretrained.computed(name, pretrained.Lite0, read))
+
+
+def _random_linear(features: Tensor) -> nn.Module:
+    return nn.Linear(features.shape[1], networks.EMBEDDING_SIZE)
+
+
 DATA_SETS = {
     "clinc150": DataSet(
         "clinc150",
@@ -289,6 +333,7 @@ DATA_SETS = {
         "same layer",
         learning_rate=5e-5,
         test_is_whole=False,
+        steps_of_grid=(60, 240),
     ),
     "omniglot": DataSet(
         "omniglot",
@@ -299,6 +344,7 @@ DATA_SETS = {
         classes_per_batch=28,
         steps=300,
         large_batches=((100, 4),),
+        rates_of_grid=(3.0, 1.0),
         about="Omniglot small: handwritten characters at 28 x 28, a net of four convolutions "
         "trained from scratch",
     ),
@@ -311,7 +357,75 @@ DATA_SETS = {
         classes_per_batch=28,
         steps=300,
         large_batches=((28, 14),),
+        rates_of_grid=(3.0, 1.0),
         about="Grocery 64: photographs from shop shelves at 32 x 32, a net of four convolutions "
         "trained from scratch",
+    ),
+    "grocery_lite0": DataSet(
+        "grocery_lite0",
+        _lite0_features("grocery_lite0", pretrained.grocery160, GROCERY_SIZE),
+        networks.linear_of_principal_components,
+        nn.Identity,
+        _as_it_is,
+        classes_per_batch=40,
+        steps=300,
+        about="Grocery 160: photographs from shop shelves, as frozen features of "
+        "EfficientNet-Lite0 under a linear layer 1280 -> 128 that starts as their principal "
+        "components",
+    ),
+    "grocery_lite0_random": DataSet(
+        "grocery_lite0_random",
+        _lite0_features("grocery_lite0", pretrained.grocery160, GROCERY_SIZE),
+        _random_linear,
+        nn.Identity,
+        _as_it_is,
+        classes_per_batch=40,
+        steps=300,
+        about="the same with a linear layer that starts at random",
+    ),
+    "emoji_lite0": DataSet(
+        "emoji_lite0",
+        _lite0_features("emoji_lite0", pretrained.emoji, SMALL_SIZE),
+        networks.linear_of_principal_components,
+        nn.Identity,
+        _as_it_is,
+        classes_per_batch=64,
+        steps=300,
+        about="Emoji: four drawings of each, as frozen features of EfficientNet-Lite0 under a "
+        "linear layer 1280 -> 128 that starts as their principal components",
+    ),
+    "grocery_last_blocks": DataSet(
+        "grocery_last_blocks",
+        _reader_of_whole(
+            pretrained.computed(
+                "grocery_first_blocks",
+                pretrained.FirstBlocks,
+                pretrained.images(pretrained.grocery160, SMALL_SIZE),
+            )
+        ),
+        lambda maps: networks.under_linear_layer(pretrained.LastBlocks, maps),
+        pretrained.LastBlocks,
+        _as_it_is,
+        classes_per_batch=16,
+        steps=300,
+        about="Grocery 160 at 96 x 96, the last five of EfficientNet-Lite0's sixteen blocks "
+        "trained along with a linear layer 1280 -> 128 that starts as principal components; "
+        "BatchNorm as it was",
+        learning_rate=1e-4,
+        head_rate=10.0,
+        steps_of_grid=(100, 400),
+    ),
+    "grocery_finetuned": DataSet(
+        "grocery_finetuned",
+        _reader_of_whole(pretrained.images(pretrained.grocery160, SMALL_SIZE)),
+        lambda images: networks.under_linear_layer(pretrained.Lite0, images),
+        pretrained.Lite0,
+        Warp(turn=0.1, scale=0.25, shift=0.15, mirror=True),
+        classes_per_batch=16,
+        steps=240,
+        about="Grocery 160 at 96 x 96, all of EfficientNet-Lite0 trained along with the same layer",
+        learning_rate=1e-4,
+        head_rate=10.0,
+        steps_of_grid=(60, 240),
     ),
 }

@@ -116,11 +116,12 @@ def row_of(
         "batch_size": data.classes_per_batch * data.examples_per_class,
         "train_seconds": f"{outcome.train_seconds:.2f}",
         "evaluation_seconds": f"{outcome.evaluation_seconds:.2f}",
-        **_here(device),
+        **here(device),
     }
 
 
-def _here(device: torch.device) -> dict[str, str]:
+def here(device: torch.device) -> dict[str, str]:
+    """Machine, versions, date and command of a row."""
     script = Path(sys.argv[0])
     root = Path(__file__).parents[2]
     name = script.resolve().relative_to(root) if root in script.resolve().parents else script.name
