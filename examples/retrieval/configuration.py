@@ -35,7 +35,7 @@ from .errors import UserError
 from .metrics import RECALL_AT
 from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
-from .trunks import SMALL, SMALL_IMAGE_SIZE
+from .trunks import IMAGE_SIZES, LITE, SMALL
 
 DEFAULTS: dict[str, Any] = {
     "dataset": "digits",
@@ -99,6 +99,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "omniglot": {"image_size": 28},
     "grocery": {"image_size": 64},
+    "grocery160": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
     **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
@@ -166,11 +167,11 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add(data, "--workers", "loader processes *; results depend on it if images vary", type=natural)
 
     model = flags.add_argument_group("model")
-    add(model, "--trunk", f"{SMALL!r} or a timm model *")
+    add(model, "--trunk", f"{SMALL!r}, {', '.join(map(repr, LITE))} or a timm model *")
     add(
         model,
         "--pretrained",
-        "load timm's weights; then defaults are those of fine-tuning *",
+        "start from weights of ImageNet; then defaults are those of fine-tuning *",
         action=switch,
     )
     add(model, "--freeze-batchnorm", "keep BatchNorm's statistics as they are *", action=switch)
@@ -340,8 +341,7 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
         config = {**config, **FINE_TUNING, **given}
     if config["trunk"] != DATASET_DEFAULTS[dataset].get("trunk", SMALL):
         # The data set's image size was meant for its own trunk.
-        own = SMALL_IMAGE_SIZE if config["trunk"] == SMALL else None
-        config["image_size"] = given.get("image_size", own)
+        config["image_size"] = given.get("image_size") or IMAGE_SIZES.get(config["trunk"])
     for name in ("loss", "beside"):
         if config[f"{name}_args"] is None:
             config[f"{name}_args"] = PNP_ARGS if config[name] == "PNPLoss" else {}

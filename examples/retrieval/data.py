@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -483,30 +484,33 @@ def _read_omniglot(data_root: str | None, skipped: list[Skipped]) -> Split:
     )
 
 
-def _read_grocery(data_root: str | None, skipped: list[Skipped]) -> Split:
-    """The grocery store photographs: fine classes with an even number train, odd ones test."""
-    for folder in _places("grocery", data_root, "grocery64"):
+def _read_grocery(name: str, stem: str, data_root: str | None, skipped: list[Skipped]) -> Split:
+    """The grocery store photographs, in `stem.zip` or unpacked with labels.csv.
+
+    Fine classes with an even number train, odd ones test.
+    """
+    for folder in _places(name, data_root, stem):
         left_out: list[Skipped] = []
         images: dict[str, Path | bytes]
         if (folder / "labels.csv").is_file():
             place, table = folder, (folder / "labels.csv").read_text()
             (found,) = read_trees([folder], 0, left_out)
             images = {x.path.relative_to(folder).as_posix(): x.path for x in found}
-        elif (folder / "grocery64.zip").is_file():
-            place = folder / "grocery64.zip"
+        elif (folder / f"{stem}.zip").is_file():
+            place = folder / f"{stem}.zip"
             table = _text_in_zip(place, "labels.csv")
             images = {str(x.path): x.content for x in read_zip(place, 0, left_out)}
         else:
             continue
         rows = list(csv.DictReader(io.StringIO(table)))
         if not rows or not {"path", "fine"} <= rows[0].keys():
-            raise UserError(f"grocery: expected labels.csv with columns path and fine in {folder}")
+            raise UserError(f"{name}: expected labels.csv with columns path and fine in {folder}")
         samples = _listed(rows, images, place, left_out, skipped)
         return (
             [s for s in samples if int(s.label) % 2 == 0],
             [s for s in samples if int(s.label) % 2 == 1],
         )
-    raise _missing("grocery", data_root, "grocery64.zip, or its contents with labels.csv")
+    raise _missing(name, data_root, f"{stem}.zip, or its contents with labels.csv")
 
 
 def _listed(
@@ -588,7 +592,8 @@ def _pml_split(name: str, folder: Path, split: str) -> list[Sample]:
 READERS = {
     "digits": _read_digits,
     "omniglot": _read_omniglot,
-    "grocery": _read_grocery,
+    "grocery": partial(_read_grocery, "grocery", "grocery64"),
+    "grocery160": partial(_read_grocery, "grocery160", "grocery160"),
     "folder": _read_folder,
     **{name: _reader_of_pml(name) for name in PML_DATASETS},
     **{name: _reader_of_benchmark(name) for name in BENCHMARK_SETS},

@@ -7,9 +7,9 @@ import torch
 from .errors import UserError
 from .run_folder import CONFIG, RunFolder
 from .seeding import seed_everything
-from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
+from .trunks import IMAGE_SIZES, SMALL, SmallTransform, Transform, Trunk, build_trunk
 
-# How the small trunk's training images vary, and whether they have colours.
+# How training images vary, unless timm prepares them, and whether they have colours.
 CHARACTERS = {"mode": "L", "warp": True}
 PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 
@@ -17,7 +17,7 @@ PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 def build(config: dict[str, Any]) -> Trunk:
     """The trunk as configured, with the transforms of its images."""
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
-    size = config["image_size"] or SMALL_IMAGE_SIZE
+    size = config["image_size"] or IMAGE_SIZES[SMALL]  # None if timm prepares the images
     # Not known before the data are read, which makes 8 bits of their images itself.
     small = SmallTransform(size, **images, ranges=config.get("pixel_ranges"))
     return build_trunk(

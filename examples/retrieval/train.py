@@ -32,7 +32,7 @@ from .progress import advice
 from .run_folder import CONFIG, RunFolder, RunLock
 from .seeding import seed_everything
 from .training import Training, build_loss_and_miner, build_trainer
-from .trunks import SMALL, Trunk, has_batchnorm, import_timm
+from .trunks import IMAGE_SIZES, SMALL, SMALLEST_IMAGE, Trunk, check_installed, has_batchnorm
 
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
@@ -102,10 +102,11 @@ def _check_before_data(config: dict[str, Any]) -> None:
             raise UserError(f"--{name}-args needs --{name}")
     if config["pretrained"] and config["trunk"] == SMALL:
         raise UserError(f"--pretrained: the trunk {SMALL!r} has no pretrained weights")
-    if config["trunk"] != SMALL:
-        import_timm(config["trunk"])
-    elif config["image_size"] < 8:
-        raise UserError(f"--image-size: expected at least 8, got {config['image_size']}")
+    check_installed(config["trunk"], config["pretrained"])
+    if config["trunk"] in IMAGE_SIZES and config["image_size"] < SMALLEST_IMAGE:
+        raise UserError(
+            f"--image-size: expected at least {SMALLEST_IMAGE}, got {config['image_size']}"
+        )
     if config["samples_per_class"] < 2:
         raise UserError("--samples-per-class: expected at least 2, since one has no positive")
     if 0 < config["memory_size"] < config["batch_size"]:

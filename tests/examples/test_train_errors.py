@@ -35,6 +35,7 @@ MISTAKES = {
     "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
+    "--trunk efficientnet_lite0 --image-size 4": "--image-size: expected at least 8, got 4",
     "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",
     "--device abacus": "--device: 'abacus' cannot be used here",
     "--device cuda:99": "--device: 'cuda:99' cannot be used here",
@@ -54,6 +55,7 @@ MISTAKES = {
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
     "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
     "--dataset grocery --data-root .": "grocery not found in .: expected grocery64.zip",
+    "--dataset grocery160 --data-root .": "grocery160 not found in .: expected grocery160.zip",
     "--dataset folder --data-root .": "folder: expected at least 4 class folders",
 }
 ARGPARSE_MISTAKES = {

