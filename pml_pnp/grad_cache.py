@@ -1,18 +1,41 @@
 """GradCache embeds a batch in chunks, so that only the activations of one chunk are in memory."""
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import nullcontext
-from functools import partial
-from itertools import pairwise
+import random
+import sys
+from collections.abc import Callable, Iterator, MutableMapping, Sized
+from contextlib import contextmanager
+from functools import partial, wraps
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pml_pnp.checks import check_chunk_size
+
+
+class _WithSignatureOfModel:
+    """A wrapper's method `forward`, which on instances has the signature of the model's.
+
+    Hugging Face's Trainer drops the columns of a data set that are not in this signature.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __get__(self, wrapper: "GradCache | None", owner: type) -> Callable[..., Any]:
+        if wrapper is None:
+            return self.function
+
+        @wraps(wrapper.module.forward)
+        def forward(*args, **kwargs):
+            return self.function(wrapper, *args, **kwargs)
+
+        return forward
 
 
 class GradCache(nn.Module):
@@ -99,8 +122,10 @@ class GradCache(nn.Module):
                 )
         self.module = model
         self.chunk_size = int(chunk_size)
+        self.register_load_state_dict_post_hook(_name_keys_as_the_model)
 
-    @torch.compiler.disable  # dynamo cannot trace checkpoint with a context of its own
+    @_WithSignatureOfModel
+    @torch.compiler.disable  # dynamo cannot trace how a second pass restores the state
     def forward(self, *args, **kwargs) -> Any:
         """Return the model's output for the whole batch."""
         if isinstance(self.module, DistributedDataParallel):
@@ -112,22 +137,28 @@ class GradCache(nn.Module):
             _map(partial(_check_rows, batch_size), "output", output)
             return output
 
-        def call(*rows: Tensor) -> Any:
+        _refuse_entries_per_example(batch_size, "args", args)
+        _refuse_entries_per_example(batch_size, "kwargs", kwargs)
+
+        def call(rows: tuple[Tensor, ...], state: dict[str, Tensor | None] | None = None) -> Any:
             remaining = iter(rows)
             chunk_args, chunk_kwargs = _map(
                 lambda _, value: next(remaining) if _is_batched(value) else value,
                 "",
                 (args, kwargs),
             )
-            return self.module(*chunk_args, **chunk_kwargs)
+            if not state:
+                return self.module(*chunk_args, **chunk_kwargs)
+            return functional_call(self.module, state, chunk_args, chunk_kwargs, tie_weights=False)
 
-        run = _CalledTwice(self.module, call) if torch.is_grad_enabled() else call
+        passes = _Passes(self.module, call) if torch.is_grad_enabled() else None
         count = -(-batch_size // self.chunk_size)
         bounds = [batch_size * i // count for i in range(count + 1)]  # chunks of nearly equal size
         outputs = []
         for start, end in pairwise(bounds):
-            checked = partial(_checked_and_copied, end - start)
-            outputs.append(_map(checked, "output", run(*(t[start:end] for t in tensors))))
+            rows = tuple(t[start:end] for t in tensors)
+            output = passes.first(start, rows) if passes else _checked(end - start, call(rows))
+            outputs.append(output)
         return _map(_joined, "output", *outputs)
 
     def _inside_ddp(self, *args, **kwargs) -> Any:
@@ -189,49 +220,63 @@ class GradCache(nn.Module):
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        errors = args[-1]
+        self.__dict__["_loading"] = prefix, errors, len(errors)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # torch.distributed.checkpoint asks which child's name is no part of the names of tensors.
+        return {"": "module"}
 
 
-class _CalledTwice:
-    """Calls a model under `checkpoint`, which calls it again in backward with the same result.
+def _name_keys_as_the_model(wrapper: GradCache, keys: Any) -> None:
+    """Leave "module" out of the names of keys that could not be loaded (a hook after loading)."""
+    prefix, errors, start = wrapper.__dict__.pop("_loading")
+    for names in (keys.missing_keys, keys.unexpected_keys):
+        names[:] = [
+            prefix + name.removeprefix(f"{prefix}module.")
+            if name.startswith(f"{prefix}module.")
+            else name
+            for name in names
+        ]
+    errors[start:] = [e.replace(f"{prefix}module.", prefix, 1) for e in errors[start:]]
 
-    `checkpoint` restores the inputs, the random state and autocast. Training mode and buffers of
-    the model are restored here, and an error is raised if its parameters have changed.
+
+# --- the two passes
+
+
+class _Passes:
+    """Calls a model on chunks under `checkpoint`, which calls it again in the backward pass.
+
+    Attributes:
+        changed: names of the buffers and parameters that first passes have changed.
+        copied: names of those that are copied before a first pass: the changed ones, and before
+            the first chunk, when these are not known, all that are not too large.
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]):
-        self.name = type(model).__name__
+        self.model = model
         self.call = call
-        self.modes = [(m, m.training) for m in model.modules()]
         self.parameters = list(model.parameters())
-        self.buffers = [
-            (m._buffers, name)
-            for m, _ in self.modes
-            for name, buffer in m._buffers.items()
-            if buffer is not None
-        ]
-        self.changing = self.buffers  # those that a forward pass changes; all before the first one
+        self.changed: set[str] = set()
+        self.copied = _small_state(model)
         self.note_versions()
 
-    def __call__(self, *rows: Tensor) -> Any:
+    def first(self, start: int, rows: tuple[Tensor, ...]) -> Any:
+        """Return the output for the rows of the batch from `start` on."""
+        chunk = _Chunk(self, start, len(rows[0]))
         row_versions = [t._version for t in rows]
-        before = [(b, n, b[n], b[n]._version, b[n].detach().clone()) for b, n in self.changing]
-        first_pass, second_pass = _FirstPass(self.call), _SecondPass(self)
-        output = checkpoint(
-            first_pass.call,
-            *rows,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), second_pass),
-        )
-        first_pass.end()
+        # Stopped early, a second pass would not return what is to be compared.
+        with set_checkpoint_early_stop(False):
+            output = checkpoint(chunk.call, *rows, use_reentrant=False)
+        output = chunk.end_first_pass(output)
         if row_versions != [t._version for t in rows]:
             raise RuntimeError(
-                f"{self.name} changes its input in place, which is needed again in the backward "
-                "pass: let it work on a copy, for instance with inplace=False in its first layer"
+                f"{type(self.model).__name__} changes its input in place, which is needed again "
+                "in the backward pass: let it work on a copy, for instance with inplace=False in "
+                "its first layer"
             )
-        for buffers, name, buffer, version, value in before:
-            if buffers[name] is not buffer or buffer._version != version:
-                second_pass.values[id(buffers), name] = value
-        self.changing = [(b, n) for b, n in self.changing if (id(b), n) in second_pass.values]
+        self.changed |= chunk.changed()
+        self.copied = self.changed
         self.note_versions()
         # With a shared cast of the weights, the gradients of all chunks would add up in float16.
         torch.clear_autocast_cache()
@@ -241,74 +286,195 @@ class _CalledTwice:
         """Record the versions of the parameters, to notice a later change."""
         self.versions = [p._version for p in self.parameters]
 
+    def check_versions(self) -> None:
+        """Raise RuntimeError if a parameter has been changed in place since a pass."""
+        if self.versions != [p._version for p in self.parameters]:
+            raise RuntimeError(
+                f"a parameter of {type(self.model).__name__} has changed since the forward pass, "
+                "whose activations are computed again in the backward pass: call backward before "
+                "the optimizer's step"
+            )
 
-class _FirstPass:
-    """Keeps an error of the model until `checkpoint` has returned.
+
+class _Chunk:
+    """The first pass of a chunk, and each second one, which must return the same.
 
     In torch before 2.13, an error that leaves `checkpoint` leaves its hooks in place, which then
-    call the model again in the backward pass of anything else.
+    call the model again in the backward pass of anything else. So an error of the first pass is
+    kept until `checkpoint` has returned.
     """
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
-        self._error: Exception | None = None
-        self._has_ended = False
+    def __init__(self, passes: _Passes, start: int, count: int):
+        self.passes = passes
+        self.start, self.count = start, count
+        self.outputs: dict[str, Tensor] | None = None
+        self.error: Exception | None = None
+        self.random_state = _random_state()
+        self.before = _state(passes.model)
+        self.versions = {name: t._version for name, t in self.before.items()}
+        tensors = [self.before[name] for name in passes.copied if name in self.before]
+        self.copies = {id(t): t.detach().clone() for t in tensors if _is_plain_state(t)}
 
     def call(self, *rows: Tensor) -> Any:
-        """Call the model; errors of the second pass are raised at once."""
-        try:
-            return self._call(*rows)
-        except Exception as error:
-            if self._has_ended:
-                raise
-            self._error = error
-            return None
+        """Call the model, for the first time or again."""
+        if self.outputs is None:
+            try:
+                return self.passes.call(rows)
+            except Exception as error:
+                self.error = error
+                return None
+        self.passes.check_versions()
+        with _drawing_again(self.random_state):
+            output = self.passes.call(rows, self.copied_state())
+        self.passes.note_versions()
+        self.compare(output)
+        return output
 
-    def end(self) -> None:
-        """Raise the error if there was one."""
-        self._has_ended = True
-        error, self._error = self._error, None
+    def end_first_pass(self, output: Any) -> Any:
+        """Return the checked output, or raise the error that there was."""
+        error, self.error = self.error, None
         if error is not None:
             raise error
+        output = _checked(self.count, output)
+        self.outputs = _floating_tensors(output)
+        return output
 
+    def changed(self) -> set[str]:
+        """Return the names whose tensor, version or value has changed in the first pass."""
+        before, now = self.before, _state(self.passes.model)
+        found = {n for n in before.keys() | now if now.get(n) is not before.get(n)}
+        same = {n: t for n, t in now.items() if n not in found and not t.requires_grad}
+        found |= {n for n, t in same.items() if t._version != self.versions[n]}
+        # BatchNorm, and what goes through .data, change values without the version.
+        unclear = [n for n, t in same.items() if n not in found and id(t) in self.copies]
+        if unclear:
+            differ = [(now[n] != self.copies[id(now[n])]).any() for n in unclear]
+            differ = torch.stack([d.to(differ[0].device) for d in differ]).tolist()  # one wait
+            found |= {n for n, differs in zip(unclear, differ, strict=True) if differs}
+        return found
 
-class _SecondPass:
-    """Context in which a chunk is computed again, and after which the model is as it was before.
+    def copied_state(self) -> dict[str, Tensor | None]:
+        """Return copies of what the changing buffers and parameters were before the first pass."""
+        copies: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
+        for name in self.passes.changed & self.before.keys():
+            tensor = self.before[name]
+            source = self.copies.get(id(tensor), tensor)
+            copies.setdefault(id(tensor), source.clone() if _is_plain_state(source) else source)
+        return {name: copies.get(id(self.before.get(name))) for name in self.passes.changed}
 
-    Attributes:
-        values: what the buffers that the first pass changed contained before, by module and name.
-            The running statistics of BatchNorm, whose change leaves their version as it was, may be
-            missing: in training mode nothing reads them.
-    """
-
-    def __init__(self, first_pass: _CalledTwice):
-        self.first_pass = first_pass
-        self.values: dict[tuple[int, str], Tensor] = {}
-
-    def __enter__(self) -> None:
-        if self.first_pass.versions != [p._version for p in self.first_pass.parameters]:
+    def compare(self, output: Any) -> None:
+        """Raise RuntimeError unless a second pass returned what the first did, up to rounding."""
+        outputs = _floating_tensors(output)
+        try:
+            if outputs.keys() != self.outputs.keys():
+                raise AssertionError(f"Expected {[*self.outputs]}, got {[*outputs]}")
+            for where, expected in self.outputs.items():
+                _assert_equal_up_to_rounding(outputs[where], expected, self.passes.parameters)
+        except AssertionError as error:
             raise RuntimeError(
-                f"a parameter of {self.first_pass.name} has changed since the forward pass, whose "
-                "activations are computed again in the backward pass: call backward before the "
-                "optimizer's step"
-            )
-        self.modes = [(m, m.training) for m, _ in self.first_pass.modes]
-        for module, training in self.first_pass.modes:
-            module.training = training
-        self.kept = [(b, n, b[n]) for b, n in self.first_pass.buffers]
-        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
-        for buffers, name, buffer in self.kept:
-            if id(buffer) not in copies:
-                value = self.values.get((id(buffers), name), buffer)
-                copies[id(buffer)] = value.detach().clone()
-            buffers[name] = copies[id(buffer)]
+                f"{type(self.passes.model).__name__} returned something else when it was called "
+                f"again in the backward pass, for rows {self.start} to "
+                f"{self.start + self.count - 1} of the batch, so that the gradient would be wrong."
+                f"\n\n{error}\n\n{_REASONS}"
+            ) from None
 
-    def __exit__(self, *_) -> None:
-        for buffers, name, buffer in self.kept:
-            buffers[name] = buffer
-        for module, training in self.modes:
-            module.training = training
-        self.first_pass.note_versions()
+
+_REASONS = """The usual reasons are
+- random numbers of a torch.Generator or numpy.random.Generator of the model's own (those of \
+torch, random and numpy.random are drawn again as they were)
+- state outside of buffers that each call changes, such as a counter in an attribute \
+(register_buffer makes it a buffer, which is restored)
+- parameters, the training mode or settings that changed after the forward pass
+- kernels whose results vary (torch.use_deterministic_algorithms(True) finds them)"""
+
+
+def _assert_equal_up_to_rounding(
+    result: Tensor, expected: Tensor, parameters: list[Tensor]
+) -> None:
+    """Raise AssertionError with the differences unless two outputs of a model agree.
+
+    The same kernels on the same shapes return the same bits. Others (atomics, another algorithm,
+    another number of threads) add up in another order, and the layers that follow amplify this
+    difference of the last digit. So half of the digits have to agree, of the least precise dtype
+    that is computed in: each difference is at most sqrt(eps) times the element or the mean
+    magnitude, whichever is larger.
+    """
+    if expected.layout != torch.strided:
+        result, expected = result.to_dense(), expected.to_dense()
+    if result.dtype == expected.dtype and torch.equal(result, expected):
+        return
+    device = expected.device.type
+    dtypes = {expected.dtype.to_real(), *(p.dtype for p in parameters)}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    if device != "cpu" and torch.float32 in dtypes:
+        dtypes.add(torch.float16)  # whose rounding is that of TF32
+    tolerance = max(_EPSILON.get(dtype, 0.0) for dtype in dtypes) ** 0.5
+    magnitude = float(expected.abs().nan_to_num(0, 0, 0).mean(dtype=torch.float64))
+    torch.testing.assert_close(
+        result,
+        expected,
+        rtol=tolerance,
+        atol=tolerance * magnitude,
+        equal_nan=True,
+        check_stride=False,
+    )
+
+
+_EPSILON = {
+    dtype: torch.finfo(dtype).eps
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return buffers and parameters by name."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _is_plain_state(tensor: Tensor) -> bool:
+    """Whether it is a buffer or frozen parameter of which copies can be made and compared."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)  # not uninitialized, quantized or sharded
+        and not tensor.requires_grad
+        and tensor.layout == torch.strided
+        and (tensor.itemsize > 1 or not tensor.is_floating_point())
+    )
+
+
+def _small_state(model: nn.Module) -> set[str]:
+    """Return the names of the smallest buffers and frozen parameters, of 64 MiB together.
+
+    Copying and comparing a large table or a frozen model would take longer than using it.
+    """
+    tensors = {name: t for name, t in _state(model).items() if _is_plain_state(t)}
+    names = sorted(tensors, key=lambda name: tensors[name].nbytes)
+    ends = accumulate(tensors[name].nbytes for name in names)
+    return {name for name, end in zip(names, ends, strict=True) if end <= 2**26}
+
+
+def _random_state() -> tuple[Any, Any]:
+    """Return the states of `random`, and of `numpy.random` if NumPy is loaded."""
+    numpy_random = sys.modules.get("numpy.random")
+    return random.getstate(), numpy_random and numpy_random.get_state()
+
+
+def _set_random_state(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy.random"].set_state(state[1])
+
+
+@contextmanager
+def _drawing_again(state: tuple[Any, Any]) -> Iterator[None]:
+    """Let `random` and `numpy.random` continue from a state, and afterwards from where they are."""
+    now = _random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(now)
 
 
 # --- batches and outputs of any form
@@ -326,11 +492,11 @@ def _map(function: Callable[..., Any], where: str, value: Any, *others: Any) -> 
                 f"{_form(value)} and {_form(other)} at {where}"
             )
     if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key in value:
-            leaves = (v[key] for v in (value, *others))
-            result[key] = _map(function, f"{where}[{key!r}]", *leaves)
-        return result
+        items = {
+            key: _map(function, f"{where}[{key!r}]", *(v[key] for v in (value, *others)))
+            for key in value
+        }
+        return _with_items(where, value, items)
     if isinstance(value, (tuple, list)):
         items = [
             _map(function, f"{where}[{i}]", *leaves)
@@ -338,6 +504,29 @@ def _map(function: Callable[..., Any], where: str, value: Any, *others: Any) -> 
         ]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return function(where, value, *others)
+
+
+def _with_items(where: str, value: MutableMapping, items: dict) -> MutableMapping:
+    """Copy a mapping with other items, which attributes of the copy show as those of it do."""
+    result = copy.copy(value)
+    attributes = getattr(result, "__dict__", {})
+    if getattr(value, "__dict__", None) is value:
+        attributes = result.__dict__ = result  # where every item is an attribute
+    for name, held in list(attributes.items()):
+        if isinstance(held, (dict, list)):  # perhaps the items themselves
+            attributes[name] = copy.copy(held)
+    for key, item in items.items():
+        before = value[key]
+        result[key] = item
+        if value[key] is not before:
+            value[key] = before
+            raise TypeError(
+                f"expected a mapping that copy.copy copies with its items at {where}, such as a "
+                f"dict, got {type(value).__name__}"
+            )
+        if attributes.get(key) is before:
+            attributes[key] = item
+    return result
 
 
 def _form(value: Any) -> str:
@@ -376,6 +565,31 @@ def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     return list(found.values())
 
 
+def _refuse_entries_per_example(batch_size: int, where: str, value: Any) -> bool:
+    """Raise TypeError for what may have an entry per example and is no tensor.
+
+    Passed to every call unchanged, its first entries would be taken for those of every chunk.
+    Returns whether there is a tensor in `value`.
+    """
+    if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Sized):
+        return isinstance(value, Tensor)
+    inner = {}
+    if isinstance(value, MutableMapping):
+        inner = value
+    elif isinstance(value, (tuple, list)):
+        inner = dict(enumerate(value))
+    found = [
+        _refuse_entries_per_example(batch_size, f"{where}[{k!r}]", v) for k, v in inner.items()
+    ]
+    if not any(found) and len(value) == batch_size and not isinstance(value, MutableMapping):
+        raise TypeError(
+            f"expected a tensor for what has an entry per example, got {type(value).__name__} of "
+            f"length {batch_size}, the number of examples, in {where}; if it is the same for "
+            "every example, make it an attribute of the model"
+        )
+    return any(found)
+
+
 def _check_rows(count: int, where: str, value: Any) -> None:
     """Raise TypeError or ValueError unless an output has `count` rows or can be left as it is."""
     if isinstance(value, Tensor):
@@ -391,12 +605,28 @@ def _check_rows(count: int, where: str, value: Any) -> None:
         )
 
 
-def _checked_and_copied(count: int, where: str, value: Any) -> Any:
-    """Check a chunk's output, and copy it if it is a view of a larger tensor."""
-    _check_rows(count, where, value)
-    if isinstance(value, Tensor) and value.layout == torch.strided:
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-    return value
+def _checked(count: int, output: Any) -> Any:
+    """Check a chunk's output, and copy tensors that are views of larger ones."""
+
+    def checked(where: str, value: Any) -> Any:
+        _check_rows(count, where, value)
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+        return value
+
+    return _map(checked, "output", output)
+
+
+def _floating_tensors(output: Any) -> dict[str, Tensor]:
+    """Return the floating point and complex tensors of an output, which are compared."""
+    found: dict[str, Tensor] = {}
+
+    def collect(where: str, value: Any) -> None:
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            found[where] = value.detach()
+
+    _map(collect, "output", output)
+    return found
 
 
 def _joined(where: str, *values: Any) -> Any:
