@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sized
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from itertools import accumulate, pairwise
@@ -137,8 +137,8 @@ class GradCache(nn.Module):
             _map(partial(_check_rows, batch_size), "output", output)
             return output
 
-        _refuse_entries_per_example(batch_size, "args", args)
-        _refuse_entries_per_example(batch_size, "kwargs", kwargs)
+        for where, values in (("args", args), ("kwargs", kwargs)):
+            _check_no_entry_per_example(batch_size, where, values)
 
         def call(rows: tuple[Tensor, ...], state: dict[str, Tensor | None] | None = None) -> Any:
             remaining = iter(rows)
@@ -231,14 +231,13 @@ class GradCache(nn.Module):
 def _name_keys_as_the_model(wrapper: GradCache, keys: Any) -> None:
     """Leave "module" out of the names of keys that could not be loaded (a hook after loading)."""
     prefix, errors, start = wrapper.__dict__.pop("_loading")
+    inside = f"{prefix}module."
     for names in (keys.missing_keys, keys.unexpected_keys):
         names[:] = [
-            prefix + name.removeprefix(f"{prefix}module.")
-            if name.startswith(f"{prefix}module.")
-            else name
+            prefix + name.removeprefix(inside) if name.startswith(inside) else name
             for name in names
         ]
-    errors[start:] = [e.replace(f"{prefix}module.", prefix, 1) for e in errors[start:]]
+    errors[start:] = [error.replace(inside, prefix, 1) for error in errors[start:]]
 
 
 # --- the two passes
@@ -254,6 +253,11 @@ class _Passes:
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]):
+        if any(isinstance(m, torch.jit.ScriptModule) and _is_trained(m) for m in model.modules()):
+            raise TypeError(
+                "GradCache cannot train a TorchScript module, which saves other tensors for the "
+                "backward pass when it is called again: wrap the module that it was made of"
+            )
         self.model = model
         self.call = call
         self.parameters = list(model.parameters())
@@ -313,7 +317,7 @@ class _Chunk:
         self.before = _state(passes.model)
         self.versions = {name: t._version for name, t in self.before.items()}
         tensors = [self.before[name] for name in passes.copied if name in self.before]
-        self.copies = {id(t): t.detach().clone() for t in tensors if _is_plain_state(t)}
+        self.copies = {t: t.detach().clone() for t in tensors if _is_plain_state(t)}
 
     def call(self, *rows: Tensor) -> Any:
         """Call the model, for the first time or again."""
@@ -346,21 +350,21 @@ class _Chunk:
         same = {n: t for n, t in now.items() if n not in found and not t.requires_grad}
         found |= {n for n, t in same.items() if t._version != self.versions[n]}
         # BatchNorm, and what goes through .data, change values without the version.
-        unclear = [n for n, t in same.items() if n not in found and id(t) in self.copies]
+        unclear = [n for n, t in same.items() if n not in found and t in self.copies]
         if unclear:
-            differ = [(now[n] != self.copies[id(now[n])]).any() for n in unclear]
+            differ = [(now[n] != self.copies[now[n]]).any() for n in unclear]
             differ = torch.stack([d.to(differ[0].device) for d in differ]).tolist()  # one wait
             found |= {n for n, differs in zip(unclear, differ, strict=True) if differs}
         return found
 
     def copied_state(self) -> dict[str, Tensor | None]:
         """Return copies of what the changing buffers and parameters were before the first pass."""
-        copies: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
-        for name in self.passes.changed & self.before.keys():
-            tensor = self.before[name]
-            source = self.copies.get(id(tensor), tensor)
-            copies.setdefault(id(tensor), source.clone() if _is_plain_state(source) else source)
-        return {name: copies.get(id(self.before.get(name))) for name in self.passes.changed}
+        copies = {None: None}  # a buffer may be None or absent at first
+        for tensor in {self.before.get(name) for name in self.passes.changed} - {None}:
+            source = self.copies.get(tensor, tensor)
+            copies[tensor] = source.clone() if _is_plain_state(source) else source
+        # A tensor that two modules share stays shared.
+        return {name: copies[self.before.get(name)] for name in self.passes.changed}
 
     def compare(self, output: Any) -> None:
         """Raise RuntimeError unless a second pass returned what the first did, up to rounding."""
@@ -369,14 +373,18 @@ class _Chunk:
             if outputs.keys() != self.outputs.keys():
                 raise AssertionError(f"Expected {[*self.outputs]}, got {[*outputs]}")
             for where, expected in self.outputs.items():
-                _assert_equal_up_to_rounding(outputs[where], expected, self.passes.parameters)
+                _check_same(where, outputs[where], expected, self.passes.parameters)
         except AssertionError as error:
             raise RuntimeError(
-                f"{type(self.passes.model).__name__} returned something else when it was called "
-                f"again in the backward pass, for rows {self.start} to "
-                f"{self.start + self.count - 1} of the batch, so that the gradient would be wrong."
+                f"GradCache called {type(self.passes.model).__name__} again in the backward pass, "
+                "and it returned something else than in the forward pass for rows "
+                f"{self.start} to {self.start + self.count - 1}. The gradient would be wrong."
                 f"\n\n{error}\n\n{_REASONS}"
             ) from None
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 _REASONS = """The usual reasons are
@@ -388,10 +396,8 @@ torch, random and numpy.random are drawn again as they were)
 - kernels whose results vary (torch.use_deterministic_algorithms(True) finds them)"""
 
 
-def _assert_equal_up_to_rounding(
-    result: Tensor, expected: Tensor, parameters: list[Tensor]
-) -> None:
-    """Raise AssertionError with the differences unless two outputs of a model agree.
+def _check_same(where: str, result: Tensor, expected: Tensor, parameters: list[Tensor]) -> None:
+    """Raise AssertionError with the differences unless two tensors are the same up to rounding.
 
     The same kernels on the same shapes return the same bits. Others (atomics, another algorithm,
     another number of threads) add up in another order, and the layers that follow amplify this
@@ -410,7 +416,7 @@ def _assert_equal_up_to_rounding(
     if device != "cpu" and torch.float32 in dtypes:
         dtypes.add(torch.float16)  # whose rounding is that of TF32
     tolerance = max(_EPSILON.get(dtype, 0.0) for dtype in dtypes) ** 0.5
-    magnitude = float(expected.abs().nan_to_num(0, 0, 0).mean(dtype=torch.float64))
+    magnitude = float(expected.abs().nan_to_num(0, 0, 0).mean(dtype=torch.float32))
     torch.testing.assert_close(
         result,
         expected,
@@ -418,6 +424,7 @@ def _assert_equal_up_to_rounding(
         atol=tolerance * magnitude,
         equal_nan=True,
         check_stride=False,
+        msg=lambda differences: f"{where}: {differences}",
     )
 
 
@@ -443,15 +450,18 @@ def _is_plain_state(tensor: Tensor) -> bool:
     )
 
 
-def _small_state(model: nn.Module) -> set[str]:
-    """Return the names of the smallest buffers and frozen parameters, of 64 MiB together.
+_BYTES_COPIED = 2**26  # 64 MiB
 
-    Copying and comparing a large table or a frozen model would take longer than using it.
+
+def _small_state(model: nn.Module) -> set[str]:
+    """Return the names of the smallest buffers and frozen parameters, as many as may be copied.
+
+    Copying and comparing a large table would take longer than looking up the rows of a chunk.
     """
     tensors = {name: t for name, t in _state(model).items() if _is_plain_state(t)}
     names = sorted(tensors, key=lambda name: tensors[name].nbytes)
     ends = accumulate(tensors[name].nbytes for name in names)
-    return {name for name, end in zip(names, ends, strict=True) if end <= 2**26}
+    return {name for name, end in zip(names, ends, strict=True) if end <= _BYTES_COPIED}
 
 
 def _random_state() -> tuple[Any, Any]:
@@ -543,16 +553,22 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that have one row per example, in the order of `_map`."""
+def _tensors(where: str, value: Any) -> dict[str, Tensor]:
+    """Return the tensors in a structure by where they are, in the order of `_map`."""
     found: dict[str, Tensor] = {}
 
-    def collect(where: str, value: Any) -> None:
-        if _is_batched(value):
-            found[where] = value
+    def collect(where: str, leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            found[where] = leaf
 
-    _map(collect, "args", args)
-    _map(collect, "kwargs", kwargs)
+    _map(collect, where, value)
+    return found
+
+
+def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that have one row per example, in the order of `_map`."""
+    found = {**_tensors("args", args), **_tensors("kwargs", kwargs)}
+    found = {where: tensor for where, tensor in found.items() if _is_batched(tensor)}
     if not found:
         raise TypeError(
             "expected at least one tensor with a row per example among the arguments, also in "
@@ -565,29 +581,30 @@ def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     return list(found.values())
 
 
-def _refuse_entries_per_example(batch_size: int, where: str, value: Any) -> bool:
-    """Raise TypeError for what may have an entry per example and is no tensor.
+def _check_no_entry_per_example(count: int, where: str, value: Any) -> None:
+    """Raise TypeError if something without tensors has as many entries as there are examples.
 
-    Passed to every call unchanged, its first entries would be taken for those of every chunk.
-    Returns whether there is a tensor in `value`.
+    It would be passed to every call unchanged, where its first entries would stand for the
+    examples of the chunk.
     """
-    if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Sized):
-        return isinstance(value, Tensor)
-    inner = {}
-    if isinstance(value, MutableMapping):
-        inner = value
-    elif isinstance(value, (tuple, list)):
-        inner = dict(enumerate(value))
-    found = [
-        _refuse_entries_per_example(batch_size, f"{where}[{k!r}]", v) for k, v in inner.items()
-    ]
-    if not any(found) and len(value) == batch_size and not isinstance(value, MutableMapping):
+    if isinstance(value, MutableMapping) or (
+        isinstance(value, (tuple, list)) and _tensors(where, value)
+    ):
+        for key in value if isinstance(value, MutableMapping) else range(len(value)):
+            _check_no_entry_per_example(count, f"{where}[{key!r}]", value[key])
+    elif not isinstance(value, (Tensor, str, bytes)) and _length(value) == count:
         raise TypeError(
-            f"expected a tensor for what has an entry per example, got {type(value).__name__} of "
-            f"length {batch_size}, the number of examples, in {where}; if it is the same for "
-            "every example, make it an attribute of the model"
+            f"what has an entry per example must be a tensor, got {type(value).__name__} with "
+            f"{count} entries for {count} examples at {where}; make it an attribute of the model "
+            "if it is the same for every example"
         )
-    return any(found)
+
+
+def _length(value: Any) -> int | None:
+    try:
+        return len(value)
+    except TypeError:
+        return None
 
 
 def _check_rows(count: int, where: str, value: Any) -> None:
@@ -618,15 +635,12 @@ def _checked(count: int, output: Any) -> Any:
 
 
 def _floating_tensors(output: Any) -> dict[str, Tensor]:
-    """Return the floating point and complex tensors of an output, which are compared."""
-    found: dict[str, Tensor] = {}
-
-    def collect(where: str, value: Any) -> None:
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            found[where] = value.detach()
-
-    _map(collect, "output", output)
-    return found
+    """Return the tensors of an output that two passes are compared by."""
+    return {
+        where: tensor.detach()
+        for where, tensor in _tensors("output", output).items()
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
 
 
 def _joined(where: str, *values: Any) -> Any:
