@@ -50,13 +50,15 @@ class GradCache(nn.Module):
         z_c = model(x_c),  dL/dw = sum over chunks c of (dz_c/dw)^T dL/dz_c
 
     Value and gradient are those of `model(x)` up to rounding, if the model treats the examples of
-    a batch independently of each other. Dropout draws the same masks in both passes.
+    a batch independently of each other. The second pass of a chunk must return what the first one
+    did: it is compared with it, and raises an error where it differs.
 
     The wrapper is used like the model: in PML's trainers and testers, with every loss, miner and
     optimizer, with autocast and `GradScaler`, around a model that `torch.compile` has compiled,
     and inside or around `DistributedDataParallel`, which synchronizes the gradients once per
     backward pass in both orders. `state_dict`, `load_state_dict`, the names of parameters and
-    attributes are those of the model, so that checkpoints are interchangeable.
+    attributes are those of the model, so that checkpoints are interchangeable. Its methods are
+    called as they are, on the whole batch: only a call of the wrapper itself works in chunks.
 
     Args:
         model: Any `nn.Module` whose tensor arguments and outputs have one row per example. Kept
@@ -66,30 +68,47 @@ class GradCache(nn.Module):
     Shapes:
         - Every tensor argument, also inside of tuples, lists, dicts and `UserDict` (for models of
           Hugging Face): `(N, ...)`, with the same N. Tensors without dimensions and arguments that
-          are not tensors are passed to every call unchanged.
+          are not tensors are passed to every call unchanged, and must not have N entries.
         - Every tensor that the model returns, alone or in a tuple, list or dict (`ModelOutput`):
           `(rows of the chunk, ...)`; it is returned as `(N, ...)`.
 
     Memory: activations of `chunk_size` examples instead of N, and in addition the inputs, the
-    outputs and the small graph of each chunk. Time: one more forward pass. For a batch of at most
-    `chunk_size` examples the model is called once, without a second pass. Without gradients (under
-    `no_grad`, or if nothing requires them) each chunk is embedded once.
+    outputs twice, the small graph of each chunk, and of each chunk a copy of the buffers that a
+    call changes. Time: one more forward pass. For a batch of at most `chunk_size` examples the
+    model is called once, without a second pass. Without gradients (under `no_grad`, or if nothing
+    requires them) each chunk is embedded once. On a GPU the host waits for the result of each
+    comparison: once per chunk in the backward pass, before its gradient is computed, and once in
+    the forward pass, after the first chunk, if buffers or frozen parameters may have changed.
+
+    State: the second pass of a chunk draws the random numbers of the first (of `torch`, `random`
+    and `numpy.random`), with the same autocast, and meets the same buffers and frozen parameters;
+    afterwards all are as before. These are found by their values, so that BatchNorm and changes
+    through `.data` are too, if they are among the smallest of 64 MiB; larger ones are found by
+    PyTorch's count of changes in place, and restored from the second chunk on. Everything else
+    (attributes, generators of the model's own, the training mode, hooks with side effects) is not
+    restored: it is an error if an output depends on it, and sees two passes if none does.
+
+    Comparison: all floating point outputs, NaN equal to NaN. With the same kernels they are equal
+    to the bit. For kernels whose results vary, elements may differ by sqrt(eps) times their size
+    or the mean size, with the eps of the least precise dtype of outputs, parameters and autocast,
+    and that of TF32 for float32 on a GPU: half of the digits, which is what layers in sequence
+    leave of a difference in the last one.
 
     Batch statistics: a `BatchNorm` layer in training mode normalizes by the mean and variance of
     a chunk, and each chunk updates the running statistics (and `num_batches_tracked`) once, in
-    the forward pass, as separate calls of the model on the chunks would. The second pass works on
-    copies of all buffers, so it updates nothing. Hooks of the model and of its submodules run in
-    both passes; hooks of the wrapper run once per batch.
+    the forward pass, as separate calls of the model on the chunks would. Hooks of the model and of
+    its submodules run in both passes; hooks of the wrapper run once per batch.
 
     Raises:
         TypeError: If `model` is not an `nn.Module` or `chunk_size` not an integer; when called,
-            if there is no tensor to split, or the model returns anything but tensors (and None,
-            bools, numbers or strings) in tuples, lists and dicts.
+            if there is no tensor to split, an argument without tensors has N entries, the model
+            returns anything but tensors (and None, bools, numbers or strings) in tuples, lists and
+            dicts, or a TorchScript module in it is to be trained.
         ValueError: If `chunk_size` is less than 1, or `DistributedDataParallel` is found inside
             the model; when called, if the tensor arguments have different numbers of rows, or an
             output does not have one row per example of its chunk.
-        RuntimeError: If the model changes an input in place, or if a parameter has changed between
-            forward and backward pass.
+        RuntimeError: If the model changes an input in place; in the backward pass, if a parameter
+            has changed since the forward pass, or the model returns something else than in it.
 
     Example:
         >>> import torch
@@ -137,8 +156,9 @@ class GradCache(nn.Module):
             _map(partial(_check_rows, batch_size), "output", output)
             return output
 
-        for where, values in (("args", args), ("kwargs", kwargs)):
-            _check_no_entry_per_example(batch_size, where, values)
+        for i, value in enumerate(args):
+            _check_no_entry_per_example(batch_size, f"args[{i}]", value)
+        _check_no_entry_per_example(batch_size, "kwargs", kwargs)
 
         def call(rows: tuple[Tensor, ...], state: dict[str, Tensor | None] | None = None) -> Any:
             remaining = iter(rows)

