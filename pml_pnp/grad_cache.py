@@ -76,23 +76,23 @@ class GradCache(nn.Module):
     outputs twice, the small graph of each chunk, and of each chunk a copy of the buffers that a
     call changes. Time: one more forward pass. For a batch of at most `chunk_size` examples the
     model is called once, without a second pass. Without gradients (under `no_grad`, or if nothing
-    requires them) each chunk is embedded once. On a GPU the host waits for the result of each
-    comparison: once per chunk in the backward pass, before its gradient is computed, and once in
-    the forward pass, after the first chunk, if buffers or frozen parameters may have changed.
+    requires them) each chunk is embedded once.
 
     State: the second pass of a chunk draws the random numbers of the first (of `torch`, `random`
-    and `numpy.random`), with the same autocast, and meets the same buffers and frozen parameters;
-    afterwards all are as before. These are found by their values, so that BatchNorm and changes
-    through `.data` are too, if they are among the smallest of 64 MiB; larger ones are found by
-    PyTorch's count of changes in place, and restored from the second chunk on. Everything else
-    (attributes, generators of the model's own, the training mode, hooks with side effects) is not
-    restored: it is an error if an output depends on it, and sees two passes if none does.
+    and `numpy.random`) under the same autocast, and finds the buffers and frozen parameters as the
+    first did; after it they are as before it. Which of them change is found by comparing values
+    around the first chunk, so that BatchNorm and changes through `.data` count. Of more than
+    64 MiB, only the smallest are compared; of larger ones a change in place is found, and the
+    values are known from the second chunk on. Nothing else is restored: an attribute, a generator
+    of the model's own, the training mode. It is an error if an output depends on it, and otherwise
+    a change to it happens in both passes.
 
-    Comparison: all floating point outputs, NaN equal to NaN. With the same kernels they are equal
-    to the bit. For kernels whose results vary, elements may differ by sqrt(eps) times their size
-    or the mean size, with the eps of the least precise dtype of outputs, parameters and autocast,
-    and that of TF32 for float32 on a GPU: half of the digits, which is what layers in sequence
-    leave of a difference in the last one.
+    Comparison: every floating point output of the second pass must be that of the first, which
+    the same kernels give to the bit (NaN equals NaN). For kernels whose results vary, an element
+    may differ by sqrt(eps) times the sum of its magnitude and the mean magnitude, with the eps of
+    the least precise dtype of outputs, parameters and autocast (float32 on a GPU as TF32). On a
+    GPU the host waits for each comparison, so that nothing is added to `.grad` for a chunk that
+    differs, and once in the forward pass to compare buffers and frozen parameters.
 
     Batch statistics: a `BatchNorm` layer in training mode normalizes by the mean and variance of
     a chunk, and each chunk updates the running statistics (and `num_batches_tracked`) once, in
@@ -422,8 +422,7 @@ def _check_same(where: str, result: Tensor, expected: Tensor, parameters: list[T
     The same kernels on the same shapes return the same bits. Others (atomics, another algorithm,
     another number of threads) add up in another order, and the layers that follow amplify this
     difference of the last digit. So half of the digits have to agree, of the least precise dtype
-    that is computed in: each difference is at most sqrt(eps) times the element or the mean
-    magnitude, whichever is larger.
+    that is computed in, relative to the element and to the mean magnitude.
     """
     if expected.layout != torch.strided:
         result, expected = result.to_dense(), expected.to_dense()
