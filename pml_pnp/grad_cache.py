@@ -107,8 +107,9 @@ class GradCache(nn.Module):
         ValueError: If `chunk_size` is less than 1, or `DistributedDataParallel` is found inside
             the model; when called, if the tensor arguments have different numbers of rows, or an
             output does not have one row per example of its chunk.
-        RuntimeError: If the model changes an input in place; in the backward pass, if a parameter
-            has changed since the forward pass, or the model returns something else than in it.
+        RuntimeError: If the model changes an input in place; in the backward pass, if a trained
+            parameter has changed since the forward pass, or the model returns something else than
+            in it.
 
     Example:
         >>> import torch
@@ -280,7 +281,8 @@ class _Passes:
             )
         self.model = model
         self.call = call
-        self.parameters = list(model.parameters())
+        self.dtypes = {p.dtype for p in model.parameters()}
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.changed: set[str] = set()
         self.copied = _small_state(model)
         self.note_versions()
@@ -307,12 +309,12 @@ class _Passes:
         return output
 
     def note_versions(self) -> None:
-        """Record the versions of the parameters, to notice a later change."""
-        self.versions = [p._version for p in self.parameters]
+        """Record the versions of the trained parameters, to notice a later change."""
+        self.versions = [p._version for p in self.trained]
 
     def check_versions(self) -> None:
-        """Raise RuntimeError if a parameter has been changed in place since a pass."""
-        if self.versions != [p._version for p in self.parameters]:
+        """Raise RuntimeError if a trained parameter has been changed in place since a pass."""
+        if self.versions != [p._version for p in self.trained]:
             raise RuntimeError(
                 f"a parameter of {type(self.model).__name__} has changed since the forward pass, "
                 "whose activations are computed again in the backward pass: call backward before "
@@ -393,7 +395,7 @@ class _Chunk:
             if outputs.keys() != self.outputs.keys():
                 raise AssertionError(f"Expected {[*self.outputs]}, got {[*outputs]}")
             for where, expected in self.outputs.items():
-                _check_same(where, outputs[where], expected, self.passes.parameters)
+                _check_same(where, outputs[where], expected, self.passes.dtypes)
         except AssertionError as error:
             raise RuntimeError(
                 f"GradCache called {type(self.passes.model).__name__} again in the backward pass, "
@@ -412,11 +414,11 @@ _REASONS = """The usual reasons are
 torch, random and numpy.random are drawn again as they were)
 - state outside of buffers that each call changes, such as a counter in an attribute \
 (register_buffer makes it a buffer, which is restored)
-- parameters, the training mode or settings that changed after the forward pass
+- inputs, parameters, the training mode or settings that changed after the forward pass
 - kernels whose results vary (torch.use_deterministic_algorithms(True) finds them)"""
 
 
-def _check_same(where: str, result: Tensor, expected: Tensor, parameters: list[Tensor]) -> None:
+def _check_same(where: str, result: Tensor, expected: Tensor, dtypes: set[torch.dtype]) -> None:
     """Raise AssertionError with the differences unless two tensors are the same up to rounding.
 
     The same kernels on the same shapes return the same bits. Others (atomics, another algorithm,
@@ -429,7 +431,7 @@ def _check_same(where: str, result: Tensor, expected: Tensor, parameters: list[T
     if result.dtype == expected.dtype and torch.equal(result, expected):
         return
     device = expected.device.type
-    dtypes = {expected.dtype.to_real(), *(p.dtype for p in parameters)}
+    dtypes = {expected.dtype.to_real(), *dtypes}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     if device != "cpu" and torch.float32 in dtypes:

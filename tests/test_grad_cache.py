@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import random
+import sys
 import weakref
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import MutableMapping
@@ -365,16 +366,18 @@ REPEATED = {
 
 @pytest.mark.parametrize("state", REPEATED)
 def test_what_a_second_pass_repeats(state):
-    model, x = Stateful(REPEATED[state]), torch.randn(12, 3, dtype=torch.float64, device=DEVICE)
-    plain, x.requires_grad = copy.deepcopy(model), True
+    """Also when the model has embedded another batch before the backward pass."""
+    model = Stateful(REPEATED[state])
+    plain = copy.deepcopy(model)
+    batches = torch.randn(2, 12, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     results = []
     for forward in (GradCache(model, 4), lambda x: in_turn(plain, x, 3)):
         random.seed(0), np.random.seed(0)
-        results.append(forward(x))
+        results.append(torch.cat([forward(x) for x in batches]))
     torch.testing.assert_close(*results)
     random.seed(1), np.random.seed(1)
     found, expected = (
-        torch.autograd.grad(z.square().sum(), [m.weight, x])
+        torch.autograd.grad(z.square().sum(), [m.weight, batches])
         for m, z in zip((model, plain), results, strict=True)
     )
     torch.testing.assert_close(found, expected)
@@ -383,6 +386,12 @@ def test_what_a_second_pass_repeats(state):
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
     assert random.random() == random.Random(1).random()
     assert np.random.rand() == np.random.RandomState(1).rand()
+
+
+def test_numpy_is_not_loaded(monkeypatch):
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    GradCache(conv_net(), 6)(images()).sum().backward()
+    assert "numpy.random" not in sys.modules
 
 
 def of_two_passes(first, second):
