@@ -370,7 +370,11 @@ class _Chunk:
         before, now = self.before, _state(self.passes.model)
         found = {n for n in before.keys() | now if now.get(n) is not before.get(n)}
         same = {n: t for n, t in now.items() if n not in found and not t.requires_grad}
-        found |= {n for n, t in same.items() if t._version != self.versions[n]}
+        found |= {
+            n
+            for n, t in same.items()
+            if t._version != self.versions[n] or t.shape != self.copies.get(t, t).shape
+        }
         # BatchNorm, and what goes through .data, change values without the version.
         unclear = [n for n, t in same.items() if n not in found and t in self.copies]
         if unclear:

@@ -325,6 +325,11 @@ def update_in_place(name, through_data):
     return state
 
 
+def grow(m, x):
+    m.buffer.data = torch.cat([m.buffer, x.detach().mean(0)])
+    return x - len(m.buffer) * m.buffer[-3:]
+
+
 def replace_buffer(m, x):
     m.buffer = 0.5 * m.buffer + x.detach().mean(0)
     return x - m.buffer
@@ -354,6 +359,7 @@ REPEATED = {
     "numpy.random": draw(lambda m, n: np.random.rand(n)),
     "buffer": update_in_place("buffer", through_data=False),
     "buffer.data": update_in_place("buffer", through_data=True),
+    "a longer buffer": grow,
     "another buffer": replace_buffer,
     "a buffer that was None": update_or_set,
     "a buffer that was not there": update_or_register,
