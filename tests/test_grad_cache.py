@@ -956,7 +956,7 @@ def test_keys_that_do_not_load_are_named_as_in_a_checkpoint():
     assert keys.unexpected_keys == ["net.module.other"]
 
 
-@pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 has no names without those of wrappers")
+@pytest.mark.skipif(IS_TORCH_2_4, reason="not tried with torch 2.4")
 @pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential], ids=["alone", "inside"])
 @pytest.mark.parametrize("net", [Net, lambda: nn.Linear(4, 2)], ids=["net", "layer"])
 def test_distributed_checkpoints_with_an_optimizer(outer, net):
