@@ -370,15 +370,13 @@ class _Chunk:
         before, now = self.before, _state(self.passes.model)
         found = {n for n in before.keys() | now if now.get(n) is not before.get(n)}
         same = {n: t for n, t in now.items() if n not in found and not t.requires_grad}
-        found |= {
-            n
-            for n, t in same.items()
-            if t._version != self.versions[n] or t.shape != self.copies.get(t, t).shape
-        }
+        found |= {n for n, t in same.items() if t._version != self.versions[n]}
         # BatchNorm, and what goes through .data, change values without the version.
-        unclear = [n for n, t in same.items() if n not in found and t in self.copies]
+        copied = {n: (t, self.copies[t]) for n, t in same.items() if t in self.copies}
+        found |= {n for n, (t, was) in copied.items() if t.shape != was.shape}
+        unclear = [n for n in copied if n not in found]
         if unclear:
-            differ = [(now[n] != self.copies[now[n]]).any() for n in unclear]
+            differ = [torch.ne(*copied[n]).any() for n in unclear]
             differ = torch.stack([d.to(differ[0].device) for d in differ]).tolist()  # one wait
             found |= {n for n, differs in zip(unclear, differ, strict=True) if differs}
         return found
@@ -492,7 +490,7 @@ def _small_state(model: nn.Module) -> set[str]:
 def _random_state() -> tuple[Any, Any]:
     """Return the states of `random`, and of `numpy.random` if NumPy is loaded."""
     numpy_random = sys.modules.get("numpy.random")
-    return random.getstate(), numpy_random and numpy_random.get_state()
+    return random.getstate(), numpy_random and numpy_random.get_state(legacy=False)
 
 
 def _set_random_state(state: tuple[Any, Any]) -> None:

@@ -576,9 +576,11 @@ def test_checkpoints_inside_of_the_model(use_reentrant):
 
 def test_uninitialized_layers():
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2)).double()
+    model[0].unused = nn.LazyBatchNorm1d()
     x = torch.randn(12, 3, dtype=torch.float64)
     z = GradCache(model, 4)(x)
     assert model[1].num_batches_tracked == 3
+    del model[0].unused
     found, expected = gradients(model, z), gradients(model, in_turn(model, x, 3))
     torch.testing.assert_close(found, expected)
 
