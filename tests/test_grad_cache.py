@@ -536,7 +536,7 @@ def test_a_table_is_copied_only_if_it_changes(monkeypatch):
     model = Stateful(lambda m, x: x + m.buffer)
     model.register_buffer("small", torch.zeros(100))
     model.register_buffer("table", torch.zeros(500, dtype=torch.float64))
-    GradCache(model, 2)(torch.randn(40, 3, dtype=torch.float64)).sum().backward()
+    GradCache(model, 2)(torch.randn(40, 3, dtype=torch.float64, device=DEVICE)).sum().backward()
     assert copied.count(100) == 1 and copied.count(500) == 0
 
 
@@ -548,8 +548,8 @@ def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
         m.buffer.mul_(0.5).add_(x.detach().mean())
         return x - m.buffer[:3]
 
-    model, x = Stateful(state), torch.randn(8, 3, dtype=torch.float64)
-    model.buffer = torch.zeros(size, dtype=torch.float64)
+    model, x = Stateful(state), torch.randn(8, 3, dtype=torch.float64, device=DEVICE)
+    model.buffer = torch.zeros(size, dtype=torch.float64, device=DEVICE)
     z = GradCache(model, 4)(x)
     with pytest.raises(RuntimeError, match="rows 0 to 3") if size == 500 else nullcontext():
         z.sum().backward()
