@@ -1,9 +1,14 @@
 """GradCache against the plain model on the whole batch."""
 
 import copy
+import inspect
 import pickle
+import random
+import sys
 import weakref
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import MutableMapping
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from helpers import DEVICE, IS_TORCH_2_4
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from pml_pnp import GradCache, PNPLoss
+from pml_pnp import GradCache, PNPLoss, grad_cache
 
 
 def conv_net():
@@ -247,27 +252,6 @@ def test_a_buffer_that_the_output_depends_on_is_what_it_was_for_the_chunk():
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
-class Counting(nn.Module):
-    """Multiplies by a buffer that each call replaces by another tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls = self.calls + 1
-        return self.weight * self.calls * x
-
-
-def test_a_buffer_that_is_replaced():
-    model, x = Counting(), torch.ones(6, 2)
-    z = GradCache(model, 2)(x)
-    assert torch.equal(z[:, 0], torch.tensor([1.0, 1, 2, 2, 3, 3]))
-    z.sum().backward()
-    assert model.calls == 3 and model.weight.grad == 24
-
-
 class Sharing(nn.Module):
     """Two parts count into one buffer, and multiply by it."""
 
@@ -292,13 +276,158 @@ def test_a_buffer_that_two_modules_share():
     assert model.calls is model.part.calls and model.calls == 6 and model.weight.grad == 48
 
 
-def test_the_mode_of_the_model_may_change_before_backward():
-    model, x = batchnorm_net(), images(24)
-    expected = gradients(model, GradCache(model, 6)(x))
-    z = GradCache(model, 6)(x)
-    model.eval()
-    torch.testing.assert_close(gradients(model, z), expected)
-    assert not any(m.training for m in model.modules())
+class Stateful(nn.Module):
+    """Multiplies what `state` makes of the module and its input by a weight.
+
+    Attributes:
+        buffer, frozen, nothing: a buffer, a frozen parameter, and a buffer that is None at first.
+        calls, generator, numpy: state of other kinds.
+    """
+
+    def __init__(self, state):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2))
+        self.register_buffer("buffer", torch.zeros(3))
+        self.register_buffer("nothing", None)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.replaced = nn.Parameter(torch.ones(3))
+        self.norm = nn.BatchNorm1d(3)
+        self.state = state
+        self.calls, self.generator, self.numpy = 0, torch.Generator(), np.random.default_rng(0)
+        self.double().to(DEVICE)
+
+    def forward(self, x):
+        return self.state(self, x) @ self.weight
+
+
+def count_calls(m, x):
+    m.calls += 1
+    return x * m.calls
+
+
+def draw(draw_rows):
+    """Multiply by one random number per row."""
+    return lambda m, x: x * torch.as_tensor(draw_rows(m, len(x)), dtype=x.dtype).to(x)[:, None]
+
+
+def replace_parameter(m, x):
+    m.replaced = nn.Parameter(0.5 * m.replaced.detach() + x.detach().mean(0))
+    return x * m.replaced
+
+
+def update_in_place(name, through_data):
+    def state(m, x):
+        tensor = getattr(m, name)
+        with torch.no_grad():
+            (tensor.data if through_data else tensor).mul_(0.5).add_(x.mean(0))
+        return x - getattr(m, name)
+
+    return state
+
+
+def grow(m, x):
+    m.buffer.data = torch.cat([m.buffer, x.detach().mean(0)])
+    return x - len(m.buffer) * m.buffer[-3:]
+
+
+def replace_buffer(m, x):
+    m.buffer = 0.5 * m.buffer + x.detach().mean(0)
+    return x - m.buffer
+
+
+def update_or_set(m, x):
+    mean = x.detach().mean(0)
+    m.nothing = mean if m.nothing is None else 0.5 * m.nothing + mean
+    return x - m.nothing
+
+
+def update_or_register(m, x):
+    mean = x.detach().mean(0)
+    if getattr(m, "late", None) is None:
+        m.register_buffer("late", mean)
+    return x - m.late.mul_(0.5).add_(mean)
+
+
+def renormalize(m, x):
+    """Batch Renormalization, without its bounds."""
+    mean = m.norm.running_mean.clone()
+    return m.norm(x) * x.detach().std() - mean
+
+
+REPEATED = {
+    "random": draw(lambda m, n: [random.random() for _ in range(n)]),
+    "numpy.random": draw(lambda m, n: np.random.rand(n)),
+    "buffer": update_in_place("buffer", through_data=False),
+    "buffer.data": update_in_place("buffer", through_data=True),
+    "a longer buffer": grow,
+    "another buffer": replace_buffer,
+    "a buffer that was None": update_or_set,
+    "a buffer that was not there": update_or_register,
+    "frozen parameter": update_in_place("frozen", through_data=False),
+    "frozen parameter.data": update_in_place("frozen", through_data=True),
+    "another parameter": replace_parameter,
+    "statistics of BatchNorm": renormalize,
+}
+
+
+@pytest.mark.parametrize("state", REPEATED)
+def test_what_a_second_pass_repeats(state):
+    """Also when the model has embedded another batch before the backward pass."""
+    model = Stateful(REPEATED[state])
+    plain = copy.deepcopy(model)
+    batches = torch.randn(2, 12, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    results = []
+    for forward in (GradCache(model, 4), lambda x: in_turn(plain, x, 3)):
+        random.seed(0), np.random.seed(0)
+        results.append(torch.cat([forward(x) for x in batches]))
+    torch.testing.assert_close(*results)
+    random.seed(1), np.random.seed(1)
+    found, expected = (
+        torch.autograd.grad(z.square().sum(), [m.weight, batches])
+        for m, z in zip((model, plain), results, strict=True)
+    )
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[1], 0 * found[1])
+    # A second pass leaves no trace.
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    assert random.random() == random.Random(1).random()
+    assert np.random.rand() == np.random.RandomState(1).rand()
+
+
+def test_numpy_is_not_loaded(monkeypatch):
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    GradCache(conv_net(), 6)(images()).sum().backward()
+    assert "numpy.random" not in sys.modules
+
+
+def of_two_passes(first, second):
+    """A state that is another function of the input in the second passes of three chunks."""
+
+    def state(m, x):
+        m.calls += 1
+        return first(x) if m.calls <= 3 else second(x)
+
+    return state
+
+
+NOTICED = {
+    "torch.Generator": draw(lambda m, n: torch.rand(n, generator=m.generator)),
+    "numpy.random.Generator": draw(lambda m, n: m.numpy.random(n)),
+    "attribute": count_calls,
+    "one element": of_two_passes(lambda x: x, lambda x: x.index_fill(0, x.new_ones(1).long(), 0.0)),
+    "shape": of_two_passes(lambda x: x, lambda x: x[:1]),
+    "finite": of_two_passes(lambda x: x, lambda x: x / 0),
+}
+
+
+@pytest.mark.parametrize("state", NOTICED)
+def test_what_a_second_pass_cannot_repeat_is_an_error(state):
+    model = Stateful(NOTICED[state])
+    z = GradCache(model, 4)(torch.randn(12, 3, dtype=torch.float64, device=DEVICE))
+    message = "(?s)called Stateful again in the backward pass.* rows 8 to 11.*usual reasons are"
+    with pytest.raises(RuntimeError, match=message):
+        z.square().sum().backward()
+    assert model.weight.grad is None  # nothing wrong was added to it
 
 
 def test_a_parameter_that_changes_before_backward_is_an_error():
@@ -308,6 +437,191 @@ def test_a_parameter_that_changes_before_backward_is_an_error():
         model[5].weight.add_(1)
     with pytest.raises(RuntimeError, match="a parameter of Sequential has changed since"):
         z.sum().backward()
+
+
+def through_data(model, cached, x):
+    z = cached(x)
+    model[4].weight.data.add_(0.1)
+    return z
+
+
+def in_another_mode(model, cached, x):
+    z = cached(x)
+    model.eval()
+    return z
+
+
+def with_other_parameters(model, cached, x):
+    parameters = {name: 2 * p for name, p in model.named_parameters()}
+    return torch.func.functional_call(cached, parameters, x)
+
+
+@pytest.mark.parametrize("change", [through_data, in_another_mode, with_other_parameters])
+def test_what_changes_between_the_passes_is_an_error(change):
+    model = batchnorm_net()
+    z = change(model, GradCache(model, 6), images(24))
+    with pytest.raises(RuntimeError, match="(?s)Sequential again .* the training mode or settings"):
+        z.square().sum().backward()
+
+
+AMOUNTS = {  # a relative difference that passes as rounding, and one that does not
+    "float64": (torch.float64, None, 1e-9, 1e-6),
+    "float32": (torch.float32, None, 1e-4, 1e-1),
+    "float16": (torch.float16, None, 1e-2, 1e-1),
+    "bfloat16": (torch.bfloat16, None, 2e-2, 3e-1),
+    "autocast": (torch.float32, torch.bfloat16, 2e-2, 3e-1),
+}
+
+
+@pytest.mark.parametrize("case", AMOUNTS)
+@pytest.mark.parametrize("refused", [False, True])
+def test_rounding_is_no_difference(case, refused):
+    """One of all elements differs; NaN, as an overflow gives it, equals itself."""
+    dtype, autocast, *amounts = AMOUNTS[case]
+
+    class Rounding(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            z = super().forward(x).float() if autocast else super().forward(x)
+            amount = torch.zeros_like(z)
+            amount[1, 2] = amounts[refused] * (self.calls > 2)
+            return z + z.detach().abs().mean() * amount + x.mean(1, keepdim=True)
+
+    model = Rounding(5, 4).to(DEVICE, dtype)
+    x = torch.randn(8, 5, dtype=dtype, device=DEVICE)
+    if not refused:
+        x[0, 0] = float("nan")
+    with torch.autocast(DEVICE.type, dtype=autocast, enabled=autocast is not None):
+        z = GradCache(model, 4)(x)
+    with (
+        pytest.raises(RuntimeError, match="Mismatched elements: 1 / 16")
+        if refused
+        else nullcontext()
+    ):
+        z.sum().backward()
+
+
+def test_outputs_without_gradients_are_compared_too():
+    class Teacher(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return {"z": super().forward(x), "target": x * self.calls, "count": x.argmax(1)}
+
+    z = GradCache(Teacher(3, 2), 4)(torch.randn(8, 3))["z"]
+    with pytest.raises(RuntimeError, match=r"output\['target'\]: Tensor-likes"):
+        z.sum().backward()
+
+
+def test_other_outputs_in_the_second_pass_are_an_error():
+    class Growing(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return {f"z{self.calls // 3}": super().forward(x)}
+
+    z = GradCache(Growing(3, 2), 4)(torch.randn(8, 3))["z0"]
+    with pytest.raises(RuntimeError, match=r"Expected \[\"output\['z0'\]\"\], got .*'z1'"):
+        z.sum().backward()
+
+
+def test_a_table_is_copied_only_if_it_changes(monkeypatch):
+    monkeypatch.setattr(grad_cache, "_BYTES_COPIED", 4000)
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t.numel()) or clone(t))
+    model = Stateful(lambda m, x: x + m.buffer)
+    model.register_buffer("small", torch.zeros(100))
+    model.register_buffer("table", torch.zeros(500, dtype=torch.float64))
+    GradCache(model, 2)(torch.randn(40, 3, dtype=torch.float64, device=DEVICE)).sum().backward()
+    assert copied.count(100) == 1 and copied.count(500) == 0
+
+
+@pytest.mark.parametrize("size", [10, 500])
+def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
+    monkeypatch.setattr(grad_cache, "_BYTES_COPIED", 4000)
+
+    def state(m, x):
+        m.buffer.mul_(0.5).add_(x.detach().mean())
+        return x - m.buffer[:3]
+
+    model, x = Stateful(state), torch.randn(8, 3, dtype=torch.float64, device=DEVICE)
+    model.buffer = torch.zeros(size, dtype=torch.float64, device=DEVICE)
+    z = GradCache(model, 4)(x)
+    with pytest.raises(RuntimeError, match="rows 0 to 3") if size == 500 else nullcontext():
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_inside_of_the_model(use_reentrant):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+            return x
+
+    model, x = Checkpointed(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2)), torch.randn(9, 3)
+    x.requires_grad_()
+    torch.manual_seed(0)
+    GradCache(model, 3)(x).square().sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(0)
+    in_turn(model, x, 3).square().sum().backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()])
+
+
+def test_uninitialized_layers():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2)).double()
+    model[0].unused = nn.LazyBatchNorm1d()
+    x = torch.randn(12, 3, dtype=torch.float64)
+    z = GradCache(model, 4)(x)
+    assert model[1].num_batches_tracked == 3
+    del model[0].unused
+    found, expected = gradients(model, z), gradients(model, in_turn(model, x, 3))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_model_is_not_trained():
+    model, x = torch.jit.script(nn.Linear(3, 4)), torch.randn(12, 3)
+    with pytest.raises(TypeError, match="cannot train a TorchScript module"):
+        GradCache(model, 5)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(GradCache(model, 5)(x), model(x))
+    frozen = torch.jit.script(nn.Linear(3, 4).requires_grad_(False))
+    model = nn.Sequential(frozen, nn.Linear(4, 2))
+    result, expected = (gradients(model, f(x)) for f in (GradCache(model, 5), model))
+    torch.testing.assert_close(result, expected)
+
+
+class Pooled(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state.mean(1)
+
+
+def test_hugging_face_masks_by_numpy():
+    """Wav2Vec2 draws the frames to mask from numpy.random in training."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolution = {"conv_dim": (4,), "conv_stride": (4,), "conv_kernel": (4,)}
+    size |= {"intermediate_size": 8, "num_conv_pos_embeddings": 4, **convolution}
+    size |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1}
+    config = transformers.Wav2Vec2Config(**size, mask_time_prob=0.5, mask_time_length=2)
+    model, x = transformers.Wav2Vec2Model(config).double(), torch.randn(6, 160).double()
+    encoder = Pooled(model)
+    results = []
+    for forward in (GradCache(encoder, 2), lambda x: in_turn(encoder, x, 3)):
+        torch.manual_seed(0), np.random.seed(0)
+        results.append(gradients(model, forward(x)))
+    torch.testing.assert_close(*results)
 
 
 def test_a_parameter_that_the_forward_pass_renormalizes():
@@ -472,12 +786,58 @@ def model_output(hidden, mask):
     return output
 
 
+class AttrDict(dict):
+    """Every item is an attribute too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class WithAttributes(dict):
+    """The items that it is made with are attributes too."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+class Mapping(MutableMapping):
+    """Keeps its items in an attribute."""
+
+    def __init__(self, **items):
+        self.items_by_key = items
+
+    def __getitem__(self, key):
+        return self.items_by_key[key]
+
+    def __setitem__(self, key, value):
+        self.items_by_key[key] = value
+
+    def __delitem__(self, key):
+        del self.items_by_key[key]
+
+    def __iter__(self):
+        return iter(self.items_by_key)
+
+    def __len__(self):
+        return len(self.items_by_key)
+
+
+class Uncopied(Mapping):
+    def __copy__(self):
+        return self
+
+
 FORMS = {
     "tuple": lambda h, m: (h, m),
     "list": lambda h, m: [h, m],
     "namedtuple": Pair,
     "dict": lambda h, m: {"hidden": h, "mask": m},
     "ModelOutput": model_output,
+    "AttrDict": lambda h, m: AttrDict(hidden=h, mask=m),
+    "dict with attributes": lambda h, m: WithAttributes(hidden=h, mask=m),
+    "MutableMapping": lambda h, m: Mapping(hidden=h, mask=m),
     "nested": lambda h, m: {"states": (h, [m, h]), "nothing": None, "version": 3},
 }
 
@@ -488,13 +848,35 @@ def test_forms_of_outputs(form):
     expected, result = (m(**batch) for m in (model, GradCache(model, 3)))
     assert type(result) is type(expected)
     torch.testing.assert_close(result, expected)
-    if form == "ModelOutput":
+    if form in ("ModelOutput", "AttrDict", "dict with attributes"):
         torch.testing.assert_close(result.hidden, expected.hidden)
     if form == "nested":
         hidden = [output["states"][1][1] for output in (result, expected)]
     else:
-        hidden = [next(iter(o.values() if isinstance(o, dict) else o)) for o in (result, expected)]
+        is_mapping = isinstance(expected, MutableMapping)
+        hidden = [next(iter(o.values() if is_mapping else o)) for o in (result, expected)]
     torch.testing.assert_close(*(gradients(model, h) for h in hidden))
+
+
+@pytest.mark.parametrize("mapping", [dict, BatchEncoding, AttrDict, WithAttributes, Mapping])
+def test_mappings_of_inputs_are_left_as_they_are(mapping):
+    class Model(nn.Linear):
+        def forward(self, batch):
+            x = batch["x"] if mapping in (dict, BatchEncoding, Mapping) else batch.x
+            return super().forward(x)
+
+    x = torch.randn(7, 3)
+    model, batch = Model(3, 2), mapping({"x": x}) if mapping is BatchEncoding else mapping(x=x)
+    torch.testing.assert_close(GradCache(model, 2)(batch), model(batch))
+    assert batch["x"] is x
+
+
+def test_a_mapping_that_cannot_be_copied_is_refused():
+    x = torch.randn(7, 3)
+    batch = Uncopied(x=x)
+    with pytest.raises(TypeError, match=r"copies with its items at args\[0\].*got Uncopied"):
+        GradCache(nn.Identity(), 2)(batch)
+    assert batch["x"] is x
 
 
 def test_hugging_face():
@@ -550,6 +932,63 @@ def test_checkpoints_are_interchangeable_inside_of_another_module():
     del state["0.head.bias"]
     with pytest.raises(RuntimeError, match="Missing key"):
         cached.load_state_dict(state)
+
+
+def test_keys_that_do_not_load_are_named_as_in_a_checkpoint():
+    class Outer(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.module, self.a_module = wrap(wrap(nn.Linear(3, 2))), nn.Linear(3, 2)
+
+    messages = []
+    for wrap in (lambda model: model, lambda model: GradCache(model, 4)):
+        outer = nn.ModuleDict({"net": Outer(wrap)})
+        state = outer.state_dict()
+        state["net.module.weight"] = state["net.a_module.weight"] = torch.zeros(3, 3)
+        del state["net.module.bias"], state["net.a_module.bias"]
+        state["net.module.other"] = state["net.other"] = torch.zeros(1)
+        with pytest.raises(RuntimeError) as error:
+            outer.load_state_dict(state)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert 'Missing key(s) in state_dict: "net.module.bias"' in messages[1]
+    state = {"net.module.bias": torch.ones(2), "net.module.other": torch.zeros(1)}
+    keys = outer.load_state_dict(state, strict=False)
+    assert keys.missing_keys[0] == "net.module.weight"
+    assert keys.unexpected_keys == ["net.module.other"]
+
+
+@pytest.mark.skipif(IS_TORCH_2_4, reason="not tried with torch 2.4")
+@pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential], ids=["alone", "inside"])
+@pytest.mark.parametrize("net", [Net, lambda: nn.Linear(4, 2)], ids=["net", "layer"])
+def test_distributed_checkpoints_with_an_optimizer(outer, net):
+    checkpoints = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    states = []
+    for model in (outer(net()), outer(GradCache(net(), 4))):
+        optimizer = torch.optim.Adam(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for state in states:  # of the plain model
+            new = {"model_state_dict": state[0], "optim_state_dict": state[1]}
+            checkpoints.set_state_dict(model, optimizer, **copy.deepcopy(new))
+        states.append(checkpoints.get_state_dict(model, optimizer))
+    (expected, of_expected), (result, of_result) = states
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(of_result["state"], of_expected["state"])
+    assert of_result["param_groups"] == of_expected["param_groups"]
+
+
+def test_the_signature_is_that_of_the_model():
+    """Hugging Face's Trainer drops the columns that it does not name."""
+    model = Encoder()
+    cached = GradCache(model, 3)
+    assert inspect.signature(cached.forward) == inspect.signature(model.forward)
+    assert list(inspect.signature(GradCache.forward).parameters) == ["self", "args", "kwargs"]
+    forward = cached.forward
+    cached.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)  # as Accelerate does
+    batch = tokens()
+    torch.testing.assert_close(cached(**batch), 2 * model(**batch))
 
 
 def test_names_are_those_of_the_model():
@@ -679,6 +1118,33 @@ def test_a_model_that_is_no_module_is_refused():
 def test_no_tensor_argument(args, came):
     with pytest.raises(TypeError, match=f"at least one tensor with a row per example.*got {came}"):
         GradCache(nn.Identity(), 8)(*args)
+
+
+ENTRIES = {
+    "list": ([3] * 10, r"got list with 10 entries for 10 examples at args\[1\]"),
+    "tuple": (("a",) * 10, "got tuple with 10"),
+    "array": (np.ones((10, 2)), "got ndarray with 10"),
+    "lists": ([[1, 2]] * 10, "got list with 10"),
+    "nested": ({"a": (torch.ones(10), [None] * 10)}, r"got list.*at args\[1\]\['a'\]\[1\]"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_an_entry_per_example_outside_of_tensors_is_refused(case):
+    class Model(nn.Module):
+        def forward(self, x, entries):
+            seen.append(entries)
+            return x
+
+    entries, message = ENTRIES[case]
+    seen, x = [], torch.ones(10, 2)
+    with pytest.raises(TypeError, match=message):
+        GradCache(Model(), 3)(x, entries)
+    assert not seen
+    GradCache(Model(), 10)(x, entries)  # in one call
+    others = ([1, 2, 3], "0123456789", np.array(10), torch.tensor(2), {i: i for i in range(10)})
+    GradCache(Model(), 3)(x, others)
+    assert seen[0] is entries and seen[1:] == [others] * 4
 
 
 def test_batch_sizes_that_differ():
