@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import io
+import math
 import os
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +33,7 @@ from .image_tree import (
     summary,
     warnings_of,
 )
-from .images import KINDS, Ranges, as_eight_bits, extremes, ranges_of
+from .prepare import Ranges, as_eight_bits, extremes, range_of
 from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
@@ -41,8 +43,11 @@ CLASSES_FOR_DISJOINT_VALIDATION = 20
 # Of a data set that has no split of its own, the share of the classes to test on.
 TEST_FRACTION = 0.5
 NAMED_AT_MOST = 5
+KINDS = {"I": "integers", "F": "floating point"}
 # The pixels of 32 bits of other formats are looked at even with --skip-verify.
 NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Pillow warns, without a name, of EXIF data that say nothing and of images that are named below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Sample:
         Raises:
             UserError: If it cannot be read.
         """
-        with self._errors_named():
+        with self.errors_named():
             image = as_eight_bits(self._decode(), ranges)
             return image if self.turn is None else image.transpose(self.turn)
 
@@ -77,13 +82,16 @@ class Sample:
         form = Image.registered_extensions().get(Path(self.name).suffix.lower())
         if isinstance(self.source, np.ndarray) or form in NEVER_32_BITS:
             return None
-        with self._errors_named(), Image.open(self._stream()) as image:
+        with self.errors_named(), Image.open(self._stream()) as image:
             return extremes(image)
 
     @contextmanager
-    def _errors_named(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
+        """Around what is done with the image: an error becomes a `UserError` with its name."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
             raise UserError(message, common=False) from error
@@ -106,18 +114,26 @@ Split = tuple[list[Sample], list[Sample] | None]
 class LabelledImages(Dataset):
     """The form in which PML's trainer and tester take images: `(tensor, class number)`."""
 
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str]):
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        classes: Sequence[str],
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        pixel_ranges: Ranges | None = None,
+    ):
         number = {name: i for i, name in enumerate(classes)}
         self.samples = list(samples)
         self.labels = np.array([number[s.label] for s in samples], dtype=np.int64)
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
-        self.pixel_ranges: Ranges = {}
+        self.transform = transform
+        self.pixel_ranges = pixel_ranges
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.samples[index].open(self.pixel_ranges)), int(self.labels[index])
+        sample = self.samples[index]
+        with sample.errors_named():
+            return self.transform(sample.open(self.pixel_ranges)), int(self.labels[index])
 
     @property
     def num_classes(self) -> int:
@@ -180,8 +196,10 @@ class RetrievalSplits:
         sets = {"test": self.test}
         for part in dict.fromkeys(x for s in self.test.samples for x in s.parts):
             samples = [s for s in self.test.samples if part in s.parts]
-            sets[part] = LabelledImages(samples, sorted({s.label for s in samples}))
-            sets[part].transform = self.test.transform
+            classes = sorted({s.label for s in samples})
+            sets[part] = LabelledImages(
+                samples, classes, self.test.transform, self.test.pixel_ranges
+            )
         return sets
 
 
@@ -241,19 +259,16 @@ def load_splits(
     seen = sorted({s.label for s in train})
     seen += sorted({s.label for s in val}.difference(seen))
     unseen = sorted({s.label for s in test})
-    splits = RetrievalSplits(
-        LabelledImages(train, seen),
-        LabelledImages(val, seen),
-        LabelledImages(test, unseen),
+    return RetrievalSplits(
+        LabelledImages(train, seen, pixel_ranges=ranges),
+        LabelledImages(val, seen, pixel_ranges=ranges),
+        LabelledImages(test, unseen, pixel_ranges=ranges),
         kind,
         split_kind,
         closed_set,
         skipped,
         ranges,
     )
-    for part in (splits.train, splits.val, splits.test):
-        part.pixel_ranges = ranges
-    return splits
 
 
 def splits_of(config: dict[str, Any]) -> RetrievalSplits:
@@ -348,11 +363,14 @@ def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str],
     Returns:
         The errors by the names of the images, and what is black and white in those of 32 bits.
     """
+    large: list[str] = []
 
     def look(sample: Sample) -> tuple[str | None, tuple[str, float, float] | None]:
         try:
             if verify:
-                sample.open()
+                image = sample.open()
+                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                    large.append(f"{sample.name}, {image.width} x {image.height}")
             return None, sample.extremes()
         except UserError as error:
             return (str(error) if verify else None), None
@@ -365,12 +383,25 @@ def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str],
                 seen = tqdm.tqdm(seen, total=len(files), desc="checking images")
             errors, found = zip(*seen, strict=True) if files else ((), ())
         named = {s.name: e for s, e in zip(files, errors, strict=True) if e}
-        return named, ranges_of(x for x in found if x)
+        return named, _ranges_of(x for x in found if x)
 
     errors, ranges = on_rank_zero(look_at_all)
+    if large:
+        say(
+            f"{len(large)} images are so large that reading them takes long:",
+            *_first(sorted(large)),
+        )
     for kind, (black, white) in ranges.items():
         say(f"pixels of 32 bits, {KINDS[kind]}: {black:g} is taken for black, {white:g} for white")
     return errors, ranges
+
+
+def _ranges_of(many: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """One range of each kind for all images with these `extremes`, so that they stay comparable."""
+    kinds: dict[str, list[float]] = {}
+    for kind, low, high in many:
+        kinds.setdefault(kind, []).extend((low, high))
+    return {kind: range_of(kind, min(x), max(x)) for kind, x in sorted(kinds.items())}
 
 
 def _without_single_image_classes(

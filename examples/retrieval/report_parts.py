@@ -287,7 +287,8 @@ def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
     for sample in chosen:
         image = sample.open()
         versions = [trunk.train_transform(image) for _ in range(AUGMENTED_TIMES)]
-        rows.append([image, *(to_image(x, trunk.mean, trunk.std) for x in versions)])
+        normalised = trunk.eval_transform
+        rows.append([image, *(to_image(x, normalised.mean, normalised.std) for x in versions)])
     return contact_sheet(rows, AUGMENTED_SIDE), [x.label for x in chosen]
 
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"skipped {len(index.skipped)} files and folders:", *summary_of(index.skipped))
     say(
         f"index: {len(index.files)} images below {args.index}, {index.embedded} embedded now, "
-        f"{index.removed} removed; kept in {index.run.path / index.name}"
+        f"{index.removed} removed; {index.kept}"
     )
     skipped: list[Skipped] = []
     embeddings, places = index.embed(queries, skipped)

@@ -60,7 +60,7 @@ def test_every_mode_reads_alike(kind):
 
 
 def test_a_palette_with_alpha_reads_alike():
-    from retrieval.images import as_eight_bits
+    from retrieval.prepare import as_eight_bits
 
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"

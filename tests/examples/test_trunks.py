@@ -114,7 +114,7 @@ def timm(monkeypatch):
         fake.made.append((name, pretrained, num_classes, kwargs))
         return models[name](**kwargs)
 
-    def create_transform(input_size, mean, std, is_training=False, color_jitter=None):
+    def create_transform(input_size, **others):
         def transform(image):
             pixels = np.asarray(image.resize(input_size[1:]), dtype=np.float32) / 255
             return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -124,6 +124,9 @@ def timm(monkeypatch):
     fake.create_model = create_model
     data.resolve_model_data_config = lambda model: {
         "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": getattr(model, "crop_mode", "center"),
         "mean": (0.5,) * 3,
         "std": (0.5,) * 3,
     }

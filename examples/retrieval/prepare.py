@@ -1,19 +1,77 @@
-"""Any image that Pillow opens, brought to eight bits as a viewer would show it."""
+"""An image file made ready for a network: any image that Pillow opens, as a viewer would show it.
 
-from collections.abc import Iterable, Mapping, Sequence
+It needs torch, NumPy and Pillow, and nothing of what lies beside it: an export holds a copy.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image, ImageOps
 
 # Pixels that are wider than a byte although their container does not say how wide.
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 WHITE = 255
 # What a white pixel of 32 bits may be, from the narrowest depth to the widest.
 WHITES = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
-KINDS = {"I": "integers", "F": "floating point"}
+# What makes an image upright, by its orientation in EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Kind, a key of `WHITES` -> the pixels that are black and white.
 Ranges = Mapping[str, Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """PIL image in any mode to a normalised tensor, `(channels, height, width)` in float32.
+
+    Attributes:
+        size: Width and height of the result, in pixels.
+        mode: `"L"` for one channel, `"RGB"` for three.
+        crop: How much of width and height is kept, in the middle, of the largest part that has the
+            proportions of `size`.
+        squash: Take that part from the whole image, whatever its proportions.
+        interpolation: The name of one of Pillow's resampling filters.
+        mean: What is subtracted from pixels between 0 and 1, for each channel or for all.
+        std: What they are divided by then.
+        ranges: What is black and white in images of 32 bits, see `as_eight_bits`.
+    """
+
+    size: Sequence[int]
+    mode: str = "RGB"
+    crop: float = 1.0
+    squash: bool = False
+    interpolation: str = "bilinear"
+    mean: Sequence[float] = (0.5,)
+    std: Sequence[float] = (0.5,)
+    ranges: Ranges | None = None
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        image = as_eight_bits(image, self.ranges).convert(self.mode)
+        size, border = tuple(self.size), (1 - self.crop) / 2
+        if self.squash:
+            box = (image.width * border, image.height * border)
+            box += (image.width - box[0], image.height - box[1])
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()], box)
+        else:
+            image = ImageOps.fit(image, size, Image.Resampling[self.interpolation.upper()], border)
+        return to_tensor(image, self.mean, self.std)
+
+
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Pixels of eight bits as `(channels, height, width)`, scaled to 0 to 1 and normalised."""
+    pixels = np.array(image, dtype=np.float32).reshape(image.height, image.width, -1)
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    return (torch.from_numpy(pixels) / (WHITE * std) - mean / std).permute(2, 0, 1).contiguous()
 
 
 def as_eight_bits(image: Image.Image, ranges: Ranges | None = None) -> Image.Image:
@@ -32,7 +90,7 @@ def as_eight_bits(image: Image.Image, ranges: Ranges | None = None) -> Image.Ima
     black_and_white: Sequence[float] = (0, 65535)
     if kind := kind_of_unknown_depth(image):
         black_and_white = (ranges or {}).get(kind) or range_of(*extremes(image))
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -71,12 +129,18 @@ def range_of(kind: str, low: float, high: float) -> tuple[float, float]:
     return (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
 
 
-def ranges_of(many: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
-    """One range of each kind for all images with these `extremes`, so that they stay comparable."""
-    kinds: dict[str, list[float]] = {}
-    for kind, low, high in many:
-        kinds.setdefault(kind, []).extend((low, high))
-    return {kind: range_of(kind, min(x), max(x)) for kind, x in sorted(kinds.items())}
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data turn it, without these; what cannot be read does not turn it."""
+    image.load()  # here, so that errors of pixels are not taken for those of EXIF data
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # text instead of a TIFF, or a part of one, fails in many ways
+        turn = None
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    upright.info = {k: v for k, v in upright.info.items() if k == "transparency"}
+    return upright
 
 
 def _scaled(image: Image.Image, black: float, white: float) -> Image.Image:
