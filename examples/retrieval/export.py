@@ -4,14 +4,17 @@
     python examples/retrieval export RUN --images FOLDER --output NEW_FOLDER
 
 The network is written by `torch.export`, the embeddings of the test images, or of the images below
-a folder, to an npz. README.md in the new folder says how to load them and how an image is prepared.
+a folder, to an npz. README.md in the new folder says how to load them, and prepare.py prepares
+images as the network was trained to see them.
 """
 
 import argparse
 import dataclasses
 import io
 import json
+import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from .configuration import of_run, splits_of_run
 from .data import Sample
 from .disk import new
 from .embeddings import embed_samples
-from .errors import UserError
+from .errors import UserError, require
 from .image_tree import Skipped, read_trees, summary
 from .network import load_best
 from .processes import find_device, say
@@ -64,6 +67,23 @@ for i in similarities.argsort()[::-1][:10]:
     print(f"{{similarities[i]:.4f}}", stored["names"][i], stored["labels"][i])
 ```
 """
+ONNX = """
+`model.onnx` is the same network; it needs onnxruntime, NumPy and Pillow:
+
+```python
+import json
+
+import onnxruntime
+from PIL import Image
+from prepare import Prepare
+
+with open("transform.json") as file:
+    prepare = Prepare(**json.load(file))
+session = onnxruntime.InferenceSession("model.onnx")
+with Image.open("query.jpg") as image:
+    (embeddings,) = session.run(None, {"images": prepare.pixels(image)[None]})
+```
+"""
 
 
 class Normalized(torch.nn.Module):
@@ -85,6 +105,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--images", metavar="FOLDER", help="images to embed; by default those of the run's test"
     )
+    flags.add_argument(
+        "--onnx", action="store_true", help="write the network as model.onnx as well"
+    )
     return flags
 
 
@@ -94,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else run.path / "export"
     if output.exists():
         raise UserError(f"{output} exists; name a new folder by --output")
+    if args.onnx:
+        require({"onnxscript": "onnxscript", "onnxruntime": "onnxruntime"})
     config = of_run(run)
     network, transform = load_best(args.run)
     skipped: list[Skipped] = []
@@ -117,13 +142,20 @@ def run(args: argparse.Namespace) -> int:
         n=len(samples),
         torch=torch.__version__.partition("+")[0],
     )
+    text += ONNX if args.onnx else ""
     with new(output) as folder:
         folder.mkdir()
         # torch's writer of archives aborts the process where a disk is full.
         stream = io.BytesIO()
         torch.export.save(program, stream)
         (folder / "model.pt2").write_bytes(stream.getbuffer())
-        _check(torch.export.load(folder / "model.pt2").module(), images, embeddings[: len(images)])
+        written = torch.export.load(folder / "model.pt2").module()
+        with torch.no_grad():
+            _check("model.pt2", written(images), embeddings)
+        if args.onnx:
+            content, made = _onnx(program, images)
+            _check("model.onnx", made, embeddings)
+            (folder / "model.onnx").write_bytes(content)
         np.savez(
             folder / "embeddings.npz",
             embeddings=embeddings.numpy(),
@@ -162,10 +194,24 @@ def _exported(network: torch.nn.Module, images: torch.Tensor) -> torch.export.Ex
     )
 
 
-def _check(model: torch.nn.Module, images: torch.Tensor, expected: torch.Tensor) -> None:
-    with torch.no_grad():
-        off = (model(images) - expected).abs().max().item()
-    if not off <= TOLERANCE:
-        raise UserError(
-            f"the network that was written differs from the run's: an embedding by {off:.2g}"
+def _onnx(
+    program: torch.export.ExportedProgram, images: torch.Tensor
+) -> tuple[bytes, torch.Tensor]:
+    """The network for onnxruntime, and what it makes of some images there."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operations not in use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        exported = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=["images"]
         )
+    content = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    return content, torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _check(name: str, made: torch.Tensor, embeddings: torch.Tensor) -> None:
+    off = (made - embeddings[: len(made)]).abs().max().item()
+    if not off <= TOLERANCE:
+        raise UserError(f"{name} differs from the run's network: an embedding by {off:.2g}")

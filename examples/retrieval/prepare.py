@@ -1,14 +1,21 @@
 """An image file made ready for a network: any image that Pillow opens, as a viewer would show it.
 
-It needs torch, NumPy and Pillow, and nothing of what lies beside it: an export holds a copy.
+It needs NumPy and Pillow, for tensors torch, and nothing of what lies beside it: an export holds
+a copy.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
 
 # Pixels that are wider than a byte although their container does not say how wide.
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
@@ -34,12 +41,15 @@ Ranges = Mapping[str, Sequence[float]]
 class Prepare:
     """PIL image in any mode to a normalised tensor, `(channels, height, width)` in float32.
 
+    `pixels` makes the same as a NumPy array.
+
     Attributes:
         size: Width and height of the result, in pixels.
         mode: `"L"` for one channel, `"RGB"` for three.
-        crop: How much of width and height is kept, in the middle, of the largest part that has the
-            proportions of `size`.
-        squash: Take that part from the whole image, whatever its proportions.
+        crop_mode: Where an image has other proportions than `size`, `"center"` takes the middle of
+            it, `"squash"` all of it, in the new proportions, and `"border"` all of it in its own,
+            with borders of the colour `mean`.
+        crop_pct: How much of width and height of that is kept, in the middle; for a border all is.
         interpolation: The name of one of Pillow's resampling filters.
         mean: What is subtracted from pixels between 0 and 1, for each channel or for all.
         std: What they are divided by then.
@@ -48,30 +58,49 @@ class Prepare:
 
     size: Sequence[int]
     mode: str = "RGB"
-    crop: float = 1.0
-    squash: bool = False
+    crop_mode: str = "center"
+    crop_pct: float = 1.0
     interpolation: str = "bilinear"
     mean: Sequence[float] = (0.5,)
     std: Sequence[float] = (0.5,)
     ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """What the network takes, without torch."""
         image = as_eight_bits(image, self.ranges).convert(self.mode)
-        size, border = tuple(self.size), (1 - self.crop) / 2
-        if self.squash:
-            box = (image.width * border, image.height * border)
-            box += (image.width - box[0], image.height - box[1])
-            image = image.resize(size, Image.Resampling[self.interpolation.upper()], box)
+        size, method = tuple(self.size), Image.Resampling[self.interpolation.upper()]
+        if self.crop_mode == "border":
+            color = tuple(round(WHITE * x) for x in self.mean)
+            image = ImageOps.pad(image, size, method, color)
         else:
-            image = ImageOps.fit(image, size, Image.Resampling[self.interpolation.upper()], border)
-        return to_tensor(image, self.mean, self.std)
+            image = image.resize(size, method, self._box(*image.size))
+        return normalised(image, self.mean, self.std)
+
+    def _box(self, width: int, height: int) -> tuple[float, ...]:
+        """What is kept of an image, if it is first scaled to whole pixels, as torchvision does."""
+        across, down = (math.floor(x / self.crop_pct) for x in self.size)
+        if self.crop_mode == "center" and width * down < height * across:
+            down = int(across * height / width)
+        elif self.crop_mode == "center":
+            across = int(down * width / height)
+        scale = width / across, height / down
+        starts = round((across - self.size[0]) / 2), round((down - self.size[1]) / 2)
+        ends = starts[0] + self.size[0], starts[1] + self.size[1]
+        return tuple(
+            x * by for corner in (starts, ends) for x, by in zip(corner, scale, strict=True)
+        )
 
 
-def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Pixels of eight bits as `(channels, height, width)`, scaled to 0 to 1 and normalised."""
-    pixels = np.array(image, dtype=np.float32).reshape(image.height, image.width, -1)
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    return (torch.from_numpy(pixels) / (WHITE * std) - mean / std).permute(2, 0, 1).contiguous()
+    pixels = np.array(image, np.float32).reshape(image.height, image.width, -1)
+    mean, std = np.array(mean, np.float32), np.array(std, np.float32)
+    return np.ascontiguousarray((pixels / (WHITE * std) - mean / std).transpose(2, 0, 1))
 
 
 def as_eight_bits(image: Image.Image, ranges: Ranges | None = None) -> Image.Image:

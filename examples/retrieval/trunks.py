@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from .errors import UserError
-from .prepare import Prepare, Ranges, as_eight_bits, to_tensor
+from .prepare import Prepare, Ranges, as_eight_bits, normalised
 
 SMALL = "small"
 SMALL_IMAGE_SIZE = 64
@@ -83,7 +83,7 @@ class SmallTransform:
             image = _warped(image)
         if self.mirror and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image, (0.5,), (0.5,))
+        return torch.from_numpy(normalised(image, (0.5,), (0.5,)))
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
         side = min(width, height)
@@ -182,27 +182,16 @@ def _from_timm(
         **config, is_training=True, color_jitter=color_jitter or None
     )
     features = _num_features(module, name, config["input_size"])
-    evaluate = _prepare(name, config, ranges)
+    evaluate = _prepare(config, ranges)
     return Trunk(module, features, TimmTransform(varied, ranges), evaluate)
 
 
-def _prepare(name: str, config: dict[str, Any], ranges: Ranges | None) -> Prepare:
-    """What timm's transform for evaluation does, up to the rounding of the crop to whole pixels."""
-    if config["crop_mode"] not in ("center", "squash"):
-        raise UserError(
-            f"--trunk: expected a model whose images are cropped in the middle or squashed, but "
-            f"{name!r} has the crop mode {config['crop_mode']!r}"
-        )
+def _prepare(config: dict[str, Any], ranges: Ranges | None) -> Prepare:
+    """What timm's transform for evaluation does, without torchvision."""
     _, height, width = config["input_size"]
-    return Prepare(
-        (width, height),
-        crop=config["crop_pct"],
-        squash=config["crop_mode"] == "squash",
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        ranges=ranges,
-    )
+    same = {x: config[x] for x in ("crop_mode", "interpolation", "mean", "std")}
+    # timm puts black around the images of a few models, of which it takes more than all.
+    return Prepare((width, height), crop_pct=min(1.0, config["crop_pct"]), ranges=ranges, **same)
 
 
 def _make(timm: ModuleType, name: str, pretrained: bool, image_size: int | None) -> nn.Module:
