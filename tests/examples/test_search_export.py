@@ -5,6 +5,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,25 +108,59 @@ def test_index_of_other_weights_is_another(command, run, folder, tmp_path, capsy
     assert capsys.readouterr().out.count("48 embedded now") == 2
 
 
-def test_files_that_are_no_images_are_named(command, run, folder, capsys):
+def test_files_that_are_no_images_are_named_every_time(command, run, folder, capsys):
     (folder / "notes.txt").write_text("no image")
     (folder / "7" / "broken.png").write_bytes(b"no image either")
-    assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+    os.mkfifo(folder / "7" / "pipe.png")
+    for embedded_now in (48, 0, 1):
+        assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+        out = capsys.readouterr().out
+        assert "skipped 3 files" in out and "1 x a pipe, socket or device" in out
+        assert f"48 images below {folder}, {embedded_now} embedded now" in out
+        if embedded_now == 0:
+            shutil.copy(folder / "7" / "00.png", folder / "7" / "01.png")
+
+
+def test_a_run_that_cannot_be_written_is_searched(command, run, folder, tmp_path, capsys):
+    (run / "index").write_text("in the way of a folder")
+    table = tmp_path / "found.csv"
+    assert command("search", run, folder, "--index", folder, "--csv", table) == 0
     out = capsys.readouterr().out
-    assert "skipped 2 files" in out
-    assert "48 images" in out
+    assert f"48 embedded now, 0 removed; not kept: cannot write {run / 'index'}" in out
+    assert len(rows(table)) == 480
 
 
-def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
+def test_sheet_shows_and_names_queries_and_neighbors(command, run, folder, tmp_path, monkeypatch):
     sheet, queries = tmp_path / "found.png", tmp_path / "queries"
     queries.mkdir()
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda ax, x, **_: drawn.append(x))
     for name in ("00.png", "01.png", "02.png"):
         shutil.copy(folder / "7" / name, queries)
     assert command("search", run, queries, "--index", folder, "-k", 4, "--sheet", sheet) == 0
     with Image.open(sheet) as image:
         width, height = image.size
     assert width == pytest.approx(5 * 120, abs=2)
-    assert height == pytest.approx(3 * 150, abs=2)
+    assert height == pytest.approx(3 * 168, abs=2)
+    assert drawn[::5] == [f"query\nqueries/0{i}.png" for i in range(3)]
+    assert all(re.fullmatch(r"[01]\.\d{3}\n[78]/\d\d\.png", x) for x in drawn if "query" not in x)
+
+
+def test_sheet_shows_any_name(command, run, folder, tmp_path):
+    for name in (
+        "a $price\\ $.png",
+        "ひらがな.png",
+        os.fsdecode(b"\xe9t\xe9.png"),
+        "n" * 80 + ".png",
+    ):
+        shutil.copy(folder / "7" / "00.png", folder / name)
+    shutil.rmtree(folder / "7")
+    shutil.rmtree(folder / "8")
+    sheet, table = tmp_path / "found.png", tmp_path / "found.csv"
+    assert command("search", run, folder, "--index", folder, "--sheet", sheet, "--csv", table) == 0
+    assert str(folder / "\\udce9t\\udce9.png") in {x[0] for x in rows(table)}
+    with Image.open(sheet) as image:
+        image.verify()
 
 
 MISTAKES = {
