@@ -670,6 +670,19 @@ def test_pointing_at_a_point_shows_its_image(browser, copied, page):
 # --- the parts ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 1), (48, 48)])
+def test_thumbnail_of_an_image_of_any_proportions(size):
+    from retrieval.data import Sample
+    from retrieval.thumbnails import contact_sheet, from_data_uri, sprite, thumbnail
+
+    sample = Sample("x", "y", np.full(size[::-1], 99, np.uint8))
+    small = from_data_uri(thumbnail(sample, 48))
+    assert max(small.size) == 48 and min(small.size) >= 1
+    assert abs(np.asarray(small).astype(int) - 99).max() < 3
+    assert from_data_uri(sprite([sample], 48).uri).size == (48, 48)
+    assert from_data_uri(contact_sheet([[sample.open()]], 48)).size == (48, 48)
+
+
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_ranking_is_that_of_loops_and_of_pml(monkeypatch, block):
     from retrieval import ranking

@@ -2,6 +2,9 @@
 
 import csv
 import io
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -29,8 +32,12 @@ def image(value=0, size=(12, 10), mode="RGB"):
 
 
 def png(value=0, mode="RGB"):
+    return png_of(image(value, mode=mode))
+
+
+def png_of(image):
     stream = io.BytesIO()
-    image(value, mode=mode).save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -272,6 +279,27 @@ def test_many_unreadable_images_are_counted_and_a_few_named(tmp_path, capsys):
     assert "skipped 9 of 29 images" in out
     assert out.count("cannot read") == 5
     assert "and 4 more" in out
+
+
+def test_very_large_images_are_named_once(tmp_path, monkeypatch):
+    """And not warned of by Pillow, which does not name them."""
+    write_classes(tmp_path, "abcd")
+    write(tmp_path / "b" / "1.png", png_of(image(size=(40, 30))))
+    code = f"""if True:
+        from PIL import Image
+        from retrieval.data import load_splits
+        Image.MAX_IMAGE_PIXELS = 1000
+        splits = load_splits("folder", {str(tmp_path)!r}, 0.2, 0)
+        for part in (splits.train, splits.val, splits.test):
+            for sample in part.samples:
+                sample.open()
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name = tmp_path / "b" / "1.png"
+    assert "1 images are so large that reading them takes long:\n" in done.stdout
+    assert done.stdout.count(str(tmp_path)) == 1 and f"  {name}, 40 x 30\n" in done.stdout
+    assert "Warning" not in done.stderr
 
 
 def test_too_few_images_after_cleaning_is_an_error(tmp_path):
