@@ -52,13 +52,27 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image: where it is, or what it holds, its class, and the test sets that it belongs to."""
+    """One image: where it is, or what it holds, its class, and its part in the test.
+
+    Attributes:
+        name: What it is called in messages and tables; no two have the same.
+        label: Its class.
+        source: Its file, the content of that, or its pixels.
+        turn: What is done to it in a turned class.
+        parts: The test sets that it belongs to, where there are several.
+        box: Left, top, right and bottom of the part that counts, in pixels of the upright image.
+        query: It is searched with, in a test.
+        gallery: It is searched for, in a test.
+    """
 
     name: str
     label: str
     source: Path | bytes | np.ndarray
     turn: Image.Transpose | None = None
     parts: tuple[str, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    query: bool = True
+    gallery: bool = True
 
     def open(self, ranges: Ranges | None = None) -> Image.Image:
         """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
@@ -71,6 +85,8 @@ class Sample:
         """
         with self.errors_named():
             image = as_eight_bits(self._decode(), ranges)
+            if self.box is not None:
+                image = _cropped(image, self.box)
             return image if self.turn is None else image.transpose(self.turn)
 
     def extremes(self) -> tuple[str, float, float] | None:
@@ -107,6 +123,30 @@ class Sample:
             return image
 
 
+def _cropped(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    left, top, right, bottom = box
+    inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    inside = tuple(map(round, inside))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise ValueError(f"the box {box} is outside of its {image.width} x {image.height} pixels")
+    return image.crop(inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which test images are searched with and which are searched for, where these are not all.
+
+    Attributes:
+        queries: Numbers of the first.
+        gallery: Numbers of the second. If it holds the queries, they come first.
+        holds_queries: Whether it does.
+    """
+
+    queries: torch.Tensor
+    gallery: torch.Tensor
+    holds_queries: bool
+
+
 # Training samples and test samples; None instead of these if the data set has no split of its own.
 Split = tuple[list[Sample], list[Sample] | None]
 
@@ -139,6 +179,18 @@ class LabelledImages(Dataset):
     def num_classes(self) -> int:
         """Number of different classes that occur."""
         return len(np.unique(self.labels))
+
+    @property
+    def roles(self) -> Roles | None:
+        """Queries and gallery of a test; None if every image is both."""
+        if all(s.query and s.gallery for s in self.samples):
+            return None
+        numbers = range(len(self.samples))
+        queries = [i for i in numbers if self.samples[i].query]
+        gallery = [i for i in numbers if self.samples[i].gallery]
+        gallery.sort(key=lambda i: not self.samples[i].query)
+        holds_queries = gallery[: len(queries)] == queries
+        return Roles(torch.tensor(queries), torch.tensor(gallery), holds_queries)
 
     def summary(self) -> dict[str, int]:
         """Numbers of images and classes."""
@@ -241,7 +293,11 @@ def load_splits(
     train = _without_single_image_classes(train, "training", skipped)
     if closed_set:
         test = _without_unknown_classes(test, train, skipped)
-    test = _without_single_image_classes(test, "test", skipped)
+    if all(s.query and s.gallery for s in test):
+        test = _without_single_image_classes(test, "test", skipped)
+    else:  # a gallery may hold classes without a query, and a query need only one other image
+        queries, gallery = (sum(getattr(s, x) for s in test) for x in ("query", "gallery"))
+        split_kind += f"; {queries} queries, {gallery} images in the gallery"
     for split, samples in (("training", train), ("test", test)):
         if len({s.label for s in samples}) < 2 and not (split == "test" and test_fraction == 0):
             raise UserError(
@@ -574,6 +630,70 @@ def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
     return samples, None
 
 
+def _read_csv(data_root: str | None, skipped: list[Skipped]) -> Split:
+    """A table of images, in the format of open-metric-learning; its validation is the test."""
+    file = Path(data_root or os.environ.get(DATA_ROOT_VARIABLE) or "")
+    if not file.is_file():
+        raise UserError(f"csv needs --data-root, a table of images; there is no file {file}")
+    splits: dict[str, dict[str, Sample]] = {"train": {}, "test": {}}
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            rows = csv.DictReader(lines)
+            if missing := {"path", "label", "split"} - set(rows.fieldnames or ()):
+                raise UserError(f"{file}: expected a column {min(missing)} in line 1")
+            for row in rows:
+                split, sample = _row_of_csv(file, rows.line_num, row)
+                if not sample.source.is_file():
+                    skipped.append(Skipped(sample.name, f"listed in {file.name}, but no file"))
+                elif any(sample.name in x for x in splits.values()):
+                    skipped.append(Skipped(sample.name, SAME_AS.format("an earlier row")))
+                else:
+                    splits[split][sample.name] = sample
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    train, test = (list(x.values()) for x in splits.values())
+    queries = [s for s in test if s.query]
+    within = sum(s.gallery for s in queries)
+    if test and not (queries and any(s.gallery for s in test) and within in (0, len(queries))):
+        raise UserError(
+            f"{file}: expected queries that are all in the gallery or none of them, got "
+            f"{len(queries)} queries, {within} of which are among the "
+            f"{sum(s.gallery for s in test)} images in the gallery"
+        )
+    return train, test or None
+
+
+def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, Sample]:
+    def refused(expected: str, columns: Sequence[str]) -> UserError:
+        got = ", ".join(f"{x}={row.get(x) or ''}" for x in columns)
+        return UserError(f"{file}, line {line}: expected {expected}, got {got}")
+
+    def value(column: str, meanings: Mapping[str, Any]) -> Any:
+        text = (row.get(column) or "").strip().lower()
+        if text not in meanings:
+            raise refused(f"one of {', '.join(filter(None, meanings))}", [column])
+        return meanings[text]
+
+    split = value("split", {"train": "train", "validation": "test", "test": "test"})
+    roles = {}
+    if split == "test":
+        yes_or_no = {"true": True, "1": True, "false": False, "0": False, "": True}
+        roles = {x: value(f"is_{x}", yes_or_no) for x in ("query", "gallery")}
+    if not row["path"] or not row["label"]:
+        raise refused("a path and a label", ["path", "label"])
+    path, corners = file.parent / row["path"], ("x_1", "y_1", "x_2", "y_2")
+    if all((row.get(x) or "").strip().lower() in ("", "none", "nan") for x in corners):
+        return split, Sample(str(path), row["label"], path, **roles)
+    try:
+        left, top, right, bottom = box = tuple(float(row[x]) for x in corners)
+    except (KeyError, TypeError, ValueError) as error:
+        raise refused("four numbers or none", corners) from error
+    if not (left < right and top < bottom):
+        raise refused("x_1 < x_2 and y_1 < y_2", corners)
+    name = f"{path} [{left:g} {top:g} {right:g} {bottom:g}]"
+    return split, Sample(name, row["label"], path, box=box, **roles)
+
+
 def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
     """A reader for one of PML's own data sets, which knows the layout and the split."""
 
@@ -621,6 +741,7 @@ READERS = {
     "omniglot": _read_omniglot,
     "grocery": _read_grocery,
     "folder": _read_folder,
+    "csv": _read_csv,
     **{name: _reader_of_pml(name) for name in PML_DATASETS},
     **{name: _reader_of_benchmark(name) for name in BENCHMARK_SETS},
 }

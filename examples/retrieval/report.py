@@ -16,7 +16,7 @@ import torch
 
 from . import configuration, sheet
 from .arguments import parser_for_run
-from .data import RetrievalSplits
+from .data import LabelledImages, RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
 from .figures import Diagram, curve
@@ -146,7 +146,7 @@ def contents(
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
     saved = folder.read_json("metrics.json")
     metrics = {
-        name: saved[name] if saved else _metrics(x, tested.labels, config)
+        name: saved[name] if saved else _metrics(x, splits.test, config)
         for name, x in embeddings.items()
     }
     curves, missing_curves = _curves(folder, config)
@@ -174,10 +174,10 @@ def contents(
 
 
 def _metrics(
-    embeddings: torch.Tensor, labels: torch.Tensor, config: dict[str, Any]
+    embeddings: torch.Tensor, images: LabelledImages, config: dict[str, Any]
 ) -> dict[str, float]:
-    calculator = RetrievalAccuracy(config["recall_at"], device=torch.device("cpu"))
-    return calculator.get_accuracy(embeddings, labels)
+    calculator = RetrievalAccuracy(config["recall_at"], images.roles, device=torch.device("cpu"))
+    return calculator.get_accuracy(embeddings, torch.from_numpy(images.labels))
 
 
 def _notes(

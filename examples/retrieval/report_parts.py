@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import LabelledImages, Sample
+from .data import LabelledImages, Roles, Sample
 from .embeddings import to_plane
 from .figures import Diagram, negatives_histogram
 from .ranking import rank_all
@@ -125,6 +125,7 @@ class TestResults:
 
     Attributes:
         queries: Numbers of the images that they are ranked for.
+        is_part: Whether these are only a part of the queries of the test.
     """
 
     def __init__(
@@ -136,22 +137,23 @@ class TestResults:
         self.samples = images.samples
         self.labels = torch.from_numpy(images.labels)
         self.embeddings = embeddings
-        count = len(self.samples)
-        self.queries = torch.from_numpy(_drawn(count, PAIRS_AT_MOST // count))
+        self.sizes = self.labels.bincount()
+        every = torch.arange(len(self.samples))
+        roles = images.roles or Roles(every, every, True)
+        # How many images of its class a query is to find.
+        self.wanted = self.labels[roles.gallery].bincount(minlength=len(self.sizes))
+        self.wanted -= int(roles.holds_queries)
+        queries = roles.queries[self.wanted[self.labels[roles.queries]] > 0]
+        self.queries = queries[_drawn(len(queries), PAIRS_AT_MOST // len(roles.gallery))]
+        self.is_part = len(self.queries) < len(queries)
         self.rankings = {
-            name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries)
+            name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries, roles.gallery)
             for name, x in embeddings.items()
         }
-        self.sizes = self.labels.bincount()
         self.asked = self.labels[self.queries].bincount(minlength=len(self.sizes))
         numbers, first = np.unique(images.labels, return_index=True)
         self.first = dict(zip(numbers.tolist(), first.tolist(), strict=True))
         self._thumbnail = functools.cache(lambda i, side: thumbnail(self.samples[i], side))
-
-    @property
-    def is_part(self) -> bool:
-        """Whether only a part of the images are queries."""
-        return len(self.queries) < len(self.samples)
 
     @property
     def num_classes(self) -> int:
@@ -275,7 +277,7 @@ class TestResults:
         return classes.bincount(values.double(), minlength=len(self.sizes)) / self.asked
 
     def _share(self, network: str, pair: tuple[int, int]) -> float:
-        places = int(self.asked[pair[0]] * (self.sizes[pair[0]] - 1))
+        places = int(self.asked[pair[0]] * self.wanted[pair[0]])
         return self.rankings[network].confused[pair] / places
 
 
