@@ -223,6 +223,13 @@ class RetrievalSplits:
     skipped: list[Skipped]
     pixel_ranges: Ranges
 
+    @property
+    def seen(self) -> LabelledImages:
+        """What was trained and validated on, without turned copies, as the test sees images."""
+        seen = [s for s in (*self.train.samples, *self.val.samples) if s.turn is None]
+        classes = sorted({s.label for s in seen})
+        return LabelledImages(seen, classes, self.test.transform, self.pixel_ranges)
+
     def class_rows(self) -> list[tuple[str, str, int, str]]:
         """Name, split and number of images of each class, and what decides its split."""
         decided_by = dict.fromkeys(("train", "test"), self.split_kind)

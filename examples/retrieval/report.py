@@ -24,7 +24,7 @@ from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
 from .records import read
-from .report_parts import FRAMES, TestResults, augmented
+from .report_parts import FRAMES, TestResults, augmented, most_alike
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -80,6 +80,7 @@ def make(
     """
     notes: list[str] = []
     embeddings = {}
+    seen = None
     networks = (
         ("untrained", lambda: untrained(config)),
         ("trained", lambda: load_best(str(folder.path))),
@@ -101,7 +102,9 @@ def make(
             workers=config["workers"],
             description=f"{name} network",
         )
-    content = contents(folder, config, splits, embeddings, notes, device)
+        if name == "trained":
+            seen = embed(network, splits.seen, BATCH_SIZE, device, workers=config["workers"])
+    content = contents(folder, config, splits, embeddings, notes, device, seen)
     folder.write_text(FILE, render(content))
     if sheet_file:
         if content["tested"] is None:
@@ -131,6 +134,7 @@ def contents(
     embeddings: dict[str, torch.Tensor],
     notes: Sequence[str],
     device: torch.device | str = "cpu",
+    seen: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """What the page shows, by the names that its template uses.
 
@@ -142,6 +146,7 @@ def contents(
             as far as there are such.
         notes: What is missing so far.
         device: Where to rank.
+        seen: Embeddings of `splits.seen` by the trained network, if there is one.
     """
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
     saved = folder.read_json("metrics.json")
@@ -166,6 +171,9 @@ def contents(
         "augmented": augmented(splits.train.samples, build({**config, "pretrained": False})),
         "settings": _settings(config),
         "tested": tested,
+        "alike": []
+        if seen is None
+        else most_alike(splits.seen.samples, seen, splits.test.samples, embeddings["trained"]),
         "frames": FRAMES,
     }
 

@@ -12,7 +12,7 @@ import torch
 from .data import LabelledImages, Roles, Sample
 from .embeddings import to_plane
 from .figures import Diagram, negatives_histogram
-from .ranking import rank_all
+from .ranking import PAIRS_AT_A_TIME, rank_all
 from .sheet import Cell
 from .thumbnails import Sprite, contact_sheet, from_data_uri, sprite, thumbnail, to_image
 from .trunks import Trunk
@@ -28,6 +28,7 @@ SHEETS_OF_A_KIND = 5
 MAP_POINTS = 2000
 CLASS_ROWS = 200
 CONFUSED_ROWS = 12
+ALIKE_ROWS = 12
 AUGMENTED_IMAGES, AUGMENTED_TIMES = 8, 8
 # With more classes the map has no legend.
 LEGEND_CLASSES = 10
@@ -87,6 +88,15 @@ class Confusion:
     picture: Picture
     other: Picture
     share: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike:
+    """A test image, and the image that the network was trained on which is most like it."""
+
+    tested: Picture
+    seen: Picture
+    similarity: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +289,27 @@ class TestResults:
     def _share(self, network: str, pair: tuple[int, int]) -> float:
         places = int(self.asked[pair[0]] * self.wanted[pair[0]])
         return self.rankings[network].confused[pair] / places
+
+
+def most_alike(
+    seen: Sequence[Sample],
+    seen_embeddings: torch.Tensor,
+    tested: Sequence[Sample],
+    embeddings: torch.Tensor,
+) -> list[Alike]:
+    """The pairs of an image that was trained on and a test image that are most alike."""
+    blocks = embeddings.split(max(1, PAIRS_AT_A_TIME // len(seen)))
+    nearest = [(block @ seen_embeddings.T).max(dim=1) for block in blocks]
+    similarity = torch.cat([x.values for x in nearest])
+    which = torch.cat([x.indices for x in nearest])
+
+    def picture(sample: Sample) -> Picture:
+        return Picture(thumbnail(sample, SHEET_SIDE), sample.label, _file(sample))
+
+    return [
+        Alike(picture(tested[i]), picture(seen[which[i]]), float(similarity[i]))
+        for i in similarity.argsort(descending=True, stable=True)[:ALIKE_ROWS].tolist()
+    ]
 
 
 def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
