@@ -55,7 +55,7 @@ class Sample:
     """One image: where it is, or what it holds, its class, and its part in the test.
 
     Attributes:
-        name: What it is called in messages and tables; no two have the same.
+        name: What it is called in messages and tables; only turned copies share it.
         label: Its class.
         source: Its file, the content of that, or its pixels.
         turn: What is done to it in a turned class.
@@ -303,8 +303,11 @@ def load_splits(
     if all(s.query and s.gallery for s in test):
         test = _without_single_image_classes(test, "test", skipped)
     else:  # a gallery may hold classes without a query, and a query need only one other image
-        queries, gallery = (sum(getattr(s, x) for s in test) for x in ("query", "gallery"))
-        split_kind += f"; {queries} queries, {gallery} images in the gallery"
+        gallery = Counter(s.label for s in test if s.gallery)
+        if not any(s.query and gallery[s.label] > s.gallery for s in test):
+            raise UserError(f"{name}: no query has another image of its class in the gallery")
+        queries = sum(s.query for s in test)
+        split_kind += f"; {queries} queries, {gallery.total()} images in the gallery"
     for split, samples in (("training", train), ("test", test)):
         if len({s.label for s in samples}) < 2 and not (split == "test" and test_fraction == 0):
             raise UserError(
@@ -661,11 +664,10 @@ def _read_csv(data_root: str | None, skipped: list[Skipped]) -> Split:
     train, test = (list(x.values()) for x in splits.values())
     queries = [s for s in test if s.query]
     within = sum(s.gallery for s in queries)
-    if test and not (queries and any(s.gallery for s in test) and within in (0, len(queries))):
+    if within not in (0, len(queries)):
         raise UserError(
             f"{file}: expected queries that are all in the gallery or none of them, got "
-            f"{len(queries)} queries, {within} of which are among the "
-            f"{sum(s.gallery for s in test)} images in the gallery"
+            f"{within} of {len(queries)} in it"
         )
     return train, test or None
 
@@ -688,7 +690,8 @@ def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str,
         roles = {x: value(f"is_{x}", yes_or_no) for x in ("query", "gallery")}
     if not row["path"] or not row["label"]:
         raise refused("a path and a label", ["path", "label"])
-    path, corners = file.parent / row["path"], ("x_1", "y_1", "x_2", "y_2")
+    path = Path(os.path.normpath(file.parent / row["path"]))
+    corners = ("x_1", "y_1", "x_2", "y_2")
     if all((row.get(x) or "").strip().lower() in ("", "none", "nan") for x in corners):
         return split, Sample(str(path), row["label"], path, **roles)
     try:

@@ -70,8 +70,11 @@ class Trained(NamedTuple):
             workers: Loader processes; 0 loads in this one.
 
         Raises:
+            TypeError: If `paths` is a single path.
             UserError: If an image cannot be read, or the device cannot be used.
         """
+        if isinstance(paths, str | PathLike):
+            raise TypeError(f"expected a list of paths, got {paths!r}")
         images = [Sample(str(x), "", Path(x)) for x in paths]
         return embed_samples(*self, images, find_device(device), workers)[0]
 

@@ -173,7 +173,9 @@ def contents(
         "tested": tested,
         "alike": []
         if seen is None
-        else most_alike(splits.seen.samples, seen, splits.test.samples, embeddings["trained"]),
+        else most_alike(
+            splits.seen.samples, seen, splits.test.samples, embeddings["trained"], device
+        ),
         "frames": FRAMES,
     }
 

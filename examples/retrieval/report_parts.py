@@ -296,12 +296,14 @@ def most_alike(
     seen_embeddings: torch.Tensor,
     tested: Sequence[Sample],
     embeddings: torch.Tensor,
+    device: torch.device | str = "cpu",
 ) -> list[Alike]:
     """The pairs of an image that was trained on and a test image that are most alike."""
-    blocks = embeddings.split(max(1, PAIRS_AT_A_TIME // len(seen)))
-    nearest = [(block @ seen_embeddings.T).max(dim=1) for block in blocks]
-    similarity = torch.cat([x.values for x in nearest])
-    which = torch.cat([x.indices for x in nearest])
+    blocks = embeddings.to(device).split(max(1, PAIRS_AT_A_TIME // len(seen)))
+    references = seen_embeddings.to(device).T
+    nearest = [(block @ references).max(dim=1) for block in blocks]
+    similarity = torch.cat([x.values for x in nearest]).cpu()
+    which = torch.cat([x.indices for x in nearest]).tolist()
 
     def picture(sample: Sample) -> Picture:
         return Picture(thumbnail(sample, SHEET_SIDE), sample.label, _file(sample))

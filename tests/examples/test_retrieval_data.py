@@ -523,7 +523,9 @@ def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
     rows[10] |= {"x_1": 2, "x_2": 8.0, "y_1": 1, "y_2": 99}
     twice = {**rows[10], "x_1": 0}
     outside = {**rows[11], "x_1": 50, "x_2": 60, "y_1": 0, "y_2": 5}
-    splits = load("csv", write_table(tmp_path, [*rows, twice, outside, rows[12]]))
+    splits = load(
+        "csv", write_table(tmp_path, [*rows, twice, outside, {**rows[12], "path": "a/../c/2.png"}])
+    )
     places = {s.name: s for s in splits.test.samples}
     (found,) = (s for name, s in places.items() if name.endswith("c/0.png [2 1 8 99]"))
     assert (np.asarray(found.open()) == np.asarray(upright)[1:10, 2:8]).all()
@@ -579,7 +581,7 @@ WRONG_ROWS = {
     "no path": ({"path": ""}, "line 12: expected a path and a label, got path=, label=c"),
     "text": ({"x_1": "left"}, "line 12: expected four numbers or none, got x_1=left, y_1="),
     "no box": (dict.fromkeys(COLUMNS[5:], 3), "line 12: expected x_1 < x_2 and y_1 < y_2, got x_1"),
-    "gallery": ({"is_gallery": False}, "all in the gallery or none of them, got 10 queries, 9 of"),
+    "gallery": ({"is_gallery": False}, "all in the gallery or none of them, got 9 of 10 in it"),
 }
 
 
@@ -591,6 +593,18 @@ def test_row_of_a_table_that_is_not_as_expected_is_named(tmp_path, mistake):
     wrong, message = WRONG_ROWS[mistake]
     rows[10] |= wrong
     with pytest.raises(UserError, match=re.escape(message)):
+        load("csv", write_table(tmp_path, rows))
+
+
+@pytest.mark.parametrize("role", ["is_query", "is_gallery"])
+def test_table_in_which_no_query_can_find_anything(tmp_path, role):
+    from retrieval.errors import UserError
+
+    rows = [
+        {**x, role: ""} if x["split"] == "train" else {**x, role: False}
+        for x in table_rows(tmp_path)
+    ]
+    with pytest.raises(UserError, match="csv: no query has another image of its class in the"):
         load("csv", write_table(tmp_path, rows))
 
 

@@ -337,6 +337,8 @@ def test_embedding_an_image_that_cannot_be_read_is_an_error_with_its_name(run, f
     (folder / "broken.png").write_text("no image")
     with pytest.raises(UserError, match="cannot read the image .*broken.png"):
         load_best(run).embed([folder / "7" / "00.png", folder / "broken.png"])
+    with pytest.raises(TypeError, match="expected a list of paths, got '7.png'"):
+        load_best(run).embed("7.png")
 
 
 def test_export_embeds_the_test_images_and_overwrites_nothing(
