@@ -3,7 +3,8 @@
 `pip install -c constraints.txt ".[huggingface]"`; `python examples/huggingface_trainer.py DATA NEW`
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 import transformers
@@ -35,6 +36,8 @@ def map_at_r(prediction):
 
 
 def main(data_root, output, folder=None, **kwargs):
+    if Path(output).exists():
+        raise SystemExit(f"expected a new folder to write to, {output} exists")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder or bundled_model())
     texts, intents = requests(data_root)
     names = list(dict.fromkeys(intents))
@@ -52,8 +55,13 @@ def main(data_root, output, folder=None, **kwargs):
     )
     before, _ = trainer.evaluate(), trainer.train()
     trainer.model.transformer.save_pretrained(output)
+    tokenizer.save_pretrained(output)
     return before, trainer.evaluate()
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="folder that holds the folder clinc150")
+    parser.add_argument("new", metavar="NEW", help="new folder for network and tokenizer")
+    args = parser.parse_args()
+    print(main(args.data, args.new))

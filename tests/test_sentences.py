@@ -1,6 +1,7 @@
 """examples/sentences.py, with a transformer of one layer that the test makes."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +87,16 @@ def test_trainer_of_hugging_face_finds_more_of_unseen_intents(arguments, tmp_pat
     key = "eval_mean_average_precision_at_r"
     assert after[key] > before[key] + 0.1
     transformers.AutoModel.from_pretrained(tmp_path / "trained")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "trained")
+    ids = tokenizer("word3 word39")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "word3", "word39", "[SEP]"]
+    with pytest.raises(SystemExit, match="trained exists"):
+        huggingface_trainer.main(arguments[1], str(tmp_path / "trained"), arguments[3])
+
+
+def test_trainer_of_hugging_face_without_arguments_says_what_it_needs():
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
+    script = str(Path(sentences.__file__).with_name("huggingface_trainer.py"))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "the following arguments are required: DATA, NEW" in ended.stderr

@@ -101,6 +101,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "grocery": {"image_size": 64},
     "grocery160": {"image_size": 64},
     "folder": {"image_size": 64, "workers": 2},
+    "csv": {"image_size": 64, "workers": 2},
     **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
 # What config.json of a run holds beside the settings.
@@ -141,7 +142,11 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     data = flags.add_argument_group("data")
     add(data, "--dataset", "data set", choices=list(READERS))
-    add(data, "--data-root", f"its folder; by default what ${DATA_ROOT_VARIABLE} names")
+    add(
+        data,
+        "--data-root",
+        f"its folder, or of csv its file; by default what ${DATA_ROOT_VARIABLE} names",
+    )
     add(
         data,
         "--test-fraction",

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import io
+import math
 import os
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +34,7 @@ from .image_tree import (
     summary,
     warnings_of,
 )
-from .images import KINDS, Ranges, as_eight_bits, extremes, ranges_of
+from .prepare import Ranges, as_eight_bits, extremes, range_of
 from .processes import on_rank_zero, say
 
 DATA_ROOT_VARIABLE = "PML_PNP_DATA"
@@ -42,19 +44,36 @@ CLASSES_FOR_DISJOINT_VALIDATION = 20
 # Of a data set that has no split of its own, the share of the classes to test on.
 TEST_FRACTION = 0.5
 NAMED_AT_MOST = 5
+KINDS = {"I": "integers", "F": "floating point"}
 # The pixels of 32 bits of other formats are looked at even with --skip-verify.
 NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Pillow warns, without a name, of EXIF data that say nothing and of images that are named below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image: where it is, or what it holds, its class, and the test sets that it belongs to."""
+    """One image: where it is, or what it holds, its class, and its part in the test.
+
+    Attributes:
+        name: What it is called in messages and tables; only turned copies share it.
+        label: Its class.
+        source: Its file, the content of that, or its pixels.
+        turn: What is done to it in a turned class.
+        parts: The test sets that it belongs to, where there are several.
+        box: Left, top, right and bottom of the part that counts, in pixels of the upright image.
+        query: It is searched with, in a test.
+        gallery: It is searched for, in a test.
+    """
 
     name: str
     label: str
     source: Path | bytes | np.ndarray
     turn: Image.Transpose | None = None
     parts: tuple[str, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    query: bool = True
+    gallery: bool = True
 
     def open(self, ranges: Ranges | None = None) -> Image.Image:
         """Decode the image to mode `L` or `RGB`, and turn it if it belongs to a turned class.
@@ -65,8 +84,10 @@ class Sample:
         Raises:
             UserError: If it cannot be read.
         """
-        with self._errors_named():
+        with self.errors_named():
             image = as_eight_bits(self._decode(), ranges)
+            if self.box is not None:
+                image = _cropped(image, self.box)
             return image if self.turn is None else image.transpose(self.turn)
 
     def extremes(self) -> tuple[str, float, float] | None:
@@ -78,13 +99,16 @@ class Sample:
         form = Image.registered_extensions().get(Path(self.name).suffix.lower())
         if isinstance(self.source, np.ndarray) or form in NEVER_32_BITS:
             return None
-        with self._errors_named(), Image.open(self._stream()) as image:
+        with self.errors_named(), Image.open(self._stream()) as image:
             return extremes(image)
 
     @contextmanager
-    def _errors_named(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
+        """Around what is done with the image: an error becomes a `UserError` with its name."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # PIL's decoders raise many types for a broken file
             message = f"cannot read the image {self.name}: {error}"
             raise UserError(message, common=False) from error
@@ -100,6 +124,30 @@ class Sample:
             return image
 
 
+def _cropped(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    left, top, right, bottom = box
+    inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    inside = tuple(map(round, inside))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise ValueError(f"the box {box} is outside of its {image.width} x {image.height} pixels")
+    return image.crop(inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which test images are searched with and which are searched for, where these are not all.
+
+    Attributes:
+        queries: Numbers of the first.
+        gallery: Numbers of the second. If it holds the queries, they come first.
+        holds_queries: Whether it does.
+    """
+
+    queries: torch.Tensor
+    gallery: torch.Tensor
+    holds_queries: bool
+
+
 # Training samples and test samples; None instead of these if the data set has no split of its own.
 Split = tuple[list[Sample], list[Sample] | None]
 
@@ -107,23 +155,43 @@ Split = tuple[list[Sample], list[Sample] | None]
 class LabelledImages(Dataset):
     """The form in which PML's trainer and tester take images: `(tensor, class number)`."""
 
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str]):
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        classes: Sequence[str],
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        pixel_ranges: Ranges | None = None,
+    ):
         number = {name: i for i, name in enumerate(classes)}
         self.samples = list(samples)
         self.labels = np.array([number[s.label] for s in samples], dtype=np.int64)
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
-        self.pixel_ranges: Ranges = {}
+        self.transform = transform
+        self.pixel_ranges = pixel_ranges
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.samples[index].open(self.pixel_ranges)), int(self.labels[index])
+        sample = self.samples[index]
+        with sample.errors_named():
+            return self.transform(sample.open(self.pixel_ranges)), int(self.labels[index])
 
     @property
     def num_classes(self) -> int:
         """Number of different classes that occur."""
         return len(np.unique(self.labels))
+
+    @property
+    def roles(self) -> Roles | None:
+        """Queries and gallery of a test; None if every image is both."""
+        if all(s.query and s.gallery for s in self.samples):
+            return None
+        numbers = range(len(self.samples))
+        queries = [i for i in numbers if self.samples[i].query]
+        gallery = [i for i in numbers if self.samples[i].gallery]
+        gallery.sort(key=lambda i: not self.samples[i].query)
+        holds_queries = gallery[: len(queries)] == queries
+        return Roles(torch.tensor(queries), torch.tensor(gallery), holds_queries)
 
     def summary(self) -> dict[str, int]:
         """Numbers of images and classes."""
@@ -156,6 +224,13 @@ class RetrievalSplits:
     skipped: list[Skipped]
     pixel_ranges: Ranges
 
+    @property
+    def seen(self) -> LabelledImages:
+        """What was trained and validated on, without turned copies, as the test sees images."""
+        seen = [s for s in (*self.train.samples, *self.val.samples) if s.turn is None]
+        classes = sorted({s.label for s in seen})
+        return LabelledImages(seen, classes, self.test.transform, self.pixel_ranges)
+
     def class_rows(self) -> list[tuple[str, str, int, str]]:
         """Name, split and number of images of each class, and what decides its split."""
         decided_by = dict.fromkeys(("train", "test"), self.split_kind)
@@ -181,8 +256,10 @@ class RetrievalSplits:
         sets = {"test": self.test}
         for part in dict.fromkeys(x for s in self.test.samples for x in s.parts):
             samples = [s for s in self.test.samples if part in s.parts]
-            sets[part] = LabelledImages(samples, sorted({s.label for s in samples}))
-            sets[part].transform = self.test.transform
+            classes = sorted({s.label for s in samples})
+            sets[part] = LabelledImages(
+                samples, classes, self.test.transform, self.test.pixel_ranges
+            )
         return sets
 
 
@@ -224,7 +301,14 @@ def load_splits(
     train = _without_single_image_classes(train, "training", skipped)
     if closed_set:
         test = _without_unknown_classes(test, train, skipped)
-    test = _without_single_image_classes(test, "test", skipped)
+    if all(s.query and s.gallery for s in test):
+        test = _without_single_image_classes(test, "test", skipped)
+    else:  # a gallery may hold classes without a query, and a query need only one other image
+        gallery = Counter(s.label for s in test if s.gallery)
+        if not any(s.query and gallery[s.label] > s.gallery for s in test):
+            raise UserError(f"{name}: no query has another image of its class in the gallery")
+        queries = sum(s.query for s in test)
+        split_kind += f"; {queries} queries, {gallery.total()} images in the gallery"
     for split, samples in (("training", train), ("test", test)):
         if len({s.label for s in samples}) < 2 and not (split == "test" and test_fraction == 0):
             raise UserError(
@@ -242,19 +326,16 @@ def load_splits(
     seen = sorted({s.label for s in train})
     seen += sorted({s.label for s in val}.difference(seen))
     unseen = sorted({s.label for s in test})
-    splits = RetrievalSplits(
-        LabelledImages(train, seen),
-        LabelledImages(val, seen),
-        LabelledImages(test, unseen),
+    return RetrievalSplits(
+        LabelledImages(train, seen, pixel_ranges=ranges),
+        LabelledImages(val, seen, pixel_ranges=ranges),
+        LabelledImages(test, unseen, pixel_ranges=ranges),
         kind,
         split_kind,
         closed_set,
         skipped,
         ranges,
     )
-    for part in (splits.train, splits.val, splits.test):
-        part.pixel_ranges = ranges
-    return splits
 
 
 def splits_of(config: dict[str, Any]) -> RetrievalSplits:
@@ -349,11 +430,14 @@ def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str],
     Returns:
         The errors by the names of the images, and what is black and white in those of 32 bits.
     """
+    large: list[str] = []
 
     def look(sample: Sample) -> tuple[str | None, tuple[str, float, float] | None]:
         try:
             if verify:
-                sample.open()
+                image = sample.open()
+                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                    large.append(f"{sample.name}, {image.width} x {image.height}")
             return None, sample.extremes()
         except UserError as error:
             return (str(error) if verify else None), None
@@ -366,12 +450,25 @@ def _looked_at(samples: Sequence[Sample], verify: bool) -> tuple[dict[str, str],
                 seen = tqdm.tqdm(seen, total=len(files), desc="checking images")
             errors, found = zip(*seen, strict=True) if files else ((), ())
         named = {s.name: e for s, e in zip(files, errors, strict=True) if e}
-        return named, ranges_of(x for x in found if x)
+        return named, _ranges_of(x for x in found if x)
 
     errors, ranges = on_rank_zero(look_at_all)
+    if large:
+        say(
+            f"{len(large)} images are so large that reading them takes long:",
+            *_first(sorted(large)),
+        )
     for kind, (black, white) in ranges.items():
         say(f"pixels of 32 bits, {KINDS[kind]}: {black:g} is taken for black, {white:g} for white")
     return errors, ranges
+
+
+def _ranges_of(many: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """One range of each kind for all images with these `extremes`, so that they stay comparable."""
+    kinds: dict[str, list[float]] = {}
+    for kind, low, high in many:
+        kinds.setdefault(kind, []).extend((low, high))
+    return {kind: range_of(kind, min(x), max(x)) for kind, x in sorted(kinds.items())}
 
 
 def _without_single_image_classes(
@@ -547,6 +644,70 @@ def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
     return samples, None
 
 
+def _read_csv(data_root: str | None, skipped: list[Skipped]) -> Split:
+    """A table of images, in the format of open-metric-learning; its validation is the test."""
+    file = Path(data_root or os.environ.get(DATA_ROOT_VARIABLE) or "")
+    if not file.is_file():
+        raise UserError(f"csv needs --data-root, a table of images; there is no file {file}")
+    splits: dict[str, dict[str, Sample]] = {"train": {}, "test": {}}
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            rows = csv.DictReader(lines)
+            if missing := {"path", "label", "split"} - set(rows.fieldnames or ()):
+                raise UserError(f"{file}: expected a column {min(missing)} in line 1")
+            for row in rows:
+                split, sample = _row_of_csv(file, rows.line_num, row)
+                if not sample.source.is_file():
+                    skipped.append(Skipped(sample.name, f"listed in {file.name}, but no file"))
+                elif any(sample.name in x for x in splits.values()):
+                    skipped.append(Skipped(sample.name, SAME_AS.format("an earlier row")))
+                else:
+                    splits[split][sample.name] = sample
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    train, test = (list(x.values()) for x in splits.values())
+    queries = [s for s in test if s.query]
+    within = sum(s.gallery for s in queries)
+    if within not in (0, len(queries)):
+        raise UserError(
+            f"{file}: expected queries that are all in the gallery or none of them, got "
+            f"{within} of {len(queries)} in it"
+        )
+    return train, test or None
+
+
+def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, Sample]:
+    def refused(expected: str, columns: Sequence[str]) -> UserError:
+        got = ", ".join(f"{x}={row.get(x) or ''}" for x in columns)
+        return UserError(f"{file}, line {line}: expected {expected}, got {got}")
+
+    def value(column: str, meanings: Mapping[str, Any]) -> Any:
+        text = (row.get(column) or "").strip().lower()
+        if text not in meanings:
+            raise refused(f"one of {', '.join(filter(None, meanings))}", [column])
+        return meanings[text]
+
+    split = value("split", {"train": "train", "validation": "test", "test": "test"})
+    roles = {}
+    if split == "test":
+        yes_or_no = {"true": True, "1": True, "false": False, "0": False, "": True}
+        roles = {x: value(f"is_{x}", yes_or_no) for x in ("query", "gallery")}
+    if not row["path"] or not row["label"]:
+        raise refused("a path and a label", ["path", "label"])
+    path = Path(os.path.normpath(file.parent / row["path"]))
+    corners = ("x_1", "y_1", "x_2", "y_2")
+    if all((row.get(x) or "").strip().lower() in ("", "none", "nan") for x in corners):
+        return split, Sample(str(path), row["label"], path, **roles)
+    try:
+        left, top, right, bottom = box = tuple(float(row[x]) for x in corners)
+    except (KeyError, TypeError, ValueError) as error:
+        raise refused("four numbers or none", corners) from error
+    if not (left < right and top < bottom):
+        raise refused("x_1 < x_2 and y_1 < y_2", corners)
+    name = f"{path} [{left:g} {top:g} {right:g} {bottom:g}]"
+    return split, Sample(name, row["label"], path, box=box, **roles)
+
+
 def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:
     """A reader for one of PML's own data sets, which knows the layout and the split."""
 
@@ -595,6 +756,7 @@ READERS = {
     "grocery": partial(_read_grocery, "grocery", "grocery64"),
     "grocery160": partial(_read_grocery, "grocery160", "grocery160"),
     "folder": _read_folder,
+    "csv": _read_csv,
     **{name: _reader_of_pml(name) for name in PML_DATASETS},
     **{name: _reader_of_benchmark(name) for name in BENCHMARK_SETS},
 }

@@ -83,8 +83,8 @@ def remove_incomplete(folder: Path) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows, the first of which is the header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write rows, the first of which is the header; what UTF-8 cannot hold as an escape."""
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows(rows)
 
 

@@ -11,8 +11,8 @@ from .data import LabelledImages, Sample
 from .errors import UserError
 from .image_tree import Skipped
 from .metrics import BATCH_SIZE
+from .prepare import Prepare
 from .processes import rank
-from .trunks import Transform
 
 # Fewer points than this have no neighbourhoods for UMAP to keep.
 FEWEST_FOR_UMAP = 20
@@ -72,24 +72,35 @@ def embed(
 
 def embed_samples(
     network: torch.nn.Module,
+    transform: Prepare,
     samples: Sequence[Sample],
-    transform: Transform,
     device: torch.device | str,
-    workers: int,
-    skipped: list[Skipped],
+    workers: int = 0,
+    skipped: list[Skipped] | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Embed what can be read of some images.
+    """Embed images as a network was trained to see them.
+
+    Args:
+        network: See `embed`.
+        transform: What its images need.
+        samples: The images.
+        device: See `embed`.
+        workers: See `embed`.
+        skipped: Those that cannot be read are left out and appended; without it they are an error.
 
     Returns:
-        `(n, d)`, of length 1, and the numbers of these `n` samples; the others are in `skipped`.
+        `(n, d)`, of length 1, and the numbers of these `n` samples.
+
+    Raises:
+        UserError: See `embed`.
     """
-    images = LabelledImages(samples, sorted({x.label for x in samples}))
-    images.transform = transform
+    classes = sorted({x.label for x in samples})
+    images = LabelledImages(samples, classes, transform, transform.ranges)
     missing: dict[int, str] = {}
-    embeddings = embed(
-        network, images, BATCH_SIZE, device, workers=workers, unreadable=missing.__setitem__
-    )
-    skipped += [Skipped(samples[i].name, reason) for i, reason in missing.items()]
+    unreadable = None if skipped is None else missing.__setitem__
+    embeddings = embed(network, images, BATCH_SIZE, device, workers=workers, unreadable=unreadable)
+    if skipped is not None:
+        skipped += [Skipped(samples[i].name, reason) for i, reason in missing.items()]
     return embeddings, [i for i in range(len(samples)) if i not in missing]
 
 

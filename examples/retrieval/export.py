@@ -4,72 +4,84 @@
     python examples/retrieval export RUN --images FOLDER --output NEW_FOLDER
 
 The network is written by `torch.export`, the embeddings of the test images, or of the images below
-a folder, to an npz. README.md in the new folder says how to load them and how an image is prepared.
+a folder, to an npz. README.md in the new folder says how to load them, and prepare.py prepares
+images as the network was trained to see them.
 """
 
 import argparse
+import dataclasses
 import io
 import json
+import logging
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import prepare
 from .arguments import parser_for_run
 from .configuration import of_run, splits_of_run
 from .data import Sample
 from .disk import new
 from .embeddings import embed_samples
-from .errors import UserError
+from .errors import UserError, require
 from .image_tree import Skipped, read_trees, summary
 from .network import load_best
 from .processes import find_device, say
 from .run_folder import RunFolder
-from .trunks import SmallTransform, TimmTransform, Transform
 
 TOLERANCE = 1e-4  # between the network and what was written, of embeddings of length 1
-SMALL_CODE = '''\
-def prepare(image):
-    """The largest square in the middle, resized; pixels from -1 to 1."""
-    image = image.convert("{mode}")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize(({size}, {size}), Image.Resampling.BILINEAR, box)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
-    return pixels.reshape({size}, {size}, -1).permute(2, 0, 1)
-'''
-TIMM_CODE = """\
-import json
-
-import timm
-
-config = json.load(open("transform.json"))
-prepare = timm.data.create_transform(**config, is_training=False)  # of an image in mode RGB
-"""
 README = """\
 # {title}
 
 `model.pt2` maps images, `(batch, {channels}, {height}, {width})` in float32, to embeddings,
-`(batch, {d})`, of length 1: their products are cosine similarities. It needs torch {torch} or
-newer alone. `embeddings.npz` holds `embeddings`, `names` and `labels` of {n} images, and
-`transform.json` how an image is prepared. Images of more than eight bits are scaled to eight
-before, and transparent ones laid on white.
+`(batch, {d})`, of length 1: their products are cosine similarities. `prepare.py` makes such an
+image of any that Pillow opens, with the settings in `transform.json`. `embeddings.npz` holds
+`embeddings`, `names` and `labels` of {n} images. The code needs torch {torch} or newer, NumPy and
+Pillow:
 
 ```python
+import json
+
 import numpy as np
 import torch
 from PIL import Image
+from prepare import Prepare
 
-{prepare}
+with open("transform.json") as file:
+    prepare = Prepare(**json.load(file))
 model = torch.export.load("model.pt2").module()
+
+
+def embed(path):
+    with Image.open(path) as image, torch.no_grad():
+        return model(prepare(image).unsqueeze(0))[0].numpy()
+
+
 stored = np.load("embeddings.npz")
-with torch.no_grad():
-    query = model(prepare(Image.open("query.jpg")).unsqueeze(0))[0]
-similarities = stored["embeddings"] @ query.numpy()
+similarities = stored["embeddings"] @ embed("query.jpg")
 for i in similarities.argsort()[::-1][:10]:
     print(f"{{similarities[i]:.4f}}", stored["names"][i], stored["labels"][i])
+```
+"""
+ONNX = """
+`model.onnx` is the same network; it needs onnxruntime, NumPy and Pillow:
+
+```python
+import json
+
+import onnxruntime
+from PIL import Image
+from prepare import Prepare
+
+with open("transform.json") as file:
+    prepare = Prepare(**json.load(file))
+session = onnxruntime.InferenceSession("model.onnx")
+with Image.open("query.jpg") as image:
+    (embeddings,) = session.run(None, {"images": prepare.pixels(image)[None]})
 ```
 """
 
@@ -93,6 +105,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--images", metavar="FOLDER", help="images to embed; by default those of the run's test"
     )
+    flags.add_argument(
+        "--onnx", action="store_true", help="write the network as model.onnx as well"
+    )
     return flags
 
 
@@ -102,20 +117,21 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else run.path / "export"
     if output.exists():
         raise UserError(f"{output} exists; name a new folder by --output")
+    if args.onnx:
+        require({"onnxscript": "onnxscript", "onnxruntime": "onnxruntime"})
     config = of_run(run)
     network, transform = load_best(args.run)
     skipped: list[Skipped] = []
     samples = _samples(args, config, skipped)
     device = find_device(args.device)
-    embeddings, places = embed_samples(network, samples, transform, device, args.workers, skipped)
+    embeddings, places = embed_samples(network, transform, samples, device, args.workers, skipped)
     if skipped:
         say(f"skipped {len(skipped)} files and folders:", *summary(skipped))
     if not places:
         raise UserError("no image that can be read")
     samples = [samples[i] for i in places]
-    images = torch.stack([transform(x.open()) for x in samples[:2]])
+    images = torch.stack([transform(x.open(transform.ranges)) for x in samples[:2]])
     program = _exported(network.cpu(), images)
-    described, code = _described(transform)
     channels, height, width = images.shape[1:]
     text = README.format(
         title=run.path.resolve().name,
@@ -125,23 +141,31 @@ def run(args: argparse.Namespace) -> int:
         d=embeddings.shape[1],
         n=len(samples),
         torch=torch.__version__.partition("+")[0],
-        prepare=code,
     )
+    text += ONNX if args.onnx else ""
     with new(output) as folder:
         folder.mkdir()
         # torch's writer of archives aborts the process where a disk is full.
         stream = io.BytesIO()
         torch.export.save(program, stream)
         (folder / "model.pt2").write_bytes(stream.getbuffer())
-        _check(torch.export.load(folder / "model.pt2").module(), images, embeddings[: len(images)])
+        written = torch.export.load(folder / "model.pt2").module()
+        with torch.no_grad():
+            _check("model.pt2", written(images), embeddings)
+        if args.onnx:
+            content, made = _onnx(program, images)
+            _check("model.onnx", made, embeddings)
+            (folder / "model.onnx").write_bytes(content)
         np.savez(
             folder / "embeddings.npz",
             embeddings=embeddings.numpy(),
             names=np.array([x.name for x in samples]),
             labels=np.array([x.label for x in samples]),
         )
-        (folder / "transform.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        settings = json.dumps(dataclasses.asdict(transform), indent=2)
+        (folder / "transform.json").write_text(settings + "\n")
+        shutil.copyfile(prepare.__file__, folder / "prepare.py")
+        (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     say(f"{len(samples)} embeddings and the network: {output}")
     return 0
 
@@ -170,25 +194,24 @@ def _exported(network: torch.nn.Module, images: torch.Tensor) -> torch.export.Ex
     )
 
 
-def _check(model: torch.nn.Module, images: torch.Tensor, expected: torch.Tensor) -> None:
-    with torch.no_grad():
-        off = (model(images) - expected).abs().max().item()
-    if not off <= TOLERANCE:
-        raise UserError(
-            f"the network that was written differs from the run's: an embedding by {off:.2g}"
+def _onnx(
+    program: torch.export.ExportedProgram, images: torch.Tensor
+) -> tuple[bytes, torch.Tensor]:
+    """The network for onnxruntime, and what it makes of some images there."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operations not in use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        exported = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=["images"]
         )
+    content = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    return content, torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _described(transform: Transform) -> tuple[dict[str, Any], str]:
-    if isinstance(transform, SmallTransform):
-        described = {
-            "mode": transform.mode,
-            "crop": "largest centred square",
-            "size": transform.size,
-            "interpolation": "bilinear",
-            "mean": 127.5,
-            "std": 127.5,
-        }
-        return described, SMALL_CODE.format(mode=transform.mode, size=transform.size)
-    assert isinstance(transform, TimmTransform)
-    return transform.config, TIMM_CODE
+def _check(name: str, made: torch.Tensor, embeddings: torch.Tensor) -> None:
+    off = (made - embeddings[: len(made)]).abs().max().item()
+    if not off <= TOLERANCE:
+        raise UserError(f"{name} differs from the run's network: an embedding by {off:.2g}")

@@ -11,9 +11,25 @@ from pathlib import Path, PurePath, PurePosixPath
 from PIL import Image
 
 from .errors import UserError
+from .run_folder import CONFIG, LOG
 
-IGNORED_FOLDERS = ("__MACOSX", "__pycache__")
+# What systems and network drives keep beside the user's folders, in lower case.
+IGNORED_FOLDERS = (
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "@recently-snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "lost+found",
+)
 HIDDEN_FOLDER = "a hidden folder"
+RUNS = "a folder of this program's runs"
+NO_FILE = "a pipe, socket or device"
 NO_FORMAT = "not a format that Pillow opens"
 WITHOUT_IMAGE = "a class folder without an image that can be used"
 SAME_AS = "the same as another: {}"
@@ -147,6 +163,8 @@ class _Walk:
     def _subfolder(self, i: int, path: Path) -> None:
         if _is_hidden(path.name):
             self._skip(path, HIDDEN_FOLDER)
+        elif _holds_runs(path):
+            self._skip(path, RUNS)
         elif self._is_new(path):
             self._folder(i, path)
 
@@ -154,6 +172,8 @@ class _Walk:
         parts = path.relative_to(self.roots[i]).parts[:-1]
         if reason := _objection(path.name, len(parts), self.levels):
             self._skip(path, reason)
+        elif not path.is_file():  # reading it would wait for ever
+            self._skip(path, NO_FILE)
         elif self._is_new(path):
             label = "/".join(parts[: self.levels])
             self.found[i].append(Found(path, label, len(parts)))
@@ -232,7 +252,15 @@ class _Members:
 
 
 def _is_hidden(folder: str) -> bool:
-    return folder.startswith(".") or folder in IGNORED_FOLDERS
+    return folder.startswith(".") or folder.casefold() in IGNORED_FOLDERS
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether this is the folder of a run, or one in which runs are made."""
+    return any(
+        x.is_file() and x.with_name(LOG).is_file()
+        for x in (folder / CONFIG, *folder.glob(f"*/{CONFIG}"))
+    )
 
 
 def _objection(name: str, depth: int, levels: int) -> str | None:

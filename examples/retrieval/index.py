@@ -52,6 +52,7 @@ class Index:
         embedded: How many were embedded now.
         removed: How many of the last time are gone, or have changed.
         skipped: What below the folder is no image that can be read.
+        kept: Where it is kept, or why it is not, in words.
     """
 
     def __init__(self, run: str, folder: str, device: torch.device, workers: int = 0):
@@ -79,11 +80,15 @@ class Index:
         if new:
             added, places = self.embed([file.name for file in new], self.skipped)
             new = [new[i] for i in places]
-            vectors = np.concatenate([vectors, added]) if old else added
+            vectors = np.concatenate([x for x in (vectors, added) if len(x)] or [vectors])
         self.files, self.embeddings = [*old, *new], vectors
         self.embedded, self.removed = len(new), len(kept) - len(old)
+        self.kept = f"kept in {self.run.path / self.name}"
         if self.embedded or self.removed:
-            self._write()
+            try:
+                self._write()
+            except UserError as error:  # a run that may only be read can be searched all the same
+                self.kept = f"not kept: {error}"
 
     def _read(self) -> tuple[list[File], np.ndarray]:
         path = self.run.path / self.name
@@ -104,7 +109,7 @@ class Index:
         """Embeddings of image files, and which of them could be read."""
         samples = [Sample(name, "", Path(name)) for name in names]
         embeddings, places = embed_samples(
-            self.network, samples, self.transform, self.device, self.workers, skipped
+            self.network, self.transform, samples, self.device, self.workers, skipped
         )
         return embeddings.numpy(), places
 

@@ -11,6 +11,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import FaissKNN, return_results
 
+from .data import Roles
 from .errors import UserError
 from .processes import unwrap
 
@@ -43,9 +44,12 @@ class RetrievalAccuracy(AccuracyCalculator):
     A metric is a mean over queries, so the parts' means, weighted by their numbers of queries, give
     it. MAP@R looks at as many neighbours as the largest class has members; those of all queries at
     once would take memory in proportion to the images times that class.
+
+    With `roles`, only some of the images that it is given are queries, or in the gallery.
     """
 
-    def __init__(self, recall_at: Sequence[int] = RECALL_AT, **kwargs):
+    def __init__(self, recall_at: Sequence[int] = RECALL_AT, roles: Roles | None = None, **kwargs):
+        self.roles = roles
         self.recall_at = sorted({1, *recall_at})
         for k in self.recall_at[1:]:  # found by name, like methods
             setattr(self, f"calculate_recall_at_{k}", partial(_recall_at, k))
@@ -86,6 +90,10 @@ class RetrievalAccuracy(AccuracyCalculator):
         """
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
+        if self.roles is not None:
+            gallery, ref_includes_query = self.roles.gallery, self.roles.holds_queries
+            reference, reference_labels = reference[gallery], reference_labels[gallery]
+            query, query_labels = query[self.roles.queries], query_labels[self.roles.queries]
         self.curr_function_dict = self.get_function_dict(include, exclude)
         query, query_labels, reference, reference_labels = (
             c_f.numpy_to_torch(x).to(self.device)
@@ -167,7 +175,10 @@ class RetrievalTester(GlobalEmbeddingSpaceTester):
 
 
 def build_tester(
-    device: torch.device, workers: int, recall_at: Sequence[int] = RECALL_AT
+    device: torch.device,
+    workers: int,
+    recall_at: Sequence[int] = RECALL_AT,
+    roles: Roles | None = None,
 ) -> RetrievalTester:
     """A tester whose embeddings are normalised, as the default cosine similarity has them."""
     # The calculator works in float64, which mps does not know.
@@ -176,7 +187,7 @@ def build_tester(
         batch_size=BATCH_SIZE,
         dataloader_num_workers=workers,
         data_device=device,
-        accuracy_calculator=RetrievalAccuracy(recall_at, device=accuracy_device),
+        accuracy_calculator=RetrievalAccuracy(recall_at, roles, device=accuracy_device),
     )
 
 

@@ -1,13 +1,20 @@
 """The network of a run: as its configuration says, and as it was trained."""
 
-from typing import Any
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from .data import Sample
+from .embeddings import embed_samples
 from .errors import UserError
+from .prepare import Prepare
+from .processes import find_device
 from .run_folder import CONFIG, RunFolder
 from .seeding import seed_everything
-from .trunks import IMAGE_SIZES, SMALL, SmallTransform, Transform, Trunk, build_trunk
+from .trunks import IMAGE_SIZES, SMALL, SmallTransform, Trunk, build_trunk
 
 # How training images vary, unless timm prepares them, and whether they have colours.
 CHARACTERS = {"mode": "L", "warp": True}
@@ -30,7 +37,7 @@ def build_embedder(trunk: Trunk, config: dict[str, Any]) -> torch.nn.Module:
     return torch.nn.Linear(trunk.num_features, config["embedding_size"])
 
 
-def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Transform]:
+def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Prepare]:
     """The network that a run started with, in eval mode, and the transform of its images.
 
     The seed makes its weights again, as `train` makes them.
@@ -41,15 +48,42 @@ def untrained(config: dict[str, Any]) -> tuple[torch.nn.Module, Transform]:
     return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
 
 
-def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
-    """The trained network of a run, in eval mode, and the transform that its images need.
+class Trained(NamedTuple):
+    """The trained network of a run, and the transform that its images need.
 
-    Args:
-        path: A run folder.
+    Attributes:
+        network: Maps `(batch, channels, height, width)` to `(batch, embedding size)`; in eval mode.
+        transform: Makes such an image of a PIL image.
+    """
 
-    Returns:
-        A module that maps `(batch, channels, size, size)` to `(batch, embedding size)`, on the
-        CPU, and a function that makes a tensor of a PIL image.
+    network: torch.nn.Module
+    transform: Prepare
+
+    def embed(
+        self, paths: Sequence[str | PathLike[str]], device: str = "auto", workers: int = 0
+    ) -> torch.Tensor:
+        """Embeddings of image files, `(N, d)` of length 1, in float32 on the CPU.
+
+        Args:
+            paths: The files.
+            device: Where the network computes; it is moved there.
+            workers: Loader processes; 0 loads in this one.
+
+        Raises:
+            TypeError: If `paths` is a single path.
+            UserError: If an image cannot be read, or the device cannot be used.
+        """
+        if isinstance(paths, str | PathLike):
+            raise TypeError(f"expected a list of paths, got {paths!r}")
+        images = [Sample(str(x), "", Path(x)) for x in paths]
+        return embed_samples(*self, images, find_device(device), workers)[0]
+
+
+def load_best(path: str | PathLike[str]) -> Trained:
+    """The trained network of the run in a folder, on the CPU.
+
+    Raises:
+        UserError: If there is no run, or it has not saved a network yet.
     """
     run = RunFolder.existing(path)
     config = {**run.read_json(CONFIG), "pretrained": False}
@@ -60,4 +94,4 @@ def load_best(path: str) -> tuple[torch.nn.Module, Transform]:
     embedder = build_embedder(trunk, config)
     trunk.module.load_state_dict(best["models"]["trunk"])
     embedder.load_state_dict(best["models"]["embedder"])
-    return torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform
+    return Trained(torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform)

@@ -43,34 +43,41 @@ def rank_all(
     neighbours: int,
     device: torch.device | str = "cpu",
     queries: torch.Tensor | None = None,
+    gallery: torch.Tensor | None = None,
 ) -> Ranking:
-    """Rank all images for each query, a block of queries at a time.
+    """Rank the gallery for each query, a block of queries at a time.
 
     Args:
         embeddings: `(N, d)`, of length 1.
-        labels: `(N,)`, class numbers from 0; each class has at least two images.
+        labels: `(N,)`, class numbers from 0.
         neighbours: How many nearest images to keep; all if there are fewer.
         device: Where to compute.
-        queries: `(Q,)`, numbers of the images that are queries; by default all are.
+        queries: `(Q,)`, numbers of the images that are queries; by default all are. Each has
+            another image of its class in the gallery.
+        gallery: `(M,)`, numbers of the images that are ranked, all queries or none of them among
+            these; by default all are.
     """
-    count = len(labels)
     embeddings, labels = embeddings.to(device), labels.to(device)
-    sizes = labels.bincount()
-    classes = len(sizes)
+    classes = int(labels.max()) + 1
+    queries = torch.arange(len(labels)) if queries is None else queries
+    gallery = (torch.arange(len(labels)) if gallery is None else gallery).to(device)
+    holds_queries = bool((gallery == queries[0].to(device)).any())
+    references, sizes = embeddings[gallery], labels[gallery].bincount(minlength=classes)
+    count = len(gallery) - holds_queries + 1
     places = torch.arange(1, count, device=device)
     nearest, precisions, first = [], [], []
     before = torch.zeros(count, dtype=torch.int64, device=device)
     confused: Counter[tuple[int, int]] = Counter()
-    queries = torch.arange(count) if queries is None else queries
     for block in queries.to(device).split(max(1, PAIRS_AT_A_TIME // count)):
-        similarities = embeddings[block] @ embeddings.T
-        similarities[torch.arange(len(block)), block] = -torch.inf  # itself comes last
-        order = similarities.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        similarities = embeddings[block] @ references.T
+        similarities[gallery == block.unsqueeze(1)] = -torch.inf  # itself comes last
+        order = similarities.argsort(dim=1, descending=True, stable=True)
+        order = gallery[order[:, : len(gallery) - holds_queries]]
         own = labels[block].unsqueeze(1)
         found = labels[order]
         right = found == own
         hits = right.cumsum(dim=1)
-        r = sizes[own] - 1
+        r = sizes[own] - int(holds_queries)
         within = places <= r
         precision = torch.where(right & within, hits / places, 0)
         precisions.append((precision.sum(dim=1) / r.squeeze(1)).cpu())

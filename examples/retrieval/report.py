@@ -16,7 +16,7 @@ import torch
 
 from . import configuration, sheet
 from .arguments import parser_for_run
-from .data import RetrievalSplits
+from .data import LabelledImages, RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
 from .figures import Diagram, curve
@@ -24,7 +24,7 @@ from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
 from .records import read
-from .report_parts import FRAMES, TestResults, augmented
+from .report_parts import FRAMES, TestResults, augmented, most_alike
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -80,6 +80,7 @@ def make(
     """
     notes: list[str] = []
     embeddings = {}
+    seen = None
     networks = (
         ("untrained", lambda: untrained(config)),
         ("trained", lambda: load_best(str(folder.path))),
@@ -101,7 +102,9 @@ def make(
             workers=config["workers"],
             description=f"{name} network",
         )
-    content = contents(folder, config, splits, embeddings, notes, device)
+        if name == "trained":
+            seen = embed(network, splits.seen, BATCH_SIZE, device, workers=config["workers"])
+    content = contents(folder, config, splits, embeddings, notes, device, seen)
     folder.write_text(FILE, render(content))
     if sheet_file:
         if content["tested"] is None:
@@ -131,6 +134,7 @@ def contents(
     embeddings: dict[str, torch.Tensor],
     notes: Sequence[str],
     device: torch.device | str = "cpu",
+    seen: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """What the page shows, by the names that its template uses.
 
@@ -142,11 +146,12 @@ def contents(
             as far as there are such.
         notes: What is missing so far.
         device: Where to rank.
+        seen: Embeddings of `splits.seen` by the trained network, if there is one.
     """
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
     saved = folder.read_json("metrics.json")
     metrics = {
-        name: saved[name] if saved else _metrics(x, tested.labels, config)
+        name: saved[name] if saved else _metrics(x, splits.test, config)
         for name, x in embeddings.items()
     }
     curves, missing_curves = _curves(folder, config)
@@ -166,6 +171,11 @@ def contents(
         "augmented": augmented(splits.train.samples, build({**config, "pretrained": False})),
         "settings": _settings(config),
         "tested": tested,
+        "alike": []
+        if seen is None
+        else most_alike(
+            splits.seen.samples, seen, splits.test.samples, embeddings["trained"], device
+        ),
         "frames": FRAMES,
     }
 
@@ -174,10 +184,10 @@ def contents(
 
 
 def _metrics(
-    embeddings: torch.Tensor, labels: torch.Tensor, config: dict[str, Any]
+    embeddings: torch.Tensor, images: LabelledImages, config: dict[str, Any]
 ) -> dict[str, float]:
-    calculator = RetrievalAccuracy(config["recall_at"], device=torch.device("cpu"))
-    return calculator.get_accuracy(embeddings, labels)
+    calculator = RetrievalAccuracy(config["recall_at"], images.roles, device=torch.device("cpu"))
+    return calculator.get_accuracy(embeddings, torch.from_numpy(images.labels))
 
 
 def _notes(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import LabelledImages, Sample
+from .data import LabelledImages, Roles, Sample
 from .embeddings import to_plane
 from .figures import Diagram, negatives_histogram
-from .ranking import rank_all
+from .ranking import PAIRS_AT_A_TIME, rank_all
 from .sheet import Cell
 from .thumbnails import Sprite, contact_sheet, from_data_uri, sprite, thumbnail, to_image
 from .trunks import Trunk
@@ -28,6 +28,7 @@ SHEETS_OF_A_KIND = 5
 MAP_POINTS = 2000
 CLASS_ROWS = 200
 CONFUSED_ROWS = 12
+ALIKE_ROWS = 12
 AUGMENTED_IMAGES, AUGMENTED_TIMES = 8, 8
 # With more classes the map has no legend.
 LEGEND_CLASSES = 10
@@ -90,6 +91,15 @@ class Confusion:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alike:
+    """A test image, and the image that the network was trained on which is most like it."""
+
+    tested: Picture
+    seen: Picture
+    similarity: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Map:
     """The test images, or a random part of them, as points in the plane.
 
@@ -125,6 +135,7 @@ class TestResults:
 
     Attributes:
         queries: Numbers of the images that they are ranked for.
+        is_part: Whether these are only a part of the queries of the test.
     """
 
     def __init__(
@@ -136,22 +147,23 @@ class TestResults:
         self.samples = images.samples
         self.labels = torch.from_numpy(images.labels)
         self.embeddings = embeddings
-        count = len(self.samples)
-        self.queries = torch.from_numpy(_drawn(count, PAIRS_AT_MOST // count))
+        self.sizes = self.labels.bincount()
+        every = torch.arange(len(self.samples))
+        roles = images.roles or Roles(every, every, True)
+        # How many images of its class a query is to find.
+        self.wanted = self.labels[roles.gallery].bincount(minlength=len(self.sizes))
+        self.wanted -= int(roles.holds_queries)
+        queries = roles.queries[self.wanted[self.labels[roles.queries]] > 0]
+        self.queries = queries[_drawn(len(queries), PAIRS_AT_MOST // len(roles.gallery))]
+        self.is_part = len(self.queries) < len(queries)
         self.rankings = {
-            name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries)
+            name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries, roles.gallery)
             for name, x in embeddings.items()
         }
-        self.sizes = self.labels.bincount()
         self.asked = self.labels[self.queries].bincount(minlength=len(self.sizes))
         numbers, first = np.unique(images.labels, return_index=True)
         self.first = dict(zip(numbers.tolist(), first.tolist(), strict=True))
         self._thumbnail = functools.cache(lambda i, side: thumbnail(self.samples[i], side))
-
-    @property
-    def is_part(self) -> bool:
-        """Whether only a part of the images are queries."""
-        return len(self.queries) < len(self.samples)
 
     @property
     def num_classes(self) -> int:
@@ -275,8 +287,31 @@ class TestResults:
         return classes.bincount(values.double(), minlength=len(self.sizes)) / self.asked
 
     def _share(self, network: str, pair: tuple[int, int]) -> float:
-        places = int(self.asked[pair[0]] * (self.sizes[pair[0]] - 1))
+        places = int(self.asked[pair[0]] * self.wanted[pair[0]])
         return self.rankings[network].confused[pair] / places
+
+
+def most_alike(
+    seen: Sequence[Sample],
+    seen_embeddings: torch.Tensor,
+    tested: Sequence[Sample],
+    embeddings: torch.Tensor,
+    device: torch.device | str = "cpu",
+) -> list[Alike]:
+    """The pairs of an image that was trained on and a test image that are most alike."""
+    blocks = embeddings.to(device).split(max(1, PAIRS_AT_A_TIME // len(seen)))
+    references = seen_embeddings.to(device).T
+    nearest = [(block @ references).max(dim=1) for block in blocks]
+    similarity = torch.cat([x.values for x in nearest]).cpu()
+    which = torch.cat([x.indices for x in nearest]).tolist()
+
+    def picture(sample: Sample) -> Picture:
+        return Picture(thumbnail(sample, SHEET_SIDE), sample.label, _file(sample))
+
+    return [
+        Alike(picture(tested[i]), picture(seen[which[i]]), float(similarity[i]))
+        for i in similarity.argsort(descending=True, stable=True)[:ALIKE_ROWS].tolist()
+    ]
 
 
 def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
@@ -287,7 +322,8 @@ def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
     for sample in chosen:
         image = sample.open()
         versions = [trunk.train_transform(image) for _ in range(AUGMENTED_TIMES)]
-        rows.append([image, *(to_image(x, trunk.mean, trunk.std) for x in versions)])
+        normalised = trunk.eval_transform
+        rows.append([image, *(to_image(x, normalised.mean, normalised.std) for x in versions)])
     return contact_sheet(rows, AUGMENTED_SIDE), [x.label for x in chosen]
 
 

@@ -50,6 +50,8 @@ def show(line: str) -> None:
 def write(line: str, stream: TextIO) -> None:
     """Print above any progress bar; nothing from when the reader of a pipe has gone."""
     global _unread
+    encoding = stream.encoding or "utf-8"  # which not every file name can be written in
+    line = line.encode(encoding, "backslashreplace").decode(encoding)
     try:
         tqdm.tqdm.write(line, file=stream)
         stream.flush()  # a kill, or who reads along, comes at any time
@@ -71,7 +73,7 @@ def log(text: str) -> None:
     if _log is None:
         _kept.append(text)
         return
-    with writing(_log), _log.open("a", encoding="utf-8") as file:
+    with writing(_log), _log.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text + "\n")
 
 

@@ -24,6 +24,7 @@ from .index import Index, Neighbor
 from .processes import find_device, say
 
 ROWS_AT_MOST = 40  # of a sheet
+NAME_AT_MOST = 20  # characters of a file's name that stand above its image
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"skipped {len(index.skipped)} files and folders:", *summary_of(index.skipped))
     say(
         f"index: {len(index.files)} images below {args.index}, {index.embedded} embedded now, "
-        f"{index.removed} removed; kept in {index.run.path / index.name}"
+        f"{index.removed} removed; {index.kept}"
     )
     skipped: list[Skipped] = []
     embeddings, places = index.embed(queries, skipped)
@@ -97,4 +98,7 @@ def _pictured(
 
 
 def _cell(name: str, title: str) -> sheet.Cell:
-    return sheet.Cell(Sample(name, "", Path(name)).open(), title)
+    file = "/".join(Path(name).parts[-2:])
+    if len(file) > NAME_AT_MOST:
+        file = "…" + file[1 - NAME_AT_MOST :]
+    return sheet.Cell(Sample(name, "", Path(name)).open(), f"{title}\n{file}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,21 +53,24 @@ def _drawn(kind: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> bytes:
     from matplotlib.figure import Figure
 
     columns = max(len(cells) for _, cells in rows)
-    has_titles = any(cell.title for _, cells in rows for cell in cells)
+    lines = max(len(cell.title.splitlines()) for _, cells in rows for cell in cells)
     has_names = any(name for name, _ in rows)
-    size = CELL * (columns + 0.8 * has_names), CELL * (1 + 0.25 * has_titles) * len(rows)
+    size = CELL * (columns + 0.8 * has_names), CELL * (1 + 0.2 * lines) * len(rows)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, cells), of_row in zip(rows, axes, strict=True):
         of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, cell in zip(of_row, cells, strict=False):
             ax.imshow(cell.image.convert("RGB"))
-            ax.set_title(cell.title, fontsize=8)
+            title = cell.title.encode("utf-8", "backslashreplace").decode()
+            ax.set_title(title, fontsize=8, parse_math=False)  # a name may hold dollars
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set(edgecolor=cell.frame, linewidth=3)
         for ax in of_row[len(cells) :]:
             ax.set_axis_off()
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=DOTS_PER_INCH)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names of other scripts
+        figure.savefig(stream, format=kind, dpi=DOTS_PER_INCH)
     return stream.getvalue()

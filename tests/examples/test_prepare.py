@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 GREY = Image.fromarray(RAMP)
@@ -60,7 +60,7 @@ def test_every_mode_reads_alike(kind):
 
 
 def test_a_palette_with_alpha_reads_alike():
-    from retrieval.images import as_eight_bits
+    from retrieval.prepare import as_eight_bits
 
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"
@@ -106,6 +106,75 @@ def test_exif_turns_the_image_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert (pixels(read(stored(image, "PNG", exif=exif))) == RAMP).all()
+
+
+BROKEN_EXIF = {
+    "text": b'Exif\0\0{"prompt": "fruit"}',
+    "a header that is cut": b"Exif\0\0II*\0",
+    "an entry that is cut": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0",
+    "nothing": b"Exif\0\0",
+}
+
+
+@pytest.mark.parametrize("dpi", [{}, {"dpi": (72, 72)}], ids=["", "dpi"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", BROKEN_EXIF)
+def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
+    from retrieval.data import LabelledImages, Sample
+    from retrieval.prepare import Prepare
+
+    content = stored(GREY.convert("RGB"), form, exif=BROKEN_EXIF[exif], **dpi)
+    assert np.abs(pixels(read(content)) - RAMP).max() < 40
+    images = LabelledImages([Sample("x", "y", content)], ["y"], Prepare((8, 8)))
+    for _ in range(2):
+        assert images[0][0].shape == (3, 8, 8)
+
+
+def test_a_turned_image_is_turned_once():
+    from retrieval.prepare import as_eight_bits
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = stored(GREY.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    assert (pixels(as_eight_bits(read(content))) == RAMP).all()
+
+
+def test_an_error_of_a_transform_names_the_image():
+    from retrieval.data import LabelledImages, Sample
+    from retrieval.errors import UserError
+
+    def transform(image):
+        raise MemoryError("too large")
+
+    images = LabelledImages([Sample("x", "y", SAME["L"])], ["y"], transform)
+    with pytest.raises(UserError, match="cannot read the image x: too large"):
+        images[0]
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (123, 123), (64, 1), (3, 900)])
+def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_pct):
+    from retrieval.prepare import Prepare
+
+    noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    prepare = Prepare((32, 32), "RGB", crop_mode, crop_pct, "bicubic", mean, std)
+    width = height = int(32 / crop_pct)
+    if crop_mode == "center":
+        shorter = min(size)
+        width, height = (int(width * x / shorter) for x in size)
+    expected = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    expected = expected.crop((left, top, left + 32, top + 32))
+    if crop_mode == "border":
+        expected = ImageOps.pad(image, (32, 32), color=(128, 102, 76))
+    expected = (np.asarray(expected) / 255 - mean) / std
+    made = prepare(image)
+    assert made.shape == (3, 32, 32)
+    assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() < 0.03
+    assert (prepare.pixels(image) == made.numpy()).all()
 
 
 def test_pixels_that_are_not_finite_are_refused():
