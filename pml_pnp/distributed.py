@@ -78,7 +78,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         >>> loss = loss_func(torch.randn(32, 8), torch.arange(32) // 4)
     """
 
-    def __init__(self, loss, efficient=False):
+    def __init__(self, loss, efficient: bool | str = False):
         if efficient == EXACT:
             inner = loss
             if isinstance(loss, (CrossBatchMemory, pml_losses.SelfSupervisedLoss)):
