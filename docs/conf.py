@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT))
 import pml_pnp  # noqa: E402
 
 project = "pml_pnp"
-author = "the authors of pml_pnp"
+author = "the pml_pnp authors"
+copyright = f"2026, {author}"
 release = pml_pnp.__version__
 
 extensions = [

@@ -1,4 +1,4 @@
-"""The files of sdist and wheel, which .ci/dist makes, and that every place names the same version."""
+"""The files of sdist and wheel, which .ci/dist makes; every place names the same version."""
 
 import os
 import re

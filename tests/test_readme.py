@@ -2,7 +2,9 @@
 
 import doctest
 import importlib.util
+import inspect
 import itertools
+import pydoc
 import re
 import shlex
 import subprocess
@@ -109,6 +111,44 @@ def test_scripts_and_modules_of_the_commands_exist(page):
                 if flag == "-m" and module.startswith("pml_pnp"):
                     assert importlib.util.find_spec(f"{module}.__main__"), module
     assert all(path.exists() for path in found), found
+
+
+def public_objects():
+    """What a user may import, of this package's own."""
+    for module in (pml_pnp, pml_pnp.losses, pml_pnp.functional, pml_pnp.distributed):
+        for name in getattr(module, "__all__", vars(module)):
+            found = getattr(module, name)
+            own = ("pml_pnp",) if hasattr(module, "__all__") else (module.__name__,)
+            if callable(found) and found.__module__.startswith(own):
+                yield found
+
+
+def test_the_reference_has_every_public_class_and_function():
+    named = re.findall(r"^\.\. auto\w+:: (\S+)$", read(DOCS / "api.rst"), flags=re.MULTILINE)
+    documented = [pydoc.locate(name) for name in named]
+    assert None not in documented
+    assert [x for x in public_objects() if x not in documented and x.__name__[0] != "_"] == []
+
+
+def test_every_public_module_has_examples_that_run_as_doctests():
+    modules = {x.__module__ for x in public_objects()} | {"pml_pnp.losses"}
+    for module in map(importlib.import_module, modules):
+        assert any(test.examples for test in doctest.DocTestFinder().find(module)), module
+
+
+def test_the_entry_for_the_documentation_of_pml_describes_its_signature():
+    from pytorch_metric_learning.losses import PNPLoss
+
+    entry = read(DOCS / "upstream" / "losses.md")
+    parameters = list(inspect.signature(PNPLoss).parameters.values())
+    arguments = ", ".join(str(x).replace("'", '"') for x in parameters)
+    assert f"losses.PNPLoss({arguments})" in entry
+    assert re.findall(r"^\* \*\*(\w+)\*\*:", entry, flags=re.MULTILINE) == [
+        x.name for x in parameters if x.name != "kwargs"
+    ]
+    assert all(f'| ```"{name}"``` |' in entry for name in PNPLoss.VARIANTS)
+    images = re.findall(r"\((imgs/\S+)\)", entry)
+    assert images and all((DOCS / "upstream" / image).exists() for image in images)
 
 
 def test_the_generated_parts_are_what_the_committed_rows_say():

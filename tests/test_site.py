@@ -1,4 +1,4 @@
-"""The documentation site as .ci/site makes it, in a browser: no page is too wide, and the search finds."""
+"""The site that .ci/site makes, in a browser: no page is too wide, and the search finds."""
 
 import functools
 import http.server
@@ -13,7 +13,7 @@ import pytest
 
 SITE = Path(__file__).parents[1] / "build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Where a browser is served this page, it writes the width that each page of the site takes in a frame.
+# In a browser this page writes the width that each page of the site takes in a frame.
 FRAMES = """<!doctype html><body><script>
 async function measure(name) {{
   const frame = document.createElement("iframe");

@@ -1,4 +1,4 @@
-"""What a type checker knows of the public names: read by `pyright -p tests/typing`, never called."""
+"""What a type checker knows of the public names: for `pyright -p tests/typing`, never called."""
 
 from typing import Any, assert_type
 
