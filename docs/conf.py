@@ -38,17 +38,17 @@ PAGES = {
 PROJECT = ["CHANGELOG", "CONTRIBUTING", "SECURITY"]
 
 
-def toctree(pages, caption=""):
+def toctree(pages, *options):
     """A list of pages that only the navigation shows."""
-    return f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
+    return "\n".join(["", "```{toctree}", ":hidden:", *options, "", *pages, "```", ""])
 
 
 def add_navigation(app, docname, source):
     """Add what GitHub would show as code to the pages that lead to others."""
     if docname == root_doc:
         for caption, pages in PAGES.items():
-            source[0] += toctree([f"docs/{page}" for page in pages], caption)
-        source[0] += toctree(PROJECT, "Project")
+            source[0] += toctree([f"docs/{page}" for page in pages], f":caption: {caption}")
+        source[0] += toctree(PROJECT, ":caption: Project")
     parts = sorted((ROOT / docname).glob("*.md"))
     if parts:
         source[0] += toctree([f"{Path(docname).name}/{part.stem}" for part in parts])
