@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pml_pnp.loss import PNPLoss
     from pml_pnp.registration import register, unregister
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["GradCache", "PNPLoss", "distributed", "functional", "losses", "register", "unregister"]
 
 _MODULE_OF = {
@@ -24,13 +24,14 @@ _MODULE_OF = {
 }
 _SUBMODULES = {"distributed", "functional", "losses"}
 
+if not TYPE_CHECKING:  # a type checker would take every name for one of the module
 
-def __getattr__(name: str):
-    if name in _SUBMODULES:
-        return import_module(f"pml_pnp.{name}")
-    if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'pml_pnp' has no attribute {name!r}")
+    def __getattr__(name: str):
+        if name in _SUBMODULES:
+            return import_module(f"pml_pnp.{name}")
+        if name in _MODULE_OF:
+            return getattr(import_module(_MODULE_OF[name]), name)
+        raise AttributeError(f"module 'pml_pnp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -24,11 +24,13 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
 
     The loss is that of a single process with the joined batch, which has the rows of all ranks.
 
-    | efficient | queries of a rank | references | gradient after averaging over the ranks |
-    |---|---|---|---|
-    | False, as in PML | all | all | of the joined batch |
-    | True, as in PML | its own | all, without gradient | without the part of the references |
-    | "exact" | its own | all, with gradient | of the joined batch |
+    ================  =================  =====================  ====================================
+    efficient         queries of a rank  references             gradient, averaged over the ranks
+    ================  =================  =====================  ====================================
+    False, as in PML  all                all                    of the joined batch
+    True, as in PML   its own            all, without gradient  without the part of the references
+    "exact"           its own            all, with gradient     of the joined batch
+    ================  =================  =====================  ====================================
 
     A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that its queue is the
     same on every rank. PML's wrapper puts each rank's own rows first.
@@ -39,10 +41,10 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             DivisorReducer, ClassWeightedReducer or SumReducer, without embedding_regularizer.
         efficient: False (default), True or "exact".
 
-    Call with the arguments of PML's wrapper, for this rank:
-        embeddings: (N, d). With "exact" and with a CrossBatchMemory, N may differ between ranks. A
-            rank without examples passes the (0, d) output of its model for an empty batch, so that
-            the model takes part in backward.
+    Call with:
+        embeddings: (N, d), of this rank, as are all arguments. With "exact" and with a
+            CrossBatchMemory, N may differ between ranks. A rank without examples passes the (0, d)
+            output of its model for an empty batch, so that the model takes part in backward.
         labels: (N,).
         indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
             DistributedMinerWrapper makes them; "exact" uses those of this rank's queries. Not with
@@ -76,7 +78,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         >>> loss = loss_func(torch.randn(32, 8), torch.arange(32) // 4)
     """
 
-    def __init__(self, loss, efficient=False):
+    def __init__(self, loss, efficient: bool | str = False):
         if efficient == EXACT:
             inner = loss
             if isinstance(loss, (CrossBatchMemory, pml_losses.SelfSupervisedLoss)):

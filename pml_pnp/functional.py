@@ -78,7 +78,7 @@ def pnp_loss(
             `alpha` or `b` is not positive and finite; `variant` is an unknown name;
             `self_similarity` is missing; the callable changes the shape.
 
-    Memory: two N x M matrices, `similarity` and its gradient. The N x |P(a)| x M sigmoids are
+    Memory: two N x M matrices, `similarity` and its gradient. The `N x |P(a)| x M` sigmoids are
     computed and summed in blocks. With a callable `variant` they are computed again in backward,
     and a few matrices more are needed.
 

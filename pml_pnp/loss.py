@@ -1,7 +1,9 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -98,8 +100,8 @@ class PNPLoss(BaseMetricLossFunction):
     (N x M x d for PML's SNRDistance). With a `chunk_size` N is that of a chunk, and backward
     computes each chunk again. With a cosine similarity or dot product under a `MeanReducer` nothing
     is computed twice, and a CPU needs one N x M matrix, with `ref_emb` at most 128 MiB of it at a
-    time. The N x |P(a)| x M sigmoids are never all in memory. A tuple and a callable `variant` need
-    a few matrices more.
+    time. The `N x |P(a)| x M` sigmoids are never all in memory. A tuple and a callable `variant`
+    need a few matrices more.
 
     Example:
         >>> import torch
@@ -122,13 +124,13 @@ class PNPLoss(BaseMetricLossFunction):
 
     def __init__(
         self,
-        b=2,
-        alpha=1,
-        anneal=0.01,
-        variant="O",
+        b: float = 2,
+        alpha: float = 1,
+        anneal: float = 0.01,
+        variant: str | Callable[[Tensor], Tensor] = "O",
         include_self: bool = True,
         chunk_size: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         check_hyperparameters(
             b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
@@ -167,7 +169,14 @@ class PNPLoss(BaseMetricLossFunction):
         """Return the distance to use if none is given."""
         return CosineSimilarity()
 
-    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
         """Compute the loss; the class docstring describes the arguments."""
         if indices_tuple is not None and torch.compiler.is_compiling():
             # The length of a tuple changes from call to call, and each length would be compiled.

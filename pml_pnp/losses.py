@@ -15,8 +15,9 @@ Example:
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
-from pml_pnp.loss import PNPLoss  # noqa: F401
-from pml_pnp.memory import CrossBatchMemory, with_pnp_loss  # noqa: F401
+from pml_pnp.loss import PNPLoss as PNPLoss  # "as" makes it public to type checkers
+from pml_pnp.memory import CrossBatchMemory as CrossBatchMemory
+from pml_pnp.memory import with_pnp_loss
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:

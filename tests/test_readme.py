@@ -2,7 +2,9 @@
 
 import doctest
 import importlib.util
+import inspect
 import itertools
+import pydoc
 import re
 import shlex
 import subprocess
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import BUILT_IN, needs_built_in
+from pytorch_metric_learning import losses as pml_losses
 
 import pml_pnp
 
@@ -19,6 +23,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 REPORT = ROOT / "benchmarks" / "report.py"
 TABLES = ROOT / "examples" / "powerful_benchmarker" / "results_table.py"
 NEEDS_FAISS = {"large_batches.md"}  # PML's testers do
+NEEDS_OTHERS = {"coming_from.md"}  # PNPLoss and SmoothAPLoss of PML, which PML 2.0 lacks
 
 
 def read(page):
@@ -38,6 +43,8 @@ def test_the_code_of_a_page_runs(page):
     """Block after block in one session, as a reader would."""
     if page.name in NEEDS_FAISS:
         pytest.importorskip("faiss")
+    if page.name in NEEDS_OTHERS and not hasattr(pml_losses, "SmoothAPLoss"):
+        pytest.skip("this PML has no SmoothAPLoss")
     text = "\n".join(block for block in blocks(page, "python") if ">>>" in block)
     example = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     assert len(example.examples) == len(re.findall(r"^>>> (?!#)", read(page), flags=re.MULTILINE))
@@ -109,6 +116,43 @@ def test_scripts_and_modules_of_the_commands_exist(page):
                 if flag == "-m" and module.startswith("pml_pnp"):
                     assert importlib.util.find_spec(f"{module}.__main__"), module
     assert all(path.exists() for path in found), found
+
+
+def public_objects():
+    """What a user may import, of this package's own."""
+    for module in (pml_pnp, pml_pnp.losses, pml_pnp.functional, pml_pnp.distributed):
+        for name in getattr(module, "__all__", vars(module)):
+            found = getattr(module, name)
+            own = ("pml_pnp",) if hasattr(module, "__all__") else (module.__name__,)
+            if callable(found) and found.__module__.startswith(own):
+                yield found
+
+
+def test_the_reference_has_every_public_class_and_function():
+    named = re.findall(r"^\.\. auto\w+:: (\S+)$", read(DOCS / "api.rst"), flags=re.MULTILINE)
+    documented = [pydoc.locate(name) for name in named]
+    assert None not in documented
+    assert [x for x in public_objects() if x not in documented and x.__name__[0] != "_"] == []
+
+
+def test_every_public_module_has_examples_that_run_as_doctests():
+    modules = {x.__module__ for x in public_objects()} | {"pml_pnp.losses"}
+    for module in map(importlib.import_module, modules):
+        assert any(test.examples for test in doctest.DocTestFinder().find(module)), module
+
+
+@needs_built_in
+def test_the_entry_for_the_documentation_of_pml_describes_its_signature():
+    entry = read(DOCS / "upstream" / "losses.md")
+    parameters = list(inspect.signature(BUILT_IN).parameters.values())
+    arguments = ", ".join(str(x).replace("'", '"') for x in parameters)
+    assert f"losses.PNPLoss({arguments})" in entry
+    assert re.findall(r"^\* \*\*(\w+)\*\*:", entry, flags=re.MULTILINE) == [
+        x.name for x in parameters if x.name != "kwargs"
+    ]
+    assert all(f'| ```"{name}"``` |' in entry for name in BUILT_IN.VARIANTS)
+    images = re.findall(r"\((imgs/\S+)\)", entry)
+    assert images and all((DOCS / "upstream" / image).exists() for image in images)
 
 
 def test_the_generated_parts_are_what_the_committed_rows_say():
