@@ -5,6 +5,7 @@ the grid that has the higher MAP@R on the validation classes, and counts by its 
 classes, averaged over the splits that all losses of the cell have.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,20 @@ def read(folder: Path = FOLDER) -> pd.DataFrame:
     rows = pd.concat(frames, ignore_index=True)
     rows["value"] = 100 * rows["test map_at_r"]
     rows["seen"] = 100 * rows["validation map_at_r"]
+    parameters = rows.parameters.map(json.loads)
+    rows["temperature"] = parameters.map(lambda p: p.get("anneal", p.get("temperature")))
+    rows["label"] = parameters.map(_label)
     return rows
+
+
+def _label(parameters: dict) -> str:
+    """What tells a setting of a loss from the others."""
+    if "anneal" in parameters:
+        return f"at {parameters['anneal']:g}"
+    own = {k: v for k, v in parameters.items() if k != "proxy_learning_rate"}
+    if "temperature" in own:
+        return f"at {own['temperature']:g}"
+    return ", ".join(f"{k} {v:g}" for k, v in own.items())
 
 
 def at_best_rate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -79,8 +93,8 @@ def left_out(rows: pd.DataFrame, groups: dict[str, list[str]] | None = None) -> 
         groups: more lines, {name: losses to choose from}.
 
     Returns:
-        A line for each cell and name: `value`, `choice` (loss and setting), `behind` (MAP@R minus
-        that of the best of the losses of other papers, chosen in the same way).
+        A line for each cell and name: `value`, `choice` (the setting), `behind` (MAP@R minus that
+        of the best of the losses of other papers, chosen in the same way).
     """
     found = means(rows)
     names = sorted(found.loss.unique())
@@ -91,7 +105,8 @@ def left_out(rows: pd.DataFrame, groups: dict[str, list[str]] | None = None) -> 
         for name, losses in {**{x: [x] for x in names}, **(groups or {})}.items():
             choice = chosen_on(found[~own], losses)
             here = found[own & (found.loss == choice[0]) & (found.setting == choice[1])]
-            lines.append(here.assign(name=name, choice=[choice] * len(here)))
+            label = choice if "label" not in rows else _label_of(rows, *choice)
+            lines.append(here.assign(name=name, choice=[label] * len(here)))
     made = pd.concat(lines, ignore_index=True)
     best = made[made.name.isin(peers)].groupby(CELL)["value"].max().rename("best_peer")
     made = made.merge(best, on=CELL)
@@ -99,25 +114,91 @@ def left_out(rows: pd.DataFrame, groups: dict[str, list[str]] | None = None) -> 
     return made
 
 
-def spread(made: pd.DataFrame) -> pd.DataFrame:
-    """`left_out` as a table: a line for each name, a column for each cell, mean and least."""
-    table = made.pivot_table(index="name", columns=CELL, values="behind")
-    table["mean"], table["least"] = table.mean(axis=1), table.min(axis=1)
-    return table.sort_values("mean", ascending=False)
+def _label_of(rows: pd.DataFrame, loss: str, setting: int) -> str:
+    return rows[(rows.loss == loss) & (rows.setting == setting)].label.iloc[0]
 
 
-def half_width(values: pd.Series) -> float:
-    """Half of the 95 % interval of a mean, by Student's t; NaN for one value."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
+# --- the tables and the picture ---------------------------------------------------------------
 
 
-def best_temperatures(rows: pd.DataFrame) -> pd.DataFrame:
-    """MAP@R of the variants by temperature: a line for each cell and variant."""
-    found = means(rows[rows.loss.str.startswith(OURS)])
-    temperature = np.array([0.003, 0.01, 0.03, 0.1, 0.3])
-    found["temperature"] = temperature[found.setting]
-    return found.pivot_table(index=[*CELL, "loss"], columns="temperature", values="value")
+def markdown(table: pd.DataFrame, corner: str) -> str:
+    """A table whose cells are numbers with two digits, or text; the index is the first column."""
+
+    def cell(value) -> str:
+        if isinstance(value, str):
+            return value
+        return "" if pd.isna(value) else f"{value:.2f}"
+
+    lines = [[corner, *map(str, table.columns)], ["---"] * (table.shape[1] + 1)]
+    lines += [[str(i), *map(cell, row)] for i, row in zip(table.index, table.values, strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the data sets in which every loss has run at every setting."""
+    choices = rows.groupby("dataset").apply(lambda x: len(x[[*CELL, *CHOICE]].drop_duplicates()))
+    whole = choices.index[choices == choices.max()]
+    return rows[rows.dataset.isin(whole)]
+
+
+def left_out_table(rows: pd.DataFrame) -> str:
+    """MAP@R minus that of the best loss of another paper, all chosen on the other data."""
+    made = left_out(complete(rows))
+    made["cell"] = made.dataset + ", " + made.steps.astype(str) + " steps"
+    table = made.pivot_table(index="name", columns="cell", values="behind")
+    table = table.assign(mean=table.mean(axis=1), least=table.min(axis=1))
+    table = table.sort_values("mean", ascending=False).map("{:+.2f}".format)
+    settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
+    table["setting"] = settings
+    table.index = [f"**{x}**" if x.startswith(OURS) else x for x in table.index]
+    return markdown(table, "loss")
+
+
+def settings_table(rows: pd.DataFrame, dataset: str) -> str:
+    """MAP@R on the test classes of every setting, by length of training and learning rate."""
+    own = rows[rows.dataset == dataset].copy()
+    if own.empty:
+        return "No runs yet."
+    own["name"] = [
+        f"{'**' * x.startswith(OURS)}{x}{'**' * x.startswith(OURS)}, {y}"
+        for x, y in zip(own.loss, own.label, strict=True)
+    ]
+    own["cell"] = [f"{s} steps at {r:g}" for s, r in zip(own.steps, own.learning_rate, strict=True)]
+    order = own.sort_values(["steps", "learning_rate"]).cell.unique()
+    table = own.pivot_table(index=["loss", "setting", "name"], columns="cell", values="value")
+    table = table[order].droplevel(["loss", "setting"])
+    last = own.iloc[-1]
+    return (
+        f"{own.seed.nunique()} split(s) of the classes, batches of {last.batch}, on {last.machine}, "
+        f"torch {last.torch}, PML {last['pytorch-metric-learning']}, {last.date}, `python "
+        f"benchmarks/retrieval/grid.py --dataset {dataset}`:\n\n{markdown(table, 'loss')}"
+    )
+
+
+def plot(rows: pd.DataFrame, path: Path, losses: tuple[str, ...] = ("PNP-Ds", "PNP-O")) -> None:
+    """Draw MAP@R over the temperature: a column for each data set, a line for each training."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
+    from matplotlib import pyplot as plt
+
+    rows = complete(rows)
+    names = sorted(rows.dataset.unique())
+    size = 3.4 * len(names), 3.2
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        own = rows[rows.dataset == name]
+        trainings = sorted(set(zip(own.steps, own.learning_rate, strict=True)))
+        for color, (steps, rate) in zip(plt.cm.viridis(np.linspace(0, 0.85, 4)), trainings):
+            for loss, style in zip(losses, ("o-", "s:"), strict=True):
+                of = own[(own.steps == steps) & (own.learning_rate == rate) & (own.loss == loss)]
+                means = of.groupby("temperature")["value"].mean()
+                label = f"{loss.removeprefix('PNP-')}, {steps} steps at {rate:g}"
+                axis.plot(means.index, means, style, color=color, label=label, markersize=3)
+        axis.set(xscale="log", xlabel="temperature", title=name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("MAP@R of unseen classes, %")
+    axes[0, 0].legend(fontsize=6)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
