@@ -32,6 +32,7 @@ from .data import (
     splits_of,
 )
 from .errors import UserError
+from .image_list import ImageList
 from .metrics import RECALL_AT
 from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
@@ -259,6 +260,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "differ",
         metavar="FOLDER",
     )
+    add(
+        run,
+        "--accept-changed-files",
+        "continue although image files have changed since the run began",
+        action="store_true",
+    )
     add(run, "--report", "make report.html in it at the end (the default)", action=switch)
     return flags
 
@@ -356,23 +363,20 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def splits_of_run(config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
+def splits_of_run(run: RunFolder, config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
     """The images of an earlier run, at their place or at another.
 
     Raises:
-        UserError: If they are not there, or not the same ones.
+        UserError: If they are not there, or not the same ones; of other contents it is only said.
     """
     config = {**config, "data_root": data_root or config["data_root"]}
-    advice = "name the folder that holds the images of the run with --data-root"
     try:
         splits = splits_of(config)
     except UserError as error:
-        raise UserError(f"{error}; {advice}") from error
-    if splits.summary() != config["data"]:
         raise UserError(
-            f"the images in {config['data_root']} are not those of the run: were "
-            f"{config['data']}, are {splits.summary()}; {advice}"
-        )
+            f"{error}; name the folder that holds the images of the run with --data-root"
+        ) from error
+    ImageList(splits, config).check(run, accept_changed_files=True)
     return splits
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder.existing(args.run)
     config = configuration.of_run(folder)
     device = find_device(args.device)
-    splits = configuration.splits_of_run(config, args.data_root)
+    splits = configuration.splits_of_run(folder, config, args.data_root)
     say(f"written to {make(folder, config, splits, device, args.sheet)}")
     return 0
 

@@ -25,6 +25,7 @@ from .by_name import TRIAL_CLASSES, try_out
 from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, with_file
 from .data import RetrievalSplits, splits_of
 from .errors import UserError, require
+from .image_list import ImageList
 from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import find_device, on_rank_zero, say, world_size
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     given = dict(vars(args))
     place = Place.taken_from(given)
     with_report = given.pop("report", True)
+    accept_changed_files = given.pop("accept_changed_files", False)
     if place.resume and "config" in given:
         raise UserError("--resume continues a run as it is configured; leave out --config")
     if "config" in given:
@@ -74,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
         seed_everything(config["seed"])
         trunk = build(config)
         _fit_batchnorm(config, given, trunk)
-        splits = _load(config, given if not run else config)
+        splits = splits_of(config)
+        config["data_root"] = absolute_root(config)
+        images = ImageList(splits, config)
         if run:
-            _check_same_data(run, config)
+            on_rank_zero(lambda: images.check(run, accept_changed_files))
+        _record_data(config, given if not run else config, splits)
         _set_transforms(splits, trunk)
         trainer = build_trainer(config, splits, trunk, device)
         run = on_rank_zero(lambda: run or _new_run(lock, place, config))
-        on_rank_zero(lambda: _write_settings(run, config, splits))
+        on_rank_zero(lambda: _write_settings(run, config, splits, images))
         _announce(run, config, splits, device)
 
         training = Training(trainer, splits, run, config)
@@ -164,12 +169,6 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
     config["batch_size"] = largest
 
 
-def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
-    before = run.read_json(CONFIG)["data"]
-    if before != config["data"]:
-        raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
-
-
 def _set_threads(config: dict[str, Any]) -> None:
     """Threads of this process, for torch and faiss, each of which has its own."""
     import faiss
@@ -187,15 +186,12 @@ def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
     splits.val.transform = splits.test.transform = trunk.eval_transform
 
 
-def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
-    """The data, of which the configuration then tells."""
-    splits = splits_of(config)
+def _record_data(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
+    """Fit the configuration to the data, of which it then tells."""
     _fit_batch(config, given, splits)
     config["data"] = splits.summary()
     config["split"] = splits.split_kind
     config["pixel_ranges"] = splits.pixel_ranges
-    config["data_root"] = absolute_root(config)
-    return splits
 
 
 def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
@@ -212,8 +208,11 @@ def _take(lock: RunLock, run: RunFolder) -> None:
     run.remove_incomplete()
 
 
-def _write_settings(run: RunFolder, config: dict[str, Any], splits: RetrievalSplits) -> None:
+def _write_settings(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, images: ImageList
+) -> None:
     run.write_json(CONFIG, config)
+    images.write(run)
     header = ("class", "split", "images", "decided by")
     run.write_table("classes.csv", header, splits.class_rows())
     run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])

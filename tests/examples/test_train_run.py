@@ -59,6 +59,7 @@ def test_run_folder_holds_everything(finished):
         "config.json",
         "classes.csv",
         "skipped.csv",
+        "images.csv",
         "lock",
         "log.txt",
         "logs",
