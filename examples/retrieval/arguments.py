@@ -46,11 +46,6 @@ def below_one(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
-def fraction(text: str) -> float:
-    """Read a number between 0 and 1."""
-    return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
-
-
 # Flags of the commands that take an earlier run.
 _FLAGS: dict[str, dict[str, Any]] = {
     "--data-root": {"metavar": "FOLDER", "help": "where the run's images are now"},

@@ -13,7 +13,6 @@ import torch
 
 from .arguments import (
     below_one,
-    fraction,
     natural,
     not_negative_float,
     positive,
@@ -126,7 +125,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
             "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
-            "--seed. Defaults marked * depend on the data set and are printed when training starts."
+            "--seed. With --val-fraction 0 there is none, and the last epoch is kept. Defaults marked *\n"
+            "depend on the data set and are printed when training starts."
         ),
     )
 
@@ -149,7 +149,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
         type=below_one,
     )
-    add(data, "--val-fraction", "share of training data held out", type=fraction)
+    add(
+        data,
+        "--val-fraction",
+        "share of training data held out for validation; 0 for none, which keeps the last epoch",
+        type=below_one,
+    )
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
         data,

@@ -22,19 +22,28 @@ import torch
 
 from . import configuration, processes, report, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, with_file
+from .configuration import (
+    DEFAULTS,
+    Place,
+    absolute_root,
+    configured,
+    resumed,
+    splits_of_run,
+    with_file,
+)
 from .data import RetrievalSplits, splits_of
 from .errors import UserError, require
 from .image_list import ImageList
 from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import find_device, on_rank_zero, say, world_size
-from .progress import advice
+from .progress import harm, still_rising
 from .run_folder import CONFIG, RunFolder, RunLock
 from .seeding import seed_everything
 from .training import Training, build_loss_and_miner, build_trainer
 from .trunks import SMALL, Trunk, has_batchnorm, import_timm
 
+METRICS = "metrics.json"
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
@@ -70,8 +79,11 @@ def run(args: argparse.Namespace) -> int:
             on_rank_zero(lambda: _take(lock, run))
         checkpoint = run.load_checkpoint() if run else None
         if run and _is_finished(run, config):
-            say(f"{run.path} is finished; nothing to do", "")
-            _show(run.read_json("metrics.json"))
+            say(f"{run.path} is finished; nothing to train", "")
+            _show(run.read_json(METRICS))
+            if with_report and on_rank_zero(lambda: _report_is_due(run)):
+                splits = splits_of_run(run, config, None)
+                on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         seed_everything(config["seed"])
         trunk = build(config)
@@ -156,7 +168,7 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
     if splits.train.num_classes < 2 * world_size():
         raise UserError(
             f"expected at least 2 training classes for each of {world_size()} processes, got "
-            f"{splits.train.num_classes}"
+            f"{splits.train.num_classes}; start fewer processes"
         )
     if config["batch_size"] <= largest:
         return
@@ -238,7 +250,7 @@ def _announce(
 
 
 def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:
-    metrics = run.read_json("metrics.json")
+    metrics = run.read_json(METRICS)
     return metrics is not None and (
         metrics["stopped_early"] or metrics["epochs_trained"] >= config["epochs"]
     )
@@ -262,9 +274,10 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
         "stopped_early": state["stopped_early"],
         "seconds": {"training": state["seconds"], "this_process": seconds},
     }
-    run.write_json("metrics.json", metrics)
+    run.write_json(METRICS, metrics)
     _show(metrics)
-    say(*advice(metrics, config), "", f"written to {run.path}")
+    for lines in (still_rising(metrics), harm(metrics, config), [f"written to {run.path}"]):
+        say(*(lines and ["", *lines]))
 
 
 def _report(
@@ -281,12 +294,22 @@ def _report(
         say(f"report: {path}")
 
 
+def _report_is_due(run: RunFolder) -> bool:
+    """Whether the process was killed before its report, or between an earlier one and its own."""
+    page = run.path / report.FILE
+    metrics = run.path / METRICS
+    return not page.exists() or page.stat().st_mtime_ns < metrics.stat().st_mtime_ns
+
+
 def _show(metrics: dict[str, Any]) -> None:
     if "trained" in metrics:
         which = "known classes, closed set" if metrics["closed_set"] else "unseen classes"
         title = f"{metrics['dataset']}, {metrics['test_classes']} {which}"
         say("", table(title, {x: metrics[x] for x in ("untrained", "trained")}))
-    else:
+    elif metrics["validation"]:
         title = f"{metrics['dataset']}, {metrics['split']}"
         say("", table(title, {"validation": metrics["validation"]}))
-    say(f"weights of epoch {metrics['best_epoch']}, the best of {metrics['epochs_trained']}")
+    chosen = f"the best of {metrics['epochs_trained']}"
+    if not metrics["validation"]:
+        chosen = "the last one; there was no validation"
+    say(f"weights of epoch {metrics['best_epoch']}, {chosen}")

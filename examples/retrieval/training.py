@@ -356,25 +356,35 @@ class Training:
     def _say_epoch(self, seconds: float) -> None:
         loss = self.progress.end_epoch()
         if rank() == 0:
-            validation = metrics_of(self.tester, "val")
+            validation = metrics_of(self.tester, "val") if len(self.splits.val) else None
             say(self.progress.line(self.state, loss, validation, seconds))
 
     def _evaluate(self, trainer: RetrievalTrainer) -> bool:
+        """Validate, keep the weights if they are the best; returns whether to go on."""
+        if not len(self.splits.val):
+            self.records.save()
+            self._keep_weights(trainer, None)
+            return True
         models = trainer.models
         trainer.models = trainer.trained_models  # the hook evaluates these
         try:
             keep_going = self.evaluate(trainer)
         finally:
             trainer.models = models
-        metrics = metrics_of(self.tester, "val")
-        best_epoch = self.records.best_epoch()
-        if best_epoch == trainer.epoch:
-            weights = {
-                name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                for name, model in trainer.trained_models.items()
-            }
-            self.state["best"] = {"epoch": best_epoch, "metrics": metrics, "models": weights}
+        if self.records.best_epoch() == trainer.epoch:
+            self._keep_weights(trainer, metrics_of(self.tester, "val"))
         return keep_going
+
+    def _keep_weights(self, trainer: RetrievalTrainer, metrics: dict[str, float] | None) -> None:
+        weights = {
+            name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            for name, model in trainer.trained_models.items()
+        }
+        if not all(bool(x.isfinite().all()) for model in weights.values() for x in model.values()):
+            raise UserError(
+                f"the weights are no longer finite after epoch {trainer.epoch}; try a smaller --lr"
+            )
+        self.state["best"] = {"epoch": trainer.epoch, "metrics": metrics, "models": weights}
 
     def _save(self) -> None:
         own = gather(own_state(self.trainer))

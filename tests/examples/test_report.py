@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -486,6 +487,25 @@ def test_failure_of_the_report_does_not_lose_the_run(
     assert "warning: the report could not be made: OSError: disk full" in out
     assert f"python examples/retrieval report {run}" in out
     assert not list(run.glob("report*"))
+
+
+@pytest.mark.parametrize("left", ["none", "an older one", "the latest"])
+def test_a_report_that_a_kill_prevented_is_made(copied, main, capsys, left):
+    page, metrics = copied / "report.html", copied / "metrics.json"
+    if left == "none":
+        page.unlink()
+    elif left == "an older one":  # of an epoch before the run went on
+        page.write_text("old")
+        os.utime(page, ns=(0, metrics.stat().st_mtime_ns - 1))
+    before = page.read_bytes() if page.exists() else None
+    assert main("--resume", copied, "--no-report") == 0
+    assert (page.read_bytes() if page.exists() else None) == before
+    assert main("--resume", copied) == 0
+    out = capsys.readouterr().out
+    assert "is finished; nothing to train" in out
+    assert (f"report: {page}" in out) is (left != "the latest")
+    assert page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+    assert section(parsed(page), "result") is not None
 
 
 def test_missing_package_is_named_before_training(main, arguments, tmp_path, capsys, monkeypatch):

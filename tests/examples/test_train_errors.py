@@ -54,7 +54,8 @@ MISTAKES = {
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
     "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
     "--dataset grocery --data-root .": "grocery not found in .: expected grocery64.zip",
-    "--dataset folder --data-root .": "folder: expected at least 4 class folders",
+    "--dataset folder --data-root .": "folder: expected at least 4 class folders with images, 2 to "
+    "train on and 2 to test on, got 0; --test-fraction 0 trains on every class, without a test",
 }
 ARGPARSE_MISTAKES = {
     "--dataset mnist": "invalid choice: 'mnist'",
@@ -63,7 +64,7 @@ ARGPARSE_MISTAKES = {
     "--lr nan": "expected a positive number, got 'nan'",
     "--epochs 0": "expected a positive integer, got '0'",
     "--epochs many": "expected a positive integer, got 'many'",
-    "--val-fraction 1": "expected a number between 0 and 1, got '1'",
+    "--val-fraction 1": "expected a number from 0 to below 1, got '1'",
     "--test-fraction 1": "expected a number from 0 to below 1, got '1'",
     "--patience -1": "expected an integer of 0 or more, got '-1'",
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",

@@ -143,7 +143,7 @@ def test_the_same_command_line_starts_continues_and_ends_a_run(
     assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 2
     capsys.readouterr()
     assert main(*command, "--epochs", 2) == 0
-    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert "is finished; nothing to train" in capsys.readouterr().out
     assert main(*command, "--epochs", 2, "--lr", 0.5) == 2
     assert "--resume-if-exists: the run has --lr 0.001, so it" in capsys.readouterr().err
 

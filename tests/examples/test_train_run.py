@@ -434,8 +434,15 @@ def test_loss_that_is_zero_from_the_first_step_is_reported(
     assert ("the loss has been zero since the first step" in capsys.readouterr().out) is zero
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "the embeddings are not finite"),
+        (["--val-fraction", 0, "--test-fraction", 0], "the weights are no longer finite after"),
+    ],
+)
 def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
-    main, quick, tmp_path, capsys, monkeypatch
+    main, quick, tmp_path, capsys, monkeypatch, settings, message
 ):
     from retrieval.training import RetrievalTrainer
 
@@ -448,8 +455,46 @@ def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
 
     monkeypatch.setattr(RetrievalTrainer, "step_optimizers", diverge)
     few = ["--batch-size", 64, "--samples-per-class", 16, "--patience", 0]
-    assert main(*quick, *few, "--epochs", 1, "--output-dir", tmp_path) == 2
-    assert "the embeddings are not finite" in capsys.readouterr().err
+    assert main(*quick, *few, *settings, "--epochs", 1, "--output-dir", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("test", [[], ["--test-fraction", 0]])
+def test_without_validation_the_last_epoch_is_kept(
+    main, quick, tmp_path, strict_json, capsys, curves, test
+):
+    """Also with two images of each class, of which none can be held out."""
+    root, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(quick[quick.index("--data-root") + 1], root)
+    for path in root.glob("*/*.png"):
+        if path.name not in ("00.png", "01.png"):
+            path.unlink()
+    arguments = [*quick, "--data-root", root, "--output-dir", tmp_path, "--name", "run", *test]
+    assert main(*arguments) == 2
+    assert "--val-fraction 0 trains on all of it" in capsys.readouterr().err
+    arguments += ["--val-fraction", 0, "--patience", 0, "--batch-size", 4]
+    assert main(*arguments, "--epochs", 1) == 0
+    assert main("--resume", run, "--epochs", 3, "--report") == 0
+    out = capsys.readouterr().out
+    assert "validation: none, the last epoch is kept" in out
+    assert "weights of epoch 3, the last one; there was no validation" in out
+    assert "validation MAP@R" not in out and "still rising" not in out
+    metrics = strict_json(run / "metrics.json")
+    assert metrics["validation"] is None and metrics["best_epoch"] == 3
+    assert ("trained" in metrics) is not test
+    assert torch.load(run / "checkpoints" / "best.pt")["epoch"] == 3
+    assert curves(run)["loss_histories/total_loss"]
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("best", "last", "said"), [(3, 3, True), (2, 3, False), (1, 1, False)])
+def test_validation_that_was_still_rising_is_told(best, last, said):
+    from retrieval.progress import still_rising
+
+    metrics = {"validation": {}, "best_epoch": best, "epochs_trained": last}
+    metrics["validation"] = {"mean_average_precision_at_r": 0.5}
+    assert bool(still_rising(metrics)) is said
+    assert not still_rising({**metrics, "validation": None})
 
 
 def test_without_a_test_nothing_is_tested(main, quick, tmp_path, strict_json, capsys):
