@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser
 from .configuration import DEFAULTS, EARLIER, RESUMABLE
 from .disk import replace, write_csv
 from .errors import UserError
@@ -62,7 +63,7 @@ class Run:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder")

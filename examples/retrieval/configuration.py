@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .arguments import (
+    Parser,
     below_one,
     natural,
     not_negative_float,
@@ -110,7 +111,7 @@ RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The flags of a run; only what is typed gets into the namespace."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,8 +126,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
             "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
-            "--seed. With --val-fraction 0 there is none, and the last epoch is kept. Defaults marked *\n"
-            "depend on the data set and are printed when training starts."
+            "--seed. With --val-fraction 0 there is none, and the last epoch is kept.\n\n"
+            "Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 

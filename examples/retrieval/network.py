@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .processes import say
 from .run_folder import CONFIG, RunFolder
 from .seeding import seed_everything
 from .trunks import SMALL_IMAGE_SIZE, SmallTransform, Transform, Trunk, build_trunk
@@ -16,6 +17,8 @@ PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 
 def build(config: dict[str, Any]) -> Trunk:
     """The trunk as configured, with the transforms of its images."""
+    if config["pretrained"]:
+        say(f"pretrained weights of {config['trunk']}: from timm's cache, or downloaded now")
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     size = config["image_size"] or SMALL_IMAGE_SIZE
     # Not known before the data are read, which makes 8 bits of their images itself.

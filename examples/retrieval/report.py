@@ -235,10 +235,18 @@ def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], l
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, Any, bool]]:
-    """Flag, value, and whether it is another than the program's default."""
+    """Flag, value, and whether it is another than the default for such a run."""
+    chosen = {k: config[k] for k in ("dataset", "trunk", "pretrained", "loss", "beside")}
+    of_dataset = configuration.configured({"dataset": config["dataset"]})
+    defaults = {
+        **configuration.configured(chosen),
+        **{k: of_dataset[k] for k in chosen},
+        "dataset": configuration.DEFAULTS["dataset"],
+        "threads": config["threads"],  # of the machine
+    }
     rows = [
-        ("--" + key.replace("_", "-"), config[key], config[key] != default)
-        for key, default in configuration.DEFAULTS.items()
+        ("--" + key.replace("_", "-"), config[key], config[key] != defaults[key])
+        for key in configuration.DEFAULTS
     ]
     extra = [("processes", config["world_size"], False)]
     extra += [(package, version, False) for package, version in config["versions"].items()]

@@ -144,8 +144,13 @@ class RunFolder:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except Exception as error:  # a damaged file fails in many ways
-            raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        except Exception as error:  # in many ways, and torch advises to load it all the same
+            raise UserError(
+                f"cannot read the checkpoint {path}: it is damaged, or not of this program "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def is_unfilled(path: Path) -> bool:

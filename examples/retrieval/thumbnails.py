@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .data import Sample
 
@@ -88,4 +88,6 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
         return image.resize(size, Image.Resampling.NEAREST)
     if factor == 1:
         return image
-    return ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+    scale = side / max(image.size)
+    size = tuple(max(1, round(scale * x)) for x in image.size)  # of a long strip, too
+    return image.resize(size, Image.Resampling.BICUBIC)

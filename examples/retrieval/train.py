@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
                 on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         seed_everything(config["seed"])
-        trunk = build(config)
+        # A checkpoint brings weights of its own.
+        trunk = build({**config, "pretrained": config["pretrained"] and checkpoint is None})
         _fit_batchnorm(config, given, trunk)
         splits = splits_of(config)
         config["data_root"] = absolute_root(config)
@@ -138,8 +140,8 @@ def _check_before_data(config: dict[str, Any]) -> None:
         )
     if config["batch_size"] % unit:
         raise UserError(
-            f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
-            f"{config['samples_per_class']} samples per class), got {config['batch_size']}"
+            f"--batch-size: expected a multiple of {unit} ({config['samples_per_class']} samples "
+            f"per class{_in_processes()}), got {config['batch_size']}"
         )
     try:
         json.dumps(config, allow_nan=False)
@@ -175,10 +177,14 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
     if "batch_size" in given or "samples_per_class" in given:
         raise UserError(
             f"--batch-size: {splits.train.num_classes} training classes of "
-            f"{config['samples_per_class']} samples fill a batch of at most {largest} in "
-            f"{world_size()} processes, got {config['batch_size']}"
+            f"{config['samples_per_class']} samples fill a batch of at most {largest}"
+            f"{_in_processes()}, got {config['batch_size']}"
         )
     config["batch_size"] = largest
+
+
+def _in_processes() -> str:
+    return f" in {world_size()} processes" if world_size() > 1 else ""
 
 
 def _set_threads(config: dict[str, Any]) -> None:
@@ -238,7 +244,7 @@ def _announce(
         f"run folder: {run.path}",
         f"device: {device}, processes: {world_size()}, threads of each: {config['threads']} "
         "(--threads; their number changes the last digits of results)",
-        "settings: " + ", ".join(f"{k}={v}" for k, v in shown.items()),
+        *_wrapped("settings:", [f"{k}={v}" for k, v in shown.items()]),
         *(
             f"{name}: {x['images']} images of {x['classes']} classes"
             for name, x in splits.summary().items()
@@ -247,6 +253,17 @@ def _announce(
         f"validation: {splits.val_kind}",
         "",
     )
+
+
+def _wrapped(title: str, words: Sequence[str]) -> list[str]:
+    """The title, and the words in lines of 100 characters."""
+    lines = [title]
+    for word in words:
+        if len(lines) > 1 and len(lines[-1]) + len(word) < 98:
+            lines[-1] += f", {word}"
+        else:
+            lines.append(f"  {word}")
+    return lines
 
 
 def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:

@@ -282,6 +282,7 @@ class Training:
             self._save()
         else:
             restore(self.trainer, checkpoint["shared"], checkpoint["own"][rank()])
+            say(f"continues after epoch {epoch} of {self.config['epochs']}", "")
 
     def train(self) -> None:
         """Train until the last epoch or until validation no longer improves."""

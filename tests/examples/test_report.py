@@ -215,6 +215,26 @@ def test_settings_are_those_of_the_run(page, finished, strict_json):
     for key in ("dataset", "loss", "lr", "ema_decay", "samples_per_class", "image_size"):
         assert rows["--" + key.replace("_", "-")] == str(config[key])
     assert rows["torch"] == config["versions"]["torch"]
+    bold = {
+        cells(x)[0]
+        for x in section(page, "settings").find(".//tbody")
+        if "given" in x[1].get("class")
+    }
+    assert bold == {
+        *("--dataset", "--data-root", "--image-size", "--workers", "--ema-decay", "--batch-size"),
+        *("--samples-per-class", "--epochs"),
+    }
+
+
+def test_settings_that_were_not_typed_are_not_bold():
+    from retrieval.configuration import DATASET_DEFAULTS, configured
+    from retrieval.report import _settings
+
+    for dataset in DATASET_DEFAULTS:
+        for other in ({}, {"loss": "CircleLoss"}, {"pretrained": True}, {"trunk": "resnet18"}):
+            config = {**configured({"dataset": dataset, **other}), "threads": 3}
+            bold = {name for name, _, changed in _settings(config) if changed}
+            assert bold <= {"--dataset", *(f"--{key}" for key in other)}
 
 
 def brute_force(run):
@@ -390,6 +410,17 @@ def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch)
     page = parsed(copied / "report.html")
     assert [x.get("id") for x in page.iter("section")] == ["notes", *SECTIONS[6:]]
     assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[6:]}
+
+
+@pytest.mark.parametrize("size", [(960, 8), (8, 960), (1, 2000)])
+def test_thumbnail_of_a_long_strip(size):
+    from retrieval.data import Sample
+    from retrieval.thumbnails import from_data_uri, sprite, thumbnail
+
+    sample = Sample("strip", "0", np.zeros(size[::-1], dtype=np.uint8))
+    small = from_data_uri(thumbnail(sample, 48))
+    assert max(small.size) == 48 and min(small.size) == 1
+    assert sprite([sample], 48).columns == 1
 
 
 def test_metrics_of_other_images_are_noted(copied, report, strict_json):

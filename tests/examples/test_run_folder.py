@@ -160,6 +160,19 @@ def test_full_disk_stops_the_curves_in_one_line(run, main, capsys, monkeypatch):
     assert err == f"train.py: error: cannot write {file}: No space left on device\n"
 
 
+@no_full
+def test_output_to_a_full_disk_is_told_and_ends_nothing(one_epoch, environment, tmp_path):
+    table = tmp_path / "table.csv"
+    command = [sys.executable, SCRIPT.parent / "retrieval", "compare", one_epoch, "--csv", table]
+    with FULL.open("w") as full:
+        process = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    assert process.stderr == f"cannot write the output: {os.strerror(errno.ENOSPC)}\n"
+    assert process.returncode == 1
+    assert table.is_file()
+
+
 def test_database_that_cannot_be_written_is_named_in_one_line(run, main, capsys, monkeypatch):
     from record_keeper.db_utils import DBManager
 

@@ -30,8 +30,9 @@ MISTAKES = {
     "--miner TripletMarginMiner --miner-args margn=1": "TripletMarginMiner has no argument margn",
     "--memory-size 16": "--memory-size: expected at least the batch size",
     "--memory-size 999 --loss ProxyAnchorLoss": "--memory-size: CrossBatchMemory not supported",
-    "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4",
-    "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15",
+    "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4 (4 samples "
+    "per class), got 30",
+    "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15, got",
     "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
@@ -92,7 +93,19 @@ def test_mistyped_argument_is_named(main, capsys, argv):
     with pytest.raises(SystemExit) as exit_:
         main(*argv.split())
     assert exit_.value.code == 2
-    assert ARGPARSE_MISTAKES[argv] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and ARGPARSE_MISTAKES[argv] in err
+    assert err.endswith("; train.py --help lists the flags\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["report", "search", "export", "compare", "", "trian"])
+def test_a_flag_that_no_command_has_is_one_line(capsys, command):
+    from retrieval import commands
+
+    with pytest.raises(SystemExit) as exit_:
+        commands.main([command, "run", "--no-such-flag"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_script_exits_with_the_code_of_main(capsys, monkeypatch):

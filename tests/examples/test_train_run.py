@@ -1,6 +1,7 @@
 """Runs of train.py, from the command line to the table."""
 
 import csv
+import itertools
 import re
 import shutil
 import sqlite3
@@ -147,6 +148,10 @@ def test_training_loss_is_the_mean_over_the_epoch(main, quick, tmp_path, capsys,
 
 def test_log_holds_what_was_on_the_screen(finished):
     first, *rest = (finished[1] / "log.txt").read_text().splitlines()
+    assert max(map(len, rest)) <= 120
+    settings = rest[rest.index("settings:") + 1 :]
+    shown = ", ".join(x.strip() for x in itertools.takewhile(lambda x: x[:2] == "  ", settings))
+    assert shown.startswith("dataset=digits, ") and "loss_args={'variant': 'Ds', 'an" in shown
     assert re.match(r"--- \d{4}-\d\d-\d\d .*, process \d+ on ", first)
     assert rest == finished[0].stdout.splitlines()
 
@@ -172,7 +177,7 @@ def test_log_holds_errors_warnings_and_tracebacks(main, quick, tmp_path, monkeyp
     assert log.count("\n--- ") == 1 and log.startswith("--- ")
     assert log.count("UserWarning: how odd") == 2
     assert "Traceback" in log and "ZeroDivisionError: by zero" in log
-    assert "interrupted; a run whose folder exists" in log
+    assert f"interrupted; continue with --resume {tmp_path / 'run'}\n" in log
     assert "--lr" not in log.partition("interrupted")[2]
 
 
@@ -475,6 +480,7 @@ def test_without_validation_the_last_epoch_is_kept(
     arguments += ["--val-fraction", 0, "--patience", 0, "--batch-size", 4]
     assert main(*arguments, "--epochs", 1) == 0
     assert main("--resume", run, "--epochs", 3, "--report") == 0
+    assert "continues after epoch 1 of 3\n" in (run / "log.txt").read_text()
     out = capsys.readouterr().out
     assert "validation: none, the last epoch is kept" in out
     assert "weights of epoch 3, the last one; there was no validation" in out
