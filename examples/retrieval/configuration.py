@@ -67,6 +67,8 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "lr_milestones": [],
     "lr_gamma": 0.3,
+    "lr_cosine": False,
+    "warmup_epochs": 0,
     "loss_lr": None,
     "weight_decay": 0.0,
     "ema_decay": 0.0,
@@ -77,7 +79,13 @@ DEFAULTS: dict[str, Any] = {
     "threads": None,
 }
 # Settings that came later, as runs from before them had them.
-EARLIER: dict[str, Any] = {"threads": None, "beside": None, "beside_args": {}}
+EARLIER: dict[str, Any] = {
+    "threads": None,
+    "beside": None,
+    "beside_args": {},
+    "lr_cosine": False,
+    "warmup_epochs": 0,
+}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # An untested starting point for a pretrained trunk.
@@ -222,6 +230,18 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         metavar="EPOCH",
     )
     add(training, "--lr-gamma", "see --lr-milestones", type=positive_float)
+    add(
+        training,
+        "--lr-cosine",
+        "all learning rates fall along a cosine, to 0 after the last epoch",
+        action=switch,
+    )
+    add(
+        training,
+        "--warmup-epochs",
+        "epochs in which all learning rates rise in proportion to the iteration",
+        type=natural,
+    )
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=not_negative_float)
     add(

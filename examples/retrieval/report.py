@@ -221,7 +221,7 @@ def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], l
         ("negatives_before_positive, in a batch", "*", "negatives_before_positive"),
     ):
         records = read(folder.logs, files, column)
-        if files == "learning_rates" and not config["lr_milestones"]:  # not recorded
+        if files == "learning_rates" and not records:  # they do not change
             steps = read(folder.logs, "loss_histories", "total_loss")
             records = [(step, config["lr"]) for step, _ in steps]
         if not records:

@@ -125,6 +125,13 @@ def _check_before_data(config: dict[str, Any]) -> None:
         import_timm(config["trunk"])
     elif config["image_size"] < 8:
         raise UserError(f"--image-size: expected at least 8, got {config['image_size']}")
+    if config["lr_cosine"] and config["lr_milestones"]:
+        raise UserError("--lr-cosine: learning rates fall by it or by --lr-milestones, not by both")
+    if config["warmup_epochs"] >= config["epochs"]:
+        raise UserError(
+            f"--warmup-epochs: expected fewer than the {config['epochs']} of --epochs, "
+            f"got {config['warmup_epochs']}"
+        )
     if config["samples_per_class"] < 2:
         raise UserError("--samples-per-class: expected at least 2, since one has no positive")
     if 0 < config["memory_size"] < config["batch_size"]:

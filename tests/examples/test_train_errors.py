@@ -34,6 +34,8 @@ MISTAKES = {
     "per class), got 30",
     "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15, got",
     "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
+    "--lr-cosine --lr-milestones 3": "fall by it or by --lr-milestones, not by both",
+    "--warmup-epochs 20": "--warmup-epochs: expected fewer than the 20 of --epochs, got 20",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
     "--pretrained": "--pretrained: the trunk 'small' has no pretrained weights",

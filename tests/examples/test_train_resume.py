@@ -23,6 +23,7 @@ SETTINGS = {
     "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
     "chunks": ["--grad-cache", 16],
+    "schedule": ["--lr-cosine", "--warmup-epochs", 1],
     "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
 }
 

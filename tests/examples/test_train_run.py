@@ -585,6 +585,40 @@ def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeyp
     assert strict_json(tmp_path / "run" / "config.json")["data_root"] == str(root)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1] * 9),
+        ({"lr_milestones": [1, 2]}, [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]),
+        ({"warmup_epochs": 1}, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1]),
+        ({"warmup_epochs": 2, "lr_milestones": [2]}, [*(i / 6 for i in range(1, 7)), *[0.5] * 3]),
+        (
+            {"warmup_epochs": 1, "lr_cosine": True},
+            [1 / 3, 2 / 3, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670],
+        ),
+    ],
+)
+def test_schedule_of_the_learning_rates(settings, expected):
+    """Three epochs of three iterations."""
+    from retrieval.configuration import configured
+    from retrieval.training import schedule
+
+    config = configured({"epochs": 3, "lr_gamma": 0.5, **settings})
+    rates = [schedule(config, step / 3, 1 / 3) for step in range(9)]
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def test_warmup_and_cosine_reach_every_optimizer(main, quick, tmp_path, curves):
+    arguments = ["--epochs", 3, "--lr", 0.01, "--lr-cosine", "--warmup-epochs", 1]
+    assert main(*quick, *arguments, "--output-dir", tmp_path, "--name", "run") == 0
+    for name in ("trunk", "embedder"):
+        rates = [value for _, value in curves(tmp_path / "run")[f"learning_rates/{name}"]]
+        assert rates[0] == pytest.approx(0.01 / 11) and max(rates) == pytest.approx(0.01, rel=0.1)
+        assert 0 < rates[-1] < 0.001
+    shared = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["shared"]
+    assert all(abs(x["param_groups"][0]["lr"]) < 1e-12 for x in shared["optimizers"].values())
+
+
 def test_learning_rates_fall_at_the_milestones(main, quick, tmp_path):
     arguments = ["--epochs", 3, "--lr", 0.01, "--loss-lr", 0.1, "--loss", "ProxyAnchorLoss"]
     arguments += ["--lr-milestones", 1, 2, "--lr-gamma", 0.5, "--output-dir", tmp_path]
