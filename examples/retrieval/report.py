@@ -23,8 +23,9 @@ from .figures import Diagram, curve
 from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
+from .progress import still_rising
 from .records import read
-from .report_parts import FRAMES, TestResults, augmented
+from .report_parts import FRAMES, MARKERS, TestResults, augmented
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -167,6 +168,7 @@ def contents(
         "settings": _settings(config),
         "tested": tested,
         "frames": FRAMES,
+        "markers": MARKERS,
     }
 
 
@@ -185,7 +187,7 @@ def _notes(
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
 ) -> list[str]:
-    notes = []
+    notes = still_rising(saved) if saved else []
     if tested and tested.is_part:
         notes.append(
             f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
@@ -198,7 +200,7 @@ def _notes(
         )
     if saved is None or tested is None or tested.is_part:
         return notes
-    return [
+    return notes + [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."
         for name, ranking in tested.rankings.items()
