@@ -39,7 +39,7 @@ MEGABYTES = 10**6
 class Parser(HTMLParser):
     """Builds a tree of a page's elements."""
 
-    void = ("meta", "img", "br", "circle")
+    void = ("meta", "img", "br", "path", "use")
 
     def __init__(self):
         super().__init__()
