@@ -4,8 +4,6 @@ import csv
 import functools
 import os
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,22 +16,21 @@ from .processes import say
 from .run_folder import CONFIG, RunFolder
 
 FILE = "images.csv"
+OTHER_FOLDER = "name the folder that holds the images of the run with --data-root"
+Key = tuple[str, str]  # path and class; turned copies of a file are in other classes
 
 
 class Entry(NamedTuple):
-    """A line of the list, all of it text.
+    """What is listed of an image, all of it text; without a look at every image no checksum."""
 
-    Attributes:
-        path: From the data root, with `/`, or the name in a zip.
-        bytes: Size of the file.
-        crc32: Checksum of the file; empty where training was to start without reading all files.
-    """
-
-    path: str
+    split: str
     bytes: str
     crc32: str
-    label: str
-    split: str
+
+    def has_content_of(self, other: "Entry") -> bool:
+        """Whether the files are the same, as far as is known."""
+        unknown = not (self.crc32 and other.crc32)
+        return self.bytes == other.bytes and (unknown or self.crc32 == other.crc32)
 
 
 class ImageList:
@@ -45,15 +42,16 @@ class ImageList:
         self.with_checksums = not config["skip_verify"]
 
     @functools.cached_property
-    def entries(self) -> list[Entry]:
-        """One for each image, in the order of the splits."""
+    def entries(self) -> dict[Key, Entry]:
+        """Each image, in the order of the splits; paths begin at the data root or in the zip."""
         named = [(x, s) for x in ("train", "val", "test") for s in getattr(self.splits, x).samples]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return list(pool.map(self._entry, named))
+            return dict(pool.map(self._entry, named))
 
     def write(self, run: RunFolder) -> None:
         """Write the list to the run's folder."""
-        run.write_table(FILE, ("path", "bytes", "crc32", "class", "split"), self.entries)
+        rows = ([*key, *entry] for key, entry in self.entries.items())
+        run.write_table(FILE, ("path", "class", *Entry._fields), rows)
 
     def check(self, run: RunFolder, accept_changed_files: bool) -> None:
         """Compare with the list of the run or, if an earlier version made it, with its numbers.
@@ -65,24 +63,47 @@ class ImageList:
         Raises:
             UserError: If an image is gone, new, in another class or split, or has changed.
         """
-        before, now = _by_path(_read(run)), _by_path(self.entries)
-        differences = _differences(before, now) if before else self._other_numbers(run)
+        before, now = _read(run), self.entries
+        if not before:
+            self._check_numbers(run)
+            return
+        both = [x for x in before if x in now]
+        moved = [x for x in both if before[x].split != now[x].split]
+        differences = [
+            f"{what}: {len(images)}, such as {images[0][0]}"
+            for what, images in (
+                ("gone", [x for x in before if x not in now]),
+                ("new", [x for x in now if x not in before]),
+                ("in another split", moved),
+            )
+            if images
+        ]
+        if moved:
+            differences[-1] += f" ({before[moved[0]].split} then, {now[moved[0]].split} now)"
         if differences:
             raise UserError(
-                f"the images in {self.root} are not those of the run {run.path}: {differences}; "
-                "name the folder that holds the images of the run with --data-root"
+                f"the images in {self.root} are not those of the run {run.path} "
+                f"({'; '.join(differences)}); {OTHER_FOLDER}"
             )
-        changed = [x for x in before if not _same_content(before[x][0], now[x][0])]
+        changed = [x for x in both if not now[x].has_content_of(before[x])]
         if changed:
             told = (
-                f"of the {len(now)} image files of the run {run.path} {len(changed)} have changed "
-                f"since it began, such as {changed[0]}"
+                f"images that changed since the run {run.path} began: {len(changed)} of "
+                f"{len(now)}, such as {changed[0][0]}"
             )
             if not accept_changed_files:
                 raise UserError(f"{told}; --accept-changed-files continues with them")
             say(f"warning: {told}")
 
-    def _entry(self, named: tuple[str, Sample]) -> Entry:
+    def _check_numbers(self, run: RunFolder) -> None:
+        before, now = run.read_json(CONFIG)["data"], self.splits.summary()
+        if before != now:
+            raise UserError(
+                f"the images in {self.root} are not those of the run {run.path}: were {before}, "
+                f"are {now}; {OTHER_FOLDER}"
+            )
+
+    def _entry(self, named: tuple[str, Sample]) -> tuple[Key, Entry]:
         split, sample = named
         path, source = sample.name, sample.source
         if isinstance(source, Path):
@@ -93,55 +114,15 @@ class ImageList:
             content = source.tobytes() if isinstance(source, np.ndarray) else source
             size = len(content)
         checksum = f"{zlib.crc32(content):08x}" if self.with_checksums else ""
-        return Entry(_utf8(path), str(size), checksum, _utf8(sample.label), split)
-
-    def _other_numbers(self, run: RunFolder) -> str:
-        before, now = run.read_json(CONFIG)["data"], self.splits.summary()
-        return "" if before == now else f"were {before}, are {now}"
+        return (_utf8(path), _utf8(sample.label)), Entry(split, str(size), checksum)
 
 
-def _differences(before: dict[str, list[Entry]], now: dict[str, list[Entry]]) -> str:
-    """What is gone, new, or elsewhere, with an example of each."""
-    gone = [x for x in before if x not in now]
-    new = [x for x in now if x not in before]
-    moved = [x for x in before if x in now and _places(before[x]) != _places(now[x])]
-    parts = []
-    if gone:
-        parts.append(f"{len(gone)} are gone, such as {gone[0]}")
-    if new:
-        parts.append(f"{len(new)} are new, such as {new[0]}")
-    if moved:
-        was, is_ = (" and ".join(_places(x[moved[0]])) for x in (before, now))
-        parts.append(
-            f"{len(moved)} are in another class or split, such as {moved[0]}, which was in {was} "
-            f"and is in {is_}"
-        )
-    return ", ".join(parts)
-
-
-def _places(entries: list[Entry]) -> list[str]:
-    return sorted(f"{x.split} (class {x.label})" for x in entries)
-
-
-def _same_content(before: Entry, now: Entry) -> bool:
-    both_read = before.crc32 and now.crc32
-    return before.bytes == now.bytes and (not both_read or before.crc32 == now.crc32)
-
-
-def _by_path(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """The entries of each file, which is in several classes where turned copies are classes."""
-    by_path = defaultdict(list)
-    for x in entries:
-        by_path[x.path].append(x)
-    return dict(by_path)
-
-
-def _read(run: RunFolder) -> list[Entry]:
+def _read(run: RunFolder) -> dict[Key, Entry]:
     try:
         with (run.path / FILE).open(newline="", encoding="utf-8") as file:
-            return [Entry(*row) for row in list(csv.reader(file))[1:]]
+            return {(path, label): Entry(*rest) for path, label, *rest in [*csv.reader(file)][1:]}
     except FileNotFoundError:  # an earlier version made the run
-        return []
+        return {}
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"cannot read {run.path / FILE}: {error}") from error
 

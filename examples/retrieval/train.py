@@ -14,9 +14,9 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 
 import argparse
 import json
+import textwrap
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from .training import Training, build_loss_and_miner, build_trainer
 from .trunks import SMALL, Trunk, has_batchnorm, import_timm
 
 METRICS = "metrics.json"
+INDENTED = {"initial_indent": "  ", "subsequent_indent": "  ", "break_long_words": False}
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
@@ -251,7 +252,8 @@ def _announce(
         f"run folder: {run.path}",
         f"device: {device}, processes: {world_size()}, threads of each: {config['threads']} "
         "(--threads; their number changes the last digits of results)",
-        *_wrapped("settings:", [f"{k}={v}" for k, v in shown.items()]),
+        "settings:",
+        *textwrap.wrap(", ".join(f"{k}={v}" for k, v in shown.items()), 100, **INDENTED),
         *(
             f"{name}: {x['images']} images of {x['classes']} classes"
             for name, x in splits.summary().items()
@@ -260,17 +262,6 @@ def _announce(
         f"validation: {splits.val_kind}",
         "",
     )
-
-
-def _wrapped(title: str, words: Sequence[str]) -> list[str]:
-    """The title, and the words in lines of 100 characters."""
-    lines = [title]
-    for word in words:
-        if len(lines) > 1 and len(lines[-1]) + len(word) < 98:
-            lines[-1] += f", {word}"
-        else:
-            lines.append(f"  {word}")
-    return lines
 
 
 def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:

@@ -150,7 +150,7 @@ def test_log_holds_what_was_on_the_screen(finished):
     first, *rest = (finished[1] / "log.txt").read_text().splitlines()
     assert max(map(len, rest)) <= 120
     settings = rest[rest.index("settings:") + 1 :]
-    shown = ", ".join(x.strip() for x in itertools.takewhile(lambda x: x[:2] == "  ", settings))
+    shown = " ".join(x.strip() for x in itertools.takewhile(lambda x: x[:2] == "  ", settings))
     assert shown.startswith("dataset=digits, ") and "loss_args={'variant': 'Ds', 'an" in shown
     assert re.match(r"--- \d{4}-\d\d-\d\d .*, process \d+ on ", first)
     assert rest == finished[0].stdout.splitlines()
