@@ -155,6 +155,7 @@ def contents(
         "run": folder.path.resolve().name,
         "config": config,
         "saved": saved,
+        "still_rising": still_rising(saved) if saved else [],
         "splits": splits.summary(),
         "val_kind": splits.val_kind,
         "closed_set": splits.closed_set,
@@ -187,7 +188,7 @@ def _notes(
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
 ) -> list[str]:
-    notes = still_rising(saved) if saved else []
+    notes = []
     if tested and tested.is_part:
         notes.append(
             f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
@@ -200,7 +201,7 @@ def _notes(
         )
     if saved is None or tested is None or tested.is_part:
         return notes
-    return notes + [
+    return [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."
         for name, ranking in tested.rankings.items()

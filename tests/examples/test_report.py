@@ -450,14 +450,16 @@ def test_metrics_of_other_images_are_noted(copied, report, strict_json):
 
 
 @pytest.mark.parametrize("change", [0.1, -0.1])
-def test_worse_retrieval_is_said(copied, report, strict_json, change):
+def test_worse_retrieval_and_a_rising_validation_are_said(copied, report, strict_json, change):
     metrics = strict_json(copied / "metrics.json")
     key = "mean_average_precision_at_r"
     metrics["trained"][key] = metrics["untrained"][key] + change
+    metrics["best_epoch"] = 2 if change > 0 else 1
     (copied / "metrics.json").write_text(json.dumps(metrics))
     assert report(copied) == 0
     result = text_of(section(parsed(copied / "report.html"), "result"))
     assert ("Training made the retrieval of unseen classes worse" in result) is (change < 0)
+    assert ("still rising in the last epoch" in result) is (change > 0)
 
 
 def test_sheet_shows_queries_in_frames(copied, report, tmp_path, capsys):
