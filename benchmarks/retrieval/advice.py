@@ -169,7 +169,7 @@ def settings_table(rows: pd.DataFrame, dataset: str) -> str:
     table = table[order].droplevel(["loss", "setting"])
     last = own.iloc[-1]
     return (
-        f"{own.seed.nunique()} split(s) of the classes, batches of {last.batch}, on {last.machine}, "
+        f"{own.seed.nunique()} split(s) of the classes, batches of {last.batch}, {last.machine}, "
         f"torch {last.torch}, PML {last['pytorch-metric-learning']}, {last.date}, `python "
         f"benchmarks/retrieval/grid.py --dataset {dataset}`:\n\n{markdown(table, 'loss')}"
     )
@@ -190,7 +190,8 @@ def plot(rows: pd.DataFrame, path: Path, losses: tuple[str, ...] = ("PNP-Ds", "P
     for axis, name in zip(axes[0], names, strict=True):
         own = rows[rows.dataset == name]
         trainings = sorted(set(zip(own.steps, own.learning_rate, strict=True)))
-        for color, (steps, rate) in zip(plt.cm.viridis(np.linspace(0, 0.85, 4)), trainings):
+        colors = plt.cm.viridis(np.linspace(0, 0.85, len(trainings)))
+        for color, (steps, rate) in zip(colors, trainings, strict=True):
             for loss, style in zip(losses, ("o-", "s:"), strict=True):
                 of = own[(own.steps == steps) & (own.learning_rate == rate) & (own.loss == loss)]
                 means = of.groupby("temperature")["value"].mean()

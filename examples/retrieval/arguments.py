@@ -1,9 +1,17 @@
 """What several commands take: types of numbers, and flags."""
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from .processes import DEVICES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line, as all errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it without the usage, which hides it, and exit."""
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the flags\n")
 
 
 def _number(kind: type, text: str, holds: Any, expected: str) -> Any:
@@ -46,11 +54,6 @@ def below_one(text: str) -> float:
     return _number(float, text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
-def fraction(text: str) -> float:
-    """Read a number between 0 and 1."""
-    return _number(float, text, lambda x: 0 < x < 1, "a number between 0 and 1")
-
-
 # Flags of the commands that take an earlier run.
 _FLAGS: dict[str, dict[str, Any]] = {
     "--data-root": {"metavar": "FOLDER", "help": "where the run's images are now"},
@@ -59,9 +62,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def parser_for_run(prog: str, description: str, *flags: str) -> argparse.ArgumentParser:
+def parser_for_run(prog: str, description: str, *flags: str) -> Parser:
     """The command line of a command that takes an earlier run, with some of the common flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="run folder")

@@ -1,6 +1,7 @@
 """The command line: one front for the commands, and what becomes of their errors."""
 
 import argparse
+import shlex
 import sys
 import time
 import traceback
@@ -8,10 +9,11 @@ from importlib import import_module
 from typing import TextIO
 
 from . import processes, screen
+from .arguments import Parser
 from .errors import UserError
 from .processes import rank
+from .run_folder import RunFolder
 
-UNREAD = 141  # 128 and the number of SIGPIPE, as a shell says it
 # A command is a module of this name, with `parser(prog)` and `run(args)`.
 COMMANDS = {
     "train": "train an embedding and evaluate it on classes it has never seen",
@@ -24,7 +26,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python examples/retrieval COMMAND ...`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="retrieval",
         description="\n".join(f"{name:10}{text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,8 +42,7 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
     module = import_module(f".{command}", __package__)
     screen.start(silent=rank() > 0)
     try:
-        code = module.run(module.parser(prog).parse_args(argv))
-        return UNREAD if code == 0 and screen.is_unread() else code
+        return module.run(module.parser(prog).parse_args(argv)) or screen.exit_code()
     except UserError as error:
         if rank() == 0 or not error.common or _is_from_loader(error):
             _say_last(f"{prog}: error: {_one_line(error)}", sys.stderr)
@@ -50,8 +51,10 @@ def run(command: str, argv: list[str] | None, prog: str) -> int:
         return 2
     except KeyboardInterrupt:
         if rank() == 0:
-            line = "interrupted; a run whose folder exists continues with --resume FOLDER"
-            _say_last(line, sys.stdout)
+            run = screen.folder_of_log()
+            resume = f"; continue with --resume {shlex.quote(str(run))}"
+            known = run is not None and RunFolder.is_at(run)
+            _say_last("interrupted" + (resume if known else ""), sys.stdout)
         return 130
     except Exception:
         screen.log_if_possible(traceback.format_exc())

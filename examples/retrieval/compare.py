@@ -3,17 +3,20 @@
     python examples/retrieval compare runs/*
     python examples/retrieval compare runs/* --csv runs.csv
 
-Runs that differ in the seed alone are followed by their mean and standard deviation. The data file
-has a line for each run, with every metric in full precision.
+Runs that differ in the seed alone stand together, below their settings, and are followed by their
+mean and standard deviation. The data file has a line for each run, with every metric in full
+precision.
 """
 
 import argparse
 import json
 import statistics
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser
 from .configuration import DEFAULTS, EARLIER, RESUMABLE
 from .disk import replace, write_csv
 from .errors import UserError
@@ -27,7 +30,7 @@ PARTS = ("untrained", "trained")
 # What may change when a run continues is not compared, except for epochs and data.
 NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root"}
 IN_OTHER_COLUMNS = {"loss", "loss_args", "beside"}
-TEXT_COLUMNS = 4
+WIDTH = 100  # of the lines of settings
 
 
 class Run:
@@ -51,8 +54,8 @@ class Run:
         self.metrics = folder.read_json("metrics.json")
 
     def value(self, part: str, metric: str) -> float | None:
-        """A metric on the unseen classes; None if the run has not come that far."""
-        return self.metrics and self.metrics[part][metric]
+        """A metric of the test; None if there is no test, or the run has not come that far."""
+        return self.metrics and self.metrics.get(part, {}).get(metric)
 
     @property
     def seconds(self) -> float | None:
@@ -62,7 +65,7 @@ class Run:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
     runs = [Run(path) for path in args.runs]
     differing = differing_settings(runs)
-    say(as_text([*_header(), *_rows(runs, differing)]), *_notes(runs))
+    say(*as_text(_header(), _groups(runs, differing)), *_notes(runs))
     if args.csv:
         replace(Path(args.csv), lambda path: write_csv(path, data_rows(runs, differing)))
         say("", f"written to {args.csv}")
@@ -116,45 +119,53 @@ def data_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[Any]]:
     return rows
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, text to the left and numbers to the right."""
+def as_text(
+    header: Sequence[Sequence[str]], groups: Sequence[tuple[str, Sequence[Sequence[str]]]]
+) -> list[str]:
+    """Lines: numbers in columns, below the settings of their group."""
+    rows = [*header, *(row for _, rows in groups for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < TEXT_COLUMNS else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+
+    def aligned(row: Sequence[str]) -> str:
+        cells = [x.rjust(width) for x, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
+
+    lines = [aligned(row) for row in header]
+    for settings, rows in groups:
+        lines += ["", *textwrap.wrap(settings, WIDTH, subsequent_indent="  ")]
+        lines += [aligned(row) for row in rows]
+    return lines
 
 
 def _header() -> list[list[str]]:
-    above = ["", "", "", "", "", "best"]
-    below = ["run", "loss", "its arguments", "what differs", "seed", "epoch"]
+    above, below = ["", "", "best"], ["run", "seed", "epoch"]
     for name in SHOWN.values():
         above += [name, ""]
         below += list(PARTS)
     return [[*above, ""], [*below, "time"]]
 
 
-def _rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[str]]:
-    rows = []
+def _groups(runs: Sequence[Run], differing: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+    """The settings of runs that differ in the seed alone, and their rows."""
+    groups = []
     for group in alike_but_for_seed(runs):
-        rows += [_row(x, differing) for x in group]
+        rows = [_row(x) for x in group]
         one_of_each_seed = {x.seed: x for x in reversed(group) if x.metrics}.values()
         if len(one_of_each_seed) > 1:
             rows += _summary(one_of_each_seed)
-    return rows
+        groups.append((_settings(group[0], differing), rows))
+    return groups
 
 
-def _row(x: Run, differing: Sequence[str]) -> list[str]:
-    settings = [f"{k}={_get(x, k)}" for k in differing if k not in IN_OTHER_COLUMNS]
+def _settings(x: Run, differing: Sequence[str]) -> str:
+    loss = " ".join([x.loss, *(f"{k}={v}" for k, v in x.loss_args.items())])
+    others = [f"{k}={_get(x, k)}" for k in differing if k not in IN_OTHER_COLUMNS]
+    return ", ".join([loss, *others])
+
+
+def _row(x: Run) -> list[str]:
     return [
-        x.path,
-        x.loss,
-        " ".join(f"{k}={v}" for k, v in x.loss_args.items()),
-        ", ".join(settings),
+        f"  {x.path}",
         str(x.seed),
         str(x.metrics["best_epoch"]) if x.metrics else "-",
         *(_number(x.value(part, metric)) for metric in SHOWN for part in PARTS),
@@ -166,7 +177,7 @@ def _summary(group: Collection[Run]) -> list[list[str]]:
     """Mean and standard deviation of a group."""
     rows = []
     for name, function in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
-        row = [f"  {name} of {len(group)} seeds", "", "", "", "", ""]
+        row = [f"    {name} of {len(group)} seeds", "", ""]
         for metric in SHOWN:
             for part in PARTS:
                 values = [x.value(part, metric) for x in group]

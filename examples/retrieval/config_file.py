@@ -11,7 +11,10 @@ from .by_name import parse_arguments
 from .errors import UserError
 
 MAPPINGS = ("loss_args", "beside_args", "miner_args")
-COMMAND_LINE_ONLY = ("config", "name", "output_dir", "resume")
+COMMAND_LINE_ONLY = (
+    *("config", "name", "output_dir", "resume", "resume_if_exists"),
+    *("accept_changed_files", "report"),
+)
 
 
 def read_config(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .arguments import (
+    Parser,
     below_one,
-    fraction,
     natural,
     not_negative_float,
     positive,
@@ -32,6 +32,7 @@ from .data import (
     splits_of,
 )
 from .errors import UserError
+from .image_list import ImageList
 from .metrics import RECALL_AT
 from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
@@ -66,6 +67,8 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "lr_milestones": [],
     "lr_gamma": 0.3,
+    "lr_cosine": False,
+    "warmup_epochs": 0,
     "loss_lr": None,
     "weight_decay": 0.0,
     "ema_decay": 0.0,
@@ -76,7 +79,13 @@ DEFAULTS: dict[str, Any] = {
     "threads": None,
 }
 # Settings that came later, as runs from before them had them.
-EARLIER: dict[str, Any] = {"threads": None, "beside": None, "beside_args": {}}
+EARLIER: dict[str, Any] = {
+    "threads": None,
+    "beside": None,
+    "beside_args": {},
+    "lr_cosine": False,
+    "warmup_epochs": 0,
+}
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
 # An untested starting point for a pretrained trunk.
@@ -112,7 +121,7 @@ RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The flags of a run; only what is typed gets into the namespace."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,7 +136,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
             "Validation data, by which the best epoch is chosen and training stops, come from\n"
             "the training classes only: with 20 classes or more whole classes are held out, with\n"
             "fewer, or if every class is trained on, some images of each. Which ones follows from\n"
-            "--seed. Defaults marked * depend on the data set and are printed when training starts."
+            "--seed. With --val-fraction 0 there is none, and the last epoch is kept.\n\n"
+            "Defaults marked * depend on the data set and are printed when training starts."
         ),
     )
 
@@ -154,7 +164,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         f"(default {TEST_FRACTION}); 0 trains on every class of any data set, without a test",
         type=below_one,
     )
-    add(data, "--val-fraction", "share of training data held out", type=fraction)
+    add(
+        data,
+        "--val-fraction",
+        "share of training data held out for validation; 0 for none, which keeps the last epoch",
+        type=below_one,
+    )
     add(data, "--skip-verify", "do not decode every image before training", action="store_true")
     add(
         data,
@@ -221,6 +236,18 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         metavar="EPOCH",
     )
     add(training, "--lr-gamma", "see --lr-milestones", type=positive_float)
+    add(
+        training,
+        "--lr-cosine",
+        "all learning rates fall along a cosine, to 0 after the last epoch",
+        action=switch,
+    )
+    add(
+        training,
+        "--warmup-epochs",
+        "epochs in which all learning rates rise in proportion to the iteration",
+        type=natural,
+    )
     add(training, "--loss-lr", "that of the loss's parameters; as --lr", type=positive_float)
     add(training, "--weight-decay", "weight decay of Adam *", type=not_negative_float)
     add(
@@ -264,6 +291,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "raised, --device, --workers, --threads and --grad-cache changed, after which the end may "
         "differ",
         metavar="FOLDER",
+    )
+    add(
+        run,
+        "--accept-changed-files",
+        "continue although image files have changed since the run began",
+        action="store_true",
     )
     add(run, "--report", "make report.html in it at the end (the default)", action=switch)
     return flags
@@ -361,23 +394,20 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def splits_of_run(config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
+def splits_of_run(run: RunFolder, config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
     """The images of an earlier run, at their place or at another.
 
     Raises:
-        UserError: If they are not there, or not the same ones.
+        UserError: If they are not there, or not the same ones; of other contents it is only said.
     """
     config = {**config, "data_root": data_root or config["data_root"]}
-    advice = "name the folder that holds the images of the run with --data-root"
     try:
         splits = splits_of(config)
     except UserError as error:
-        raise UserError(f"{error}; {advice}") from error
-    if splits.summary() != config["data"]:
         raise UserError(
-            f"the images in {config['data_root']} are not those of the run: were "
-            f"{config['data']}, are {splits.summary()}; {advice}"
-        )
+            f"{error}; name the folder that holds the images of the run with --data-root"
+        ) from error
+    ImageList(splits, config).check(run, accept_changed_files=True)
     return splits
 
 

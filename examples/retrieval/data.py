@@ -45,6 +45,7 @@ CLASSES_FOR_DISJOINT_VALIDATION = 20
 TEST_FRACTION = 0.5
 NAMED_AT_MOST = 5
 KINDS = {"I": "integers", "F": "floating point"}
+WITHOUT_TEST = "; --test-fraction 0 trains on every class, without a test"
 # The pixels of 32 bits of other formats are looked at even with --skip-verify.
 NEVER_32_BITS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 # Pillow warns, without a name, of EXIF data that say nothing and of images that are named below.
@@ -206,7 +207,7 @@ class RetrievalSplits:
 
     Attributes:
         train: To train on.
-        val: To choose the best epoch by.
+        val: To choose the best epoch by. It may be empty.
         test: To measure the result by.
         val_kind: What is held out for `val`.
         split_kind: What decides which classes or images are in `test`.
@@ -277,7 +278,7 @@ def load_splits(
     Args:
         name: A key of `READERS`.
         data_root: The folder to look in; by default what `PML_PNP_DATA` names.
-        val_fraction: Share of the training classes, or images, that is held out.
+        val_fraction: Share of the training classes, or images, that is held out; with 0 none is.
         seed: Decides which ones are held out, and which classes are tested on.
         turned_classes: Make further training classes, see `with_turned_classes`.
         skip_verify: Do not decode every image first.
@@ -314,6 +315,7 @@ def load_splits(
             raise UserError(
                 f"{name}: too little {split} data remains: expected at least 2 classes of at "
                 f"least 2 readable images, got {len(samples)} usable images"
+                + ("" if test_fraction == 0 else WITHOUT_TEST)
             )
     every_class = closed_set or test_fraction == 0
     few = len({s.label for s in train}) < CLASSES_FOR_DISJOINT_VALIDATION and not every_class
@@ -408,7 +410,7 @@ def _drawn_classes(
     if len(labels) < 4:
         raise UserError(
             f"{name}: expected at least 4 class folders with images, 2 to train on and 2 to test "
-            f"on, got {len(labels)}"
+            f"on, got {len(labels)}{WITHOUT_TEST}"
         )
     count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
     # The validation draws from another stream.
@@ -508,6 +510,8 @@ def _hold_out(
     that would leave too little to train on, and where every class is to be trained on there are
     none to spare.
     """
+    if fraction == 0:
+        return samples, [], "none, the last epoch is kept"
     generator = np.random.default_rng(seed)
     members: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
@@ -526,6 +530,7 @@ def _hold_out(
         raise UserError(
             "too little training data for validation: expected a class of at least 4 images"
             + or_many
+            + "; --val-fraction 0 trains on all of it and keeps the last epoch"
         )
     train = [s for i, s in enumerate(samples) if i not in held_out]
     return train, [samples[i] for i in sorted(held_out)], kind

@@ -174,7 +174,7 @@ def _samples(
     args: argparse.Namespace, config: dict[str, Any], skipped: list[Skipped]
 ) -> list[Sample]:
     if not args.images:
-        return splits_of_run(config, args.data_root).test.samples
+        return splits_of_run(RunFolder.existing(args.run), config, args.data_root).test.samples
     root = Path(args.images)
     if not root.is_dir():
         raise UserError(f"--images: expected a folder of images, got {args.images}")

@@ -11,6 +11,7 @@ import torch
 # Grey and two colours that can be read on white and on black.
 INK = "#7d828a"
 COLORS = {"untrained": "#d9822b", "trained": "#3d8bd4"}
+HATCHES = {"untrained": "///", "trained": ""}  # for who does not tell the colours apart
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -79,7 +80,8 @@ def negatives_histogram(counts: dict[str, torch.Tensor]) -> Diagram:
     def draw(axes: Any) -> None:
         for i, (network, heights) in enumerate(shares.items()):
             left = [x + (i - (len(shares) - 1) / 2) * width for x in range(len(names))]
-            axes.bar(left, heights, width, color=COLORS[network], label=network)
+            style = {"color": COLORS[network], "hatch": HATCHES[network], "edgecolor": "white"}
+            axes.bar(left, heights, width, label=network, linewidth=0, **style)
         axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 8 else 0)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("negatives before the positive")

@@ -11,10 +11,10 @@ from .data import Sample
 from .embeddings import embed_samples
 from .errors import UserError
 from .prepare import Prepare
-from .processes import find_device
+from .processes import find_device, say
 from .run_folder import CONFIG, RunFolder
 from .seeding import seed_everything
-from .trunks import IMAGE_SIZES, SMALL, SmallTransform, Trunk, build_trunk
+from .trunks import IMAGE_SIZES, LITE, SMALL, SmallTransform, Trunk, build_trunk
 
 # How training images vary, unless timm prepares them, and whether they have colours.
 CHARACTERS = {"mode": "L", "warp": True}
@@ -23,6 +23,8 @@ PHOTOGRAPHS = {"mode": "RGB", "crop": 0.8, "mirror": True}
 
 def build(config: dict[str, Any]) -> Trunk:
     """The trunk as configured, with the transforms of its images."""
+    if config["pretrained"] and config["trunk"] not in LITE:
+        say(f"pretrained weights of {config['trunk']}: from timm's cache, or downloaded now")
     images = CHARACTERS if config["dataset"] in ("digits", "omniglot") else PHOTOGRAPHS
     size = config["image_size"] or IMAGE_SIZES[SMALL]  # None if timm prepares the images
     # Not known before the data are read, which makes 8 bits of their images itself.

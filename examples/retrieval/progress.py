@@ -1,4 +1,4 @@
-"""What a run says of itself: a line after each epoch, and what to try where training did harm."""
+"""What a run says of itself: a line after each epoch, and what to try at its end."""
 
 from typing import Any
 
@@ -24,23 +24,26 @@ class Progress:
         return mean
 
     def line(
-        self, state: dict[str, Any], loss: float, validation: dict[str, float], seconds: float
+        self,
+        state: dict[str, Any],
+        loss: float,
+        validation: dict[str, float] | None,
+        seconds: float,
     ) -> str:
         """The line of the epoch that has just ended.
 
         Args:
             state: That of the run, this epoch included.
             loss: Mean of the training loss.
-            validation: Metrics of this epoch.
+            validation: Metrics of this epoch, if there is a validation.
             seconds: How long it took, with its evaluation.
         """
         epoch, best = state["epoch"], state["best"]
-        parts = [
-            f"epoch {epoch} of {self.epochs}: training loss {loss:.4f}",
-            f"validation MAP@R {validation[PRIMARY_METRIC]:.4f}",
-            f"best {best['metrics'][PRIMARY_METRIC]:.4f} in epoch {best['epoch']}",
-            duration(seconds),
-        ]
+        parts = [f"epoch {epoch} of {self.epochs}: training loss {loss:.4f}"]
+        if validation:
+            parts.append(f"validation MAP@R {validation[PRIMARY_METRIC]:.4f}")
+            parts.append(f"best {best['metrics'][PRIMARY_METRIC]:.4f} in epoch {best['epoch']}")
+        parts.append(duration(seconds))
         if state["stopped_early"]:
             parts.append(f"stopped, for lack of improvement since epoch {best['epoch']}")
         elif epoch < self.epochs:
@@ -62,7 +65,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def advice(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def still_rising(metrics: dict[str, Any]) -> list[str]:
+    """What to say where the last epoch was the best by validation, and nothing elsewhere."""
+    last = metrics["epochs_trained"]
+    if not metrics["validation"] or not metrics["best_epoch"] == last > 1:
+        return []
+    return [
+        f"Validation was still rising in the last epoch: more than {last} epochs may give a "
+        "better result (--epochs)."
+    ]
+
+
+def harm(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What to say where training made retrieval worse, and nothing elsewhere."""
     if "trained" not in metrics:
         return []
@@ -80,7 +94,6 @@ def advice(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
         arguments = " ".join(f"{name}={value}" for name, value in PNP_ARGS.items())
         tries.append(f"--loss PNPLoss --loss-args {arguments}")
     return [
-        "",
         f"Training made retrieval of unseen classes worse: MAP@R fell from {before:.4f} to "
         f"{after:.4f}.",
         f"What may help: {'; '.join(tries)}. See docs/training_example.md and docs/retrieval.md.",

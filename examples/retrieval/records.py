@@ -44,7 +44,7 @@ class Records:
             replay(run.logs, self.curves)
             self.keeper, _, _ = logging_presets.get_record_keeper(str(run.logs))
         self.keeper.tensorboard_writer = self.curves
-        self.keeper.save_records = self._save
+        self.keeper.save_records = self.save
         self.hooks = logging_presets.HookContainer(
             self.keeper,
             primary_metric=PRIMARY_METRIC,
@@ -78,8 +78,8 @@ class Records:
         """Finish the files."""
         self.curves.close()
 
-    def _save(self) -> None:
-        """What record-keeper does, table by table, so that an error names the file."""
+    def save(self) -> None:
+        """Write the records; as record-keeper does, but table by table: an error names the file."""
         writer = self.keeper.record_writer
         for name, record in writer.records.items():
             writer.records = {name: record}

@@ -23,8 +23,9 @@ from .figures import Diagram, curve
 from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
 from .network import build, load_best, untrained
 from .processes import find_device, say
+from .progress import still_rising
 from .records import read
-from .report_parts import FRAMES, TestResults, augmented, most_alike
+from .report_parts import FRAMES, MARKERS, TestResults, augmented, most_alike
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder.existing(args.run)
     config = configuration.of_run(folder)
     device = find_device(args.device)
-    splits = configuration.splits_of_run(config, args.data_root)
+    splits = configuration.splits_of_run(folder, config, args.data_root)
     say(f"written to {make(folder, config, splits, device, args.sheet)}")
     return 0
 
@@ -159,6 +160,7 @@ def contents(
         "run": folder.path.resolve().name,
         "config": config,
         "saved": saved,
+        "still_rising": still_rising(saved) if saved else [],
         "splits": splits.summary(),
         "val_kind": splits.val_kind,
         "closed_set": splits.closed_set,
@@ -177,6 +179,7 @@ def contents(
             splits.seen.samples, seen, splits.test.samples, embeddings["trained"], device
         ),
         "frames": FRAMES,
+        "markers": MARKERS,
     }
 
 
@@ -231,7 +234,7 @@ def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], l
         ("negatives_before_positive, in a batch", "*", "negatives_before_positive"),
     ):
         records = read(folder.logs, files, column)
-        if files == "learning_rates" and not config["lr_milestones"]:  # not recorded
+        if files == "learning_rates" and not records:  # they do not change
             steps = read(folder.logs, "loss_histories", "total_loss")
             records = [(step, config["lr"]) for step, _ in steps]
         if not records:
@@ -245,10 +248,18 @@ def _curves(folder: RunFolder, config: dict[str, Any]) -> tuple[list[Diagram], l
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, Any, bool]]:
-    """Flag, value, and whether it is another than the program's default."""
+    """Flag, value, and whether it is another than the default for such a run."""
+    chosen = {k: config[k] for k in ("dataset", "trunk", "pretrained", "loss", "beside")}
+    of_dataset = configuration.configured({"dataset": config["dataset"]})
+    defaults = {
+        **configuration.configured(chosen),
+        **{k: of_dataset[k] for k in chosen},
+        "dataset": configuration.DEFAULTS["dataset"],
+        "threads": config["threads"],  # of the machine
+    }
     rows = [
-        ("--" + key.replace("_", "-"), config[key], config[key] != default)
-        for key, default in configuration.DEFAULTS.items()
+        ("--" + key.replace("_", "-"), config[key], config[key] != defaults[key])
+        for key in configuration.DEFAULTS
     ]
     extra = [("processes", config["world_size"], False)]
     extra += [(package, version, False) for package, version in config["versions"].items()]

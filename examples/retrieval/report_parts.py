@@ -34,6 +34,19 @@ AUGMENTED_IMAGES, AUGMENTED_TIMES = 8, 8
 LEGEND_CLASSES = 10
 MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 520, 420, 12
 GOLDEN_RATIO = 0.618034
+# Outlines of the points of a class in the map, around the origin; as many as a legend has classes.
+MARKERS = (
+    "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",  # a disc
+    "M-3.2-3.2h6.4v6.4h-6.4z",  # a square
+    "M0-4.4L4.2 3.2h-8.4z",  # triangles
+    "M0 4.4L4.2-3.2h-8.4z",
+    "M-4.4 0L3.2-4.2v8.4z",
+    "M4.4 0L-3.2-4.2v8.4z",
+    "M0-4.6L4.6 0 0 4.6-4.6 0z",  # a square on its tip
+    "M-1.4-4.4h2.8v3h3v2.8h-3v3h-2.8v-3h-3v-2.8h3z",  # a plus
+    "M-4.2-2.2l2-2L0-2l2.2-2.2 2 2L2 0l2.2 2.2-2 2L0 2l-2.2 2.2-2-2L-2 0z",  # a cross
+    "M-5-1.6H5v3.2H-5z",  # a bar
+)
 
 
 @dataclasses.dataclass(frozen=True)

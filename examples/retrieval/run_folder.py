@@ -7,20 +7,16 @@ import random
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from pytorch_metric_learning.trainers import BaseTrainer
 
 from .disk import BESIDE, remove_incomplete, replace, write_csv, writing
 from .errors import UserError
 from .processes import say, unwrap
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -148,8 +144,13 @@ class RunFolder:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except Exception as error:  # a damaged file fails in many ways
-            raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        except Exception as error:  # in many ways, and torch advises to load it all the same
+            raise UserError(
+                f"cannot read the checkpoint {path}: it is damaged, or not of this program "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def is_unfilled(path: Path) -> bool:
@@ -174,7 +175,7 @@ class RunLock:
     """
 
     def __init__(self):
-        self.file: TextIO | None = None
+        self.lock: FileLock | None = None
 
     def take(self, run: RunFolder) -> None:
         """Lock the folder, and keep in its file which process has it.
@@ -182,74 +183,40 @@ class RunLock:
         Raises:
             UserError: If another process has it.
         """
-        if self.file is not None:
+        if self.lock is not None:
             return
         path = run.path / LOCK
-        with writing(path):
-            file = path.open("a+", encoding="utf-8")
-        if not _lock(file, run.path):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
+        # A lock that is only a file would outlive a killed process.
+        self.lock = FileLock(path, blocking=False, fallback_to_soft=False)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
             raise UserError(
                 f"{run.path} is in use by {holder}; a run can be continued when that has ended"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"cannot lock {run.path}: {error.strerror}") from error
+            say(
+                f"warning: {run.path} cannot be locked on this system; take care that no two "
+                "processes continue it at once"
             )
-        self.file = file
-        _held.add(file)
         with writing(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-
-    def release(self) -> None:
-        """Let go."""
-        if self.file is not None:
-            _held.discard(self.file)
-            self.file.close()
-            self.file = None
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.release()
-
-
-_held: set[TextIO] = set()
-
-
-def _close_in_child() -> None:
-    """A loader process that outlives a killed run must not hold its lock."""
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_close_in_child)
+        """Let go."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:  # numpy would add a suffix to a name
         np.savez(file, **arrays)
-
-
-def _lock(file: TextIO, folder: Path) -> bool:
-    """Whether nobody else holds the lock."""
-    try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"cannot lock {folder}: {error.strerror}") from error
-        say(
-            f"warning: {folder} cannot be locked on this system; take care that no two processes "
-            "continue it at once"
-        )
-    return True
 
 
 # --- the state of a trainer -----------------------------------------------------------------

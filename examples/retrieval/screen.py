@@ -18,7 +18,9 @@ _show_bar = tqdm.tqdm.__init__
 _show_warning = warnings.showwarning
 _log: Path | None = None
 _kept: list[str] = []  # said before there was a log
-_unread = False
+_exit_code = 0
+UNREAD = 141  # 128 and the number of SIGPIPE, as a shell says it
+UNWRITTEN = 1
 
 
 def start(silent: bool) -> None:
@@ -48,24 +50,31 @@ def show(line: str) -> None:
 
 
 def write(line: str, stream: TextIO) -> None:
-    """Print above any progress bar; nothing from when the reader of a pipe has gone."""
-    global _unread
+    """Print above any progress bar; nothing from when it cannot be written any more."""
+    global _exit_code
     encoding = stream.encoding or "utf-8"  # which not every file name can be written in
     line = line.encode(encoding, "backslashreplace").decode(encoding)
     try:
         tqdm.tqdm.write(line, file=stream)
         stream.flush()  # a kill, or who reads along, comes at any time
-    except BrokenPipeError:
-        _unread = True
+    except OSError as error:
+        _exit_code = UNREAD if isinstance(error, BrokenPipeError) else UNWRITTEN
         # What is written or flushed from now on, at the latest when Python exits, goes nowhere.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+        if _exit_code == UNWRITTEN and stream is not sys.stderr:
+            write(f"cannot write the output: {error.strerror}", sys.stderr)
 
 
-def is_unread() -> bool:
-    """Whether the reader of a pipe has gone before the end, as `head` does."""
-    return _unread
+def exit_code() -> int:
+    """141 if the reader of a pipe has gone, as `head` does; 1 for a full disk; 0 else."""
+    return _exit_code
+
+
+def folder_of_log() -> Path | None:
+    """The folder of the run that is logged."""
+    return _log and _log.parent
 
 
 def log(text: str) -> None:
@@ -96,8 +105,8 @@ def log_to(path: Path) -> None:
 
 
 def _forget() -> None:
-    global _log, _unread
-    _log, _unread = None, False
+    global _log, _exit_code
+    _log, _exit_code = None, 0
     _kept.clear()
 
 

@@ -14,6 +14,7 @@ logging hooks. The loss is any of `pml_pnp.losses`.
 
 import argparse
 import json
+import textwrap
 import time
 import warnings
 from typing import Any
@@ -22,18 +23,29 @@ import torch
 
 from . import configuration, processes, report, screen
 from .by_name import TRIAL_CLASSES, try_out
-from .configuration import DEFAULTS, Place, absolute_root, configured, resumed, with_file
+from .configuration import (
+    DEFAULTS,
+    Place,
+    absolute_root,
+    configured,
+    resumed,
+    splits_of_run,
+    with_file,
+)
 from .data import RetrievalSplits, splits_of
 from .errors import UserError, require
+from .image_list import ImageList
 from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import find_device, on_rank_zero, say, world_size
-from .progress import advice
+from .progress import harm, still_rising
 from .run_folder import CONFIG, RunFolder, RunLock
 from .seeding import seed_everything
 from .training import Training, build_loss_and_miner, build_trainer
 from .trunks import IMAGE_SIZES, SMALL, SMALLEST_IMAGE, Trunk, check_installed, has_batchnorm
 
+METRICS = "metrics.json"
+INDENTED = {"initial_indent": "  ", "subsequent_indent": "  ", "break_long_words": False}
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
 
@@ -50,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     given = dict(vars(args))
     place = Place.taken_from(given)
     with_report = given.pop("report", True)
+    accept_changed_files = given.pop("accept_changed_files", False)
     if place.resume and "config" in given:
         raise UserError("--resume continues a run as it is configured; leave out --config")
     if "config" in given:
@@ -68,19 +81,26 @@ def run(args: argparse.Namespace) -> int:
             on_rank_zero(lambda: _take(lock, run))
         checkpoint = run.load_checkpoint() if run else None
         if run and _is_finished(run, config):
-            say(f"{run.path} is finished; nothing to do", "")
-            _show(run.read_json("metrics.json"))
+            say(f"{run.path} is finished; nothing to train", "")
+            _show(run.read_json(METRICS))
+            if with_report and on_rank_zero(lambda: _report_is_due(run)):
+                splits = splits_of_run(run, config, None)
+                on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         seed_everything(config["seed"])
-        trunk = build(config)
+        # A checkpoint brings weights of its own.
+        trunk = build({**config, "pretrained": config["pretrained"] and checkpoint is None})
         _fit_batchnorm(config, given, trunk)
-        splits = _load(config, given if not run else config)
+        splits = splits_of(config)
+        config["data_root"] = absolute_root(config)
+        images = ImageList(splits, config)
         if run:
-            _check_same_data(run, config)
+            on_rank_zero(lambda: images.check(run, accept_changed_files))
+        _record_data(config, given if not run else config, splits)
         _set_transforms(splits, trunk)
         trainer = build_trainer(config, splits, trunk, device)
         run = on_rank_zero(lambda: run or _new_run(lock, place, config))
-        on_rank_zero(lambda: _write_settings(run, config, splits))
+        on_rank_zero(lambda: _write_settings(run, config, splits, images))
         _announce(run, config, splits, device)
 
         training = Training(trainer, splits, run, config)
@@ -107,6 +127,13 @@ def _check_before_data(config: dict[str, Any]) -> None:
         raise UserError(
             f"--image-size: expected at least {SMALLEST_IMAGE}, got {config['image_size']}"
         )
+    if config["lr_cosine"] and config["lr_milestones"]:
+        raise UserError("--lr-cosine: learning rates fall by it or by --lr-milestones, not by both")
+    if config["warmup_epochs"] >= config["epochs"]:
+        raise UserError(
+            f"--warmup-epochs: expected fewer than the {config['epochs']} of --epochs, "
+            f"got {config['warmup_epochs']}"
+        )
     if config["samples_per_class"] < 2:
         raise UserError("--samples-per-class: expected at least 2, since one has no positive")
     if 0 < config["memory_size"] < config["batch_size"]:
@@ -122,8 +149,8 @@ def _check_before_data(config: dict[str, Any]) -> None:
         )
     if config["batch_size"] % unit:
         raise UserError(
-            f"--batch-size: expected a multiple of {unit} ({world_size()} processes with "
-            f"{config['samples_per_class']} samples per class), got {config['batch_size']}"
+            f"--batch-size: expected a multiple of {unit} ({config['samples_per_class']} samples "
+            f"per class{_in_processes()}), got {config['batch_size']}"
         )
     try:
         json.dumps(config, allow_nan=False)
@@ -152,23 +179,21 @@ def _fit_batch(config: dict[str, Any], given: dict[str, Any], splits: RetrievalS
     if splits.train.num_classes < 2 * world_size():
         raise UserError(
             f"expected at least 2 training classes for each of {world_size()} processes, got "
-            f"{splits.train.num_classes}"
+            f"{splits.train.num_classes}; start fewer processes"
         )
     if config["batch_size"] <= largest:
         return
     if "batch_size" in given or "samples_per_class" in given:
         raise UserError(
             f"--batch-size: {splits.train.num_classes} training classes of "
-            f"{config['samples_per_class']} samples fill a batch of at most {largest} in "
-            f"{world_size()} processes, got {config['batch_size']}"
+            f"{config['samples_per_class']} samples fill a batch of at most {largest}"
+            f"{_in_processes()}, got {config['batch_size']}"
         )
     config["batch_size"] = largest
 
 
-def _check_same_data(run: RunFolder, config: dict[str, Any]) -> None:
-    before = run.read_json(CONFIG)["data"]
-    if before != config["data"]:
-        raise UserError(f"--resume: the data have changed: were {before}, are {config['data']}")
+def _in_processes() -> str:
+    return f" in {world_size()} processes" if world_size() > 1 else ""
 
 
 def _set_threads(config: dict[str, Any]) -> None:
@@ -188,15 +213,12 @@ def _set_transforms(splits: RetrievalSplits, trunk: Trunk) -> None:
     splits.val.transform = splits.test.transform = trunk.eval_transform
 
 
-def _load(config: dict[str, Any], given: dict[str, Any]) -> RetrievalSplits:
-    """The data, of which the configuration then tells."""
-    splits = splits_of(config)
+def _record_data(config: dict[str, Any], given: dict[str, Any], splits: RetrievalSplits) -> None:
+    """Fit the configuration to the data, of which it then tells."""
     _fit_batch(config, given, splits)
     config["data"] = splits.summary()
     config["split"] = splits.split_kind
     config["pixel_ranges"] = splits.pixel_ranges
-    config["data_root"] = absolute_root(config)
-    return splits
 
 
 def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
@@ -213,8 +235,11 @@ def _take(lock: RunLock, run: RunFolder) -> None:
     run.remove_incomplete()
 
 
-def _write_settings(run: RunFolder, config: dict[str, Any], splits: RetrievalSplits) -> None:
+def _write_settings(
+    run: RunFolder, config: dict[str, Any], splits: RetrievalSplits, images: ImageList
+) -> None:
     run.write_json(CONFIG, config)
+    images.write(run)
     header = ("class", "split", "images", "decided by")
     run.write_table("classes.csv", header, splits.class_rows())
     run.write_table("skipped.csv", ("name", "reason"), [(x.name, x.reason) for x in splits.skipped])
@@ -228,7 +253,8 @@ def _announce(
         f"run folder: {run.path}",
         f"device: {device}, processes: {world_size()}, threads of each: {config['threads']} "
         "(--threads; their number changes the last digits of results)",
-        "settings: " + ", ".join(f"{k}={v}" for k, v in shown.items()),
+        "settings:",
+        *textwrap.wrap(", ".join(f"{k}={v}" for k, v in shown.items()), 100, **INDENTED),
         *(
             f"{name}: {x['images']} images of {x['classes']} classes"
             for name, x in splits.summary().items()
@@ -240,7 +266,7 @@ def _announce(
 
 
 def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:
-    metrics = run.read_json("metrics.json")
+    metrics = run.read_json(METRICS)
     return metrics is not None and (
         metrics["stopped_early"] or metrics["epochs_trained"] >= config["epochs"]
     )
@@ -264,9 +290,10 @@ def _finish(training: Training, run: RunFolder, config: dict[str, Any], seconds:
         "stopped_early": state["stopped_early"],
         "seconds": {"training": state["seconds"], "this_process": seconds},
     }
-    run.write_json("metrics.json", metrics)
+    run.write_json(METRICS, metrics)
     _show(metrics)
-    say(*advice(metrics, config), "", f"written to {run.path}")
+    for lines in (still_rising(metrics), harm(metrics, config), [f"written to {run.path}"]):
+        say(*(lines and ["", *lines]))
 
 
 def _report(
@@ -283,12 +310,22 @@ def _report(
         say(f"report: {path}")
 
 
+def _report_is_due(run: RunFolder) -> bool:
+    """Whether the process was killed before its report, or between an earlier one and its own."""
+    page = run.path / report.FILE
+    metrics = run.path / METRICS
+    return not page.exists() or page.stat().st_mtime_ns < metrics.stat().st_mtime_ns
+
+
 def _show(metrics: dict[str, Any]) -> None:
     if "trained" in metrics:
         which = "known classes, closed set" if metrics["closed_set"] else "unseen classes"
         title = f"{metrics['dataset']}, {metrics['test_classes']} {which}"
         say("", table(title, {x: metrics[x] for x in ("untrained", "trained")}))
-    else:
+    elif metrics["validation"]:
         title = f"{metrics['dataset']}, {metrics['split']}"
         say("", table(title, {"validation": metrics["validation"]}))
-    say(f"weights of epoch {metrics['best_epoch']}, the best of {metrics['epochs_trained']}")
+    chosen = f"the best of {metrics['epochs_trained']}"
+    if not metrics["validation"]:
+        chosen = "the last one; there was no validation"
+    say(f"weights of epoch {metrics['best_epoch']}, {chosen}")

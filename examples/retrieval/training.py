@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_pnp import GradCache, PNPLoss, losses
@@ -164,14 +164,14 @@ def build_trainer(
         for name, module in trained.items()
         if any(True for _ in module.parameters())
     }
+    iterations = max(1, len(splits.train) // config["batch_size"])
     schedulers = {
-        f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": MultiStepLR(
-            optimizer, config["lr_milestones"], config["lr_gamma"]
+        f"{name.removesuffix('_optimizer')}_scheduler_by_iteration": LambdaLR(
+            optimizer, lambda step: schedule(config, step / iterations, 1 / iterations)
         )
         for name, optimizer in optimizers.items()
-        if config["lr_milestones"]
+        if config["lr_milestones"] or config["lr_cosine"] or config["warmup_epochs"]
     }
-    iterations = max(1, len(splits.train) // config["batch_size"])
     # From here on every process augments in its own way; numpy draws the batch of all.
     seed_everything(config["seed"] + rank())
     np.random.seed(config["seed"] % 2**32)
@@ -199,6 +199,23 @@ def build_trainer(
         ema_decay=config["ema_decay"],
         loss_times=loss_times,
     )
+
+
+def schedule(config: dict[str, Any], epochs: float, iteration: float) -> float:
+    """What the learning rates are multiplied by.
+
+    Args:
+        config: The configuration of the run.
+        epochs: How many have been trained.
+        iteration: How much of an epoch the coming iteration is.
+    """
+    warmup = config["warmup_epochs"]
+    if epochs < warmup:
+        return (epochs + iteration) / warmup
+    if config["lr_cosine"]:
+        return (1 + math.cos(math.pi * (epochs - warmup) / (config["epochs"] - warmup))) / 2
+    passed = sum(epochs >= x for x in config["lr_milestones"])
+    return config["lr_gamma"] ** passed
 
 
 def _in_chunks(trunk: torch.nn.Module, chunk_size: int) -> torch.nn.Module:
@@ -282,6 +299,7 @@ class Training:
             self._save()
         else:
             restore(self.trainer, checkpoint["shared"], checkpoint["own"][rank()])
+            say(f"continues after epoch {epoch} of {self.config['epochs']}", "")
 
     def train(self) -> None:
         """Train until the last epoch or until validation no longer improves."""
@@ -361,25 +379,35 @@ class Training:
     def _say_epoch(self, seconds: float) -> None:
         loss = self.progress.end_epoch()
         if rank() == 0:
-            validation = metrics_of(self.tester, "val")
+            validation = metrics_of(self.tester, "val") if len(self.splits.val) else None
             say(self.progress.line(self.state, loss, validation, seconds))
 
     def _evaluate(self, trainer: RetrievalTrainer) -> bool:
+        """Validate, keep the weights if they are the best; returns whether to go on."""
+        if not len(self.splits.val):
+            self.records.save()
+            self._keep_weights(trainer, None)
+            return True
         models = trainer.models
         trainer.models = trainer.trained_models  # the hook evaluates these
         try:
             keep_going = self.evaluate(trainer)
         finally:
             trainer.models = models
-        metrics = metrics_of(self.tester, "val")
-        best_epoch = self.records.best_epoch()
-        if best_epoch == trainer.epoch:
-            weights = {
-                name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                for name, model in trainer.trained_models.items()
-            }
-            self.state["best"] = {"epoch": best_epoch, "metrics": metrics, "models": weights}
+        if self.records.best_epoch() == trainer.epoch:
+            self._keep_weights(trainer, metrics_of(self.tester, "val"))
         return keep_going
+
+    def _keep_weights(self, trainer: RetrievalTrainer, metrics: dict[str, float] | None) -> None:
+        weights = {
+            name: {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            for name, model in trainer.trained_models.items()
+        }
+        if not all(bool(x.isfinite().all()) for model in weights.values() for x in model.values()):
+            raise UserError(
+                f"the weights are no longer finite after epoch {trainer.epoch}; try a smaller --lr"
+            )
+        self.state["best"] = {"epoch": trainer.epoch, "metrics": metrics, "models": weights}
 
     def _save(self) -> None:
         own = gather(own_state(self.trainer))

@@ -93,6 +93,7 @@ MISTAKES = {
     "bach_size: 3": "unknown setting 'bach_size'; expected for instance batch_size",
     "zzz: 3": "unknown setting 'zzz'; expected one of dataset, data_root,",
     "output_dir: here": "output_dir is no setting; give --output-dir on the command line",
+    "report: false": "report is no setting; give --report on the command line",
     "resume: here": "resume is no setting; give --resume on the command line",
     "lr: fast": "lr: expected a positive number, got 'fast'",
     "lr: true": "lr: expected a positive number, got 'True'",

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ MEGABYTES = 10**6
 class Parser(HTMLParser):
     """Builds a tree of a page's elements."""
 
-    void = ("meta", "img", "br", "circle")
+    void = ("meta", "img", "br", "path", "use")
 
     def __init__(self):
         super().__init__()
@@ -154,7 +155,8 @@ def test_every_picture_says_what_it_shows(page):
     pictures = list(page.iter("img"))
     assert len(pictures) > 300
     assert all(x.get("alt").strip() for x in pictures)
-    assert all(x.get("aria-label") for x in page.iter("svg"))
+    drawings = [x for x in page.iter("svg") if x.get("aria-hidden") != "true"]
+    assert len(drawings) == 2 and all(x.get("aria-label") for x in drawings)
 
 
 def test_page_needs_nothing_from_elsewhere(page, finished):
@@ -214,6 +216,26 @@ def test_settings_are_those_of_the_run(page, finished, strict_json):
     for key in ("dataset", "loss", "lr", "ema_decay", "samples_per_class", "image_size"):
         assert rows["--" + key.replace("_", "-")] == str(config[key])
     assert rows["torch"] == config["versions"]["torch"]
+    bold = {
+        cells(x)[0]
+        for x in section(page, "settings").find(".//tbody")
+        if "given" in x[1].get("class")
+    }
+    assert bold == {
+        *("--dataset", "--data-root", "--image-size", "--workers", "--ema-decay", "--batch-size"),
+        *("--samples-per-class", "--epochs"),
+    }
+
+
+def test_settings_that_were_not_typed_are_not_bold():
+    from retrieval.configuration import DATASET_DEFAULTS, configured
+    from retrieval.report import _settings
+
+    for dataset in DATASET_DEFAULTS:
+        for other in ({}, {"loss": "CircleLoss"}, {"pretrained": True}, {"trunk": "resnet18"}):
+            config = {**configured({"dataset": dataset, **other}), "threads": 3}
+            bold = {name for name, _, changed in _settings(config) if changed}
+            assert bold <= {"--dataset", *(f"--{key}" for key in other)}
 
 
 def brute_force(run):
@@ -284,15 +306,31 @@ def decoded(uri):
 
 
 def test_map_has_every_test_image_in_both_networks(page):
-    drawings = list(section(page, "map").iter("svg"))
+    drawings = section(page, "map").findall(".//svg[@data-network]")
     assert [x.get("data-network") for x in drawings] == ["untrained", "trained"]
     for drawing in drawings:
-        points = list(drawing.iter("circle"))
+        points = list(drawing.iter("use"))
         assert sorted(int(x.get("data-i")) for x in points) == list(range(120))
-        assert all(
-            0 <= float(x.get("cx")) <= 520 and 0 <= float(x.get("cy")) <= 420 for x in points
-        )
+        assert all(0 <= float(x.get("x")) <= 520 and 0 <= float(x.get("y")) <= 420 for x in points)
         assert len({x.get("fill") for x in drawing.iter("g")}) == 5
+        shapes = [{x.get("href") for x in group.iter("use")} for group in drawing.iter("g")]
+        assert [len(x) for x in shapes] == [1] * 5 and len(set.union(*shapes)) == 5
+    legend = section(page, "map").find(".//ul[@class='legend']")
+    assert {x.get("href") for x in legend.iter("use")} == set.union(*shapes)
+    assert {f"#{x.get('id')}" for x in page.iter("path")} >= set.union(*shapes)
+
+
+def test_every_box_that_scrolls_can_be_reached_by_keyboard(page):
+    boxes = [x for x in page.iter() if {"scroll", "rows"} & set((x.get("class") or "").split())]
+    assert len(boxes) == 7 + 15  # tables and pictures, and the images of a query
+    for x in boxes:
+        assert (x.get("tabindex"), x.get("role")) == ("0", "region") and x.get("aria-label")
+
+
+def test_markers_are_as_many_as_a_legend_has_classes():
+    from retrieval.report_parts import LEGEND_CLASSES, MARKERS
+
+    assert len(set(MARKERS)) == LEGEND_CLASSES
 
 
 # --- runs of all kinds ----------------------------------------------------------------------
@@ -391,6 +429,17 @@ def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch)
     assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[7:]}
 
 
+@pytest.mark.parametrize("size", [(960, 8), (8, 960), (1, 2000)])
+def test_thumbnail_of_a_long_strip(size):
+    from retrieval.data import Sample
+    from retrieval.thumbnails import from_data_uri, sprite, thumbnail
+
+    sample = Sample("strip", "0", np.zeros(size[::-1], dtype=np.uint8))
+    small = from_data_uri(thumbnail(sample, 48))
+    assert max(small.size) == 48 and min(small.size) == 1
+    assert sprite([sample], 48).columns == 1
+
+
 def test_metrics_of_other_images_are_noted(copied, report, strict_json):
     metrics = strict_json(copied / "metrics.json")
     metrics["untrained"]["mean_average_precision_at_r"] += 0.1
@@ -401,14 +450,16 @@ def test_metrics_of_other_images_are_noted(copied, report, strict_json):
 
 
 @pytest.mark.parametrize("change", [0.1, -0.1])
-def test_worse_retrieval_is_said(copied, report, strict_json, change):
+def test_worse_retrieval_and_a_rising_validation_are_said(copied, report, strict_json, change):
     metrics = strict_json(copied / "metrics.json")
     key = "mean_average_precision_at_r"
     metrics["trained"][key] = metrics["untrained"][key] + change
+    metrics["best_epoch"] = 2 if change > 0 else 1
     (copied / "metrics.json").write_text(json.dumps(metrics))
     assert report(copied) == 0
     result = text_of(section(parsed(copied / "report.html"), "result"))
     assert ("Training made the retrieval of unseen classes worse" in result) is (change < 0)
+    assert ("still rising in the last epoch" in result) is (change > 0)
 
 
 def test_sheet_shows_queries_in_frames(copied, report, tmp_path, capsys):
@@ -486,6 +537,25 @@ def test_failure_of_the_report_does_not_lose_the_run(
     assert "warning: the report could not be made: OSError: disk full" in out
     assert f"python examples/retrieval report {run}" in out
     assert not list(run.glob("report*"))
+
+
+@pytest.mark.parametrize("left", ["none", "an older one", "the latest"])
+def test_a_report_that_a_kill_prevented_is_made(copied, main, capsys, left):
+    page, metrics = copied / "report.html", copied / "metrics.json"
+    if left == "none":
+        page.unlink()
+    elif left == "an older one":  # of an epoch before the run went on
+        page.write_text("old")
+        os.utime(page, ns=(0, metrics.stat().st_mtime_ns - 1))
+    before = page.read_bytes() if page.exists() else None
+    assert main("--resume", copied, "--no-report") == 0
+    assert (page.read_bytes() if page.exists() else None) == before
+    assert main("--resume", copied) == 0
+    out = capsys.readouterr().out
+    assert "is finished; nothing to train" in out
+    assert (f"report: {page}" in out) is (left != "the latest")
+    assert page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+    assert section(parsed(page), "result") is not None
 
 
 def test_missing_package_is_named_before_training(main, arguments, tmp_path, capsys, monkeypatch):
@@ -651,7 +721,7 @@ def test_browser_would_report_errors_and_what_is_loaded(browser, copied, script)
 
 
 def test_pointing_at_a_point_shows_its_image(browser, copied, page):
-    point = "document.querySelector('.maps svg circle[data-i=\"100\"]')"
+    point = "document.querySelector('.maps svg use[data-i=\"100\"]')"
     over = f"{point}.dispatchEvent(new PointerEvent('pointerover', {{bubbles: true}}));"
     captions = json.loads(page.find(".//script[@id='captions']").text)
     seen = {}
@@ -665,6 +735,68 @@ def test_pointing_at_a_point_shows_its_image(browser, copied, page):
     columns = 11  # 120 thumbnails
     position = f"{-96 * (100 % columns)}px {-96 * (100 // columns)}px"
     assert f"background-position: {position}" in seen["after"].find("div").get("style")
+
+
+def test_arrow_keys_go_from_image_to_image(browser, copied, page):
+    """To the right, until there is none."""
+    captions = json.loads(page.find(".//script[@id='captions']").text)
+    script = """
+        const svg = document.querySelector('.maps svg'), seen = [];
+        const press = (key) => {
+          svg.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
+          const at = svg.querySelector('.at');
+          return at && [+at.dataset.i, +at.getAttribute('x'), tip.children[1].textContent];
+        };
+        for (let i = 0; i < 9; i++) seen.push(press('ArrowRight'));
+        document.body.dataset.seen = JSON.stringify(seen);
+        document.body.dataset.left = JSON.stringify(press('ArrowLeft'));
+        document.body.dataset.hidden = [tip.hidden, press('Escape'), tip.hidden].join();
+    """
+    result = browser(with_script(copied / "report.html", script), "--dump-dom")
+    assert "CONSOLE" not in result.stderr
+    (copied / "dom.html").write_text(result.stdout, encoding="utf-8")
+    body = parsed(copied / "dom.html").find(".//body")
+    seen = json.loads(body.get("data-seen"))
+    numbers, places, texts = zip(*seen, strict=True)
+    assert list(places) == sorted(places) and len(set(numbers)) > 2
+    assert list(texts) == [captions[i] for i in numbers]
+    assert json.loads(body.get("data-left"))[1] < places[-1]
+    assert body.get("data-hidden") == "false,,true"
+
+
+def test_on_paper_nothing_is_cut_off(browser, copied):
+    """At the width of a page, no box is wider than it, in the rules for print."""
+    script = """
+        const page = 718;  // A4 less Chromium's margins, in pixels of CSS
+        document.body.style.width = `${page}px`;
+        document.body.dataset.wide = [...document.querySelectorAll('table, img, svg, ol')]
+            .filter((x) => x.getBoundingClientRect().right > page + 1)
+            .map((x) => x.closest('section')?.id).join();
+    """
+    text = (copied / "report.html").read_text(encoding="utf-8")
+    (copied / "report.html").write_text(text.replace("@media print", "@media all"))
+    changed = with_script(copied / "report.html", script)
+    result = browser(changed, "--dump-dom", "--window-size=718,1000")
+    (copied / "dom.html").write_text(result.stdout, encoding="utf-8")
+    assert parsed(copied / "dom.html").find(".//body").get("data-wide") == ""
+
+
+def test_on_a_narrow_screen_boxes_scroll_and_not_the_page(browser, copied):
+    """The histogram stays large enough to be read, and names have room for words."""
+    script = """
+        const widths = [innerWidth, document.documentElement.scrollWidth];
+        for (const what of ['#negatives img', '#classes td.name']) {
+          widths.push(Math.round(document.querySelector(what).getBoundingClientRect().width));
+        }
+        document.body.dataset.widths = widths.join();
+    """
+    changed = with_script(copied / "report.html", script)
+    result = browser(changed, "--dump-dom", "--window-size=400,800")
+    (copied / "dom.html").write_text(result.stdout, encoding="utf-8")
+    widths = parsed(copied / "dom.html").find(".//body").get("data-widths")
+    window, content, histogram, name = map(int, widths.split(","))
+    assert content <= window <= 500
+    assert histogram >= 600 and name >= 110
 
 
 # --- the parts ------------------------------------------------------------------------------

@@ -315,8 +315,27 @@ def test_too_few_images_to_validate_is_an_error(tmp_path):
     from retrieval.errors import UserError
 
     write_classes(tmp_path, "abcd", 3)
-    with pytest.raises(UserError, match="too little training data for validation"):
+    with pytest.raises(UserError, match="too little training .*; --val-fraction 0 trains on all"):
         load("folder", tmp_path)
+    splits = load("folder", tmp_path, val_fraction=0.0)
+    assert [len(x) for x in (splits.train, splits.val, splits.test)] == [6, 0, 6]
+    assert splits.val_kind == "none, the last epoch is kept"
+    splits = load("folder", tmp_path, val_fraction=0.0, test_fraction=0.0)
+    assert [len(x) for x in (splits.train, splits.val, splits.test)] == [12, 0, 0]
+
+
+@pytest.mark.parametrize(("classes", "images"), [("ab", 9), ("abc", 9), ("abcd", 1)])
+def test_too_little_to_test_names_the_way_out(tmp_path, classes, images):
+    from retrieval.errors import UserError
+
+    write_classes(tmp_path, classes, images)
+    with pytest.raises(UserError, match="; --test-fraction 0 trains on every class, without"):
+        load("folder", tmp_path)
+    if images > 1:
+        assert load("folder", tmp_path, test_fraction=0.0).train.num_classes == len(classes)
+    else:
+        with pytest.raises(UserError, match="got 0 usable images$"):
+            load("folder", tmp_path, test_fraction=0.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

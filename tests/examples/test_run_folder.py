@@ -66,22 +66,17 @@ def test_lock_is_released_after_an_error(run, main, capsys):
         assert "cannot read the checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["the module", "the system's locks"])
-def test_system_without_locks_is_told_of(run, main, capsys, monkeypatch, missing):
-    from retrieval import run_folder
-
-    if missing == "the module":
-        monkeypatch.setattr(run_folder, "fcntl", None)
-    else:
-        monkeypatch.setattr(run_folder.fcntl, "flock", fail_with(errno.ENOLCK))
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_system_without_locks_is_told_of(run, main, capsys, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", fail_with(number))
     assert main("--resume", run, "--epochs", 2) == 0
     assert "cannot be locked on this system; take care" in capsys.readouterr().out
 
 
 def test_other_error_of_the_lock_is_told(run, main, capsys, monkeypatch):
-    from retrieval import run_folder
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", fail_with(errno.EIO))
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", fail_with(errno.EIO))
     assert main("--resume", run, "--epochs", 2) == 2
     assert f"cannot lock {run}: {os.strerror(errno.EIO)}" in capsys.readouterr().err
 
@@ -163,6 +158,19 @@ def test_full_disk_stops_the_curves_in_one_line(run, main, capsys, monkeypatch):
     (file,) = (run / "tensorboard").iterdir()
     err = capsys.readouterr().err
     assert err == f"train.py: error: cannot write {file}: No space left on device\n"
+
+
+@no_full
+def test_output_to_a_full_disk_is_told_and_ends_nothing(one_epoch, environment, tmp_path):
+    table = tmp_path / "table.csv"
+    command = [sys.executable, SCRIPT.parent / "retrieval", "compare", one_epoch, "--csv", table]
+    with FULL.open("w") as full:
+        process = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    assert process.stderr == f"cannot write the output: {os.strerror(errno.ENOSPC)}\n"
+    assert process.returncode == 1
+    assert table.is_file()
 
 
 def test_database_that_cannot_be_written_is_named_in_one_line(run, main, capsys, monkeypatch):

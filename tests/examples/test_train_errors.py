@@ -30,9 +30,12 @@ MISTAKES = {
     "--miner TripletMarginMiner --miner-args margn=1": "TripletMarginMiner has no argument margn",
     "--memory-size 16": "--memory-size: expected at least the batch size",
     "--memory-size 999 --loss ProxyAnchorLoss": "--memory-size: CrossBatchMemory not supported",
-    "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4",
-    "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15",
+    "--batch-size 30 --samples-per-class 4": "--batch-size: expected a multiple of 4 (4 samples "
+    "per class), got 30",
+    "--batch-size 999 --samples-per-class 3 --no-turned-classes": "fill a batch of at most 15, got",
     "--batch-size 16 --samples-per-class 16": "--samples-per-class: expected at least 2 classes",
+    "--lr-cosine --lr-milestones 3": "fall by it or by --lr-milestones, not by both",
+    "--warmup-epochs 20": "--warmup-epochs: expected fewer than the 20 of --epochs, got 20",
     "--samples-per-class 1": "--samples-per-class: expected at least 2",
     "--image-size 4": "--image-size: expected at least 8, got 4",
     "--trunk efficientnet_lite0 --image-size 4": "--image-size: expected at least 8, got 4",
@@ -56,7 +59,8 @@ MISTAKES = {
     "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
     "--dataset grocery --data-root .": "grocery not found in .: expected grocery64.zip",
     "--dataset grocery160 --data-root .": "grocery160 not found in .: expected grocery160.zip",
-    "--dataset folder --data-root .": "folder: expected at least 4 class folders",
+    "--dataset folder --data-root .": "folder: expected at least 4 class folders with images, 2 to "
+    "train on and 2 to test on, got 0; --test-fraction 0 trains on every class, without a test",
 }
 ARGPARSE_MISTAKES = {
     "--dataset mnist": "invalid choice: 'mnist'",
@@ -65,7 +69,7 @@ ARGPARSE_MISTAKES = {
     "--lr nan": "expected a positive number, got 'nan'",
     "--epochs 0": "expected a positive integer, got '0'",
     "--epochs many": "expected a positive integer, got 'many'",
-    "--val-fraction 1": "expected a number between 0 and 1, got '1'",
+    "--val-fraction 1": "expected a number from 0 to below 1, got '1'",
     "--test-fraction 1": "expected a number from 0 to below 1, got '1'",
     "--patience -1": "expected an integer of 0 or more, got '-1'",
     "--weight-decay -1": "expected a number of 0 or more, got '-1'",
@@ -93,7 +97,19 @@ def test_mistyped_argument_is_named(main, capsys, argv):
     with pytest.raises(SystemExit) as exit_:
         main(*argv.split())
     assert exit_.value.code == 2
-    assert ARGPARSE_MISTAKES[argv] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and ARGPARSE_MISTAKES[argv] in err
+    assert err.endswith("; train.py --help lists the flags\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["report", "search", "export", "compare", "", "trian"])
+def test_a_flag_that_no_command_has_is_one_line(capsys, command):
+    from retrieval import commands
+
+    with pytest.raises(SystemExit) as exit_:
+        commands.main([command, "run", "--no-such-flag"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_script_exits_with_the_code_of_main(capsys, monkeypatch):

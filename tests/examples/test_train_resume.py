@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 EPOCHS = 3
@@ -21,6 +23,7 @@ SETTINGS = {
     "memory": ["--memory-size", 96, "--ema-decay", 0],
     "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
     "chunks": ["--grad-cache", 16],
+    "schedule": ["--lr-cosine", "--warmup-epochs", 1],
     "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
 }
 
@@ -141,7 +144,7 @@ def test_the_same_command_line_starts_continues_and_ends_a_run(
     assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 2
     capsys.readouterr()
     assert main(*command, "--epochs", 2) == 0
-    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert "is finished; nothing to train" in capsys.readouterr().out
     assert main(*command, "--epochs", 2, "--lr", 0.5) == 2
     assert "--resume-if-exists: the run has --lr 0.001, so it" in capsys.readouterr().err
 
@@ -171,6 +174,7 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     config = strict_json(old / "config.json")
     for setting in ("threads", "beside", "beside_args"):
         del config[setting]
+    (old / "images.csv").unlink()
     (old / "config.json").write_text(json.dumps(config))
     for name in ("lock", "log.txt"):
         (old / name).unlink()
@@ -268,10 +272,108 @@ def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_jso
     assert ends[0]["validation"] == pytest.approx(ends[1]["validation"], rel=1e-3)
 
 
+def write_over(root):
+    shutil.copyfile(root / "1" / "00.png", root / "0" / "00.png")
+
+
+def exchange_classes(root):
+    (root / "0").rename(root / "old")
+    (root / "1").rename(root / "0")
+    (root / "old").rename(root / "1")
+
+
+def exchange_pixels(root):
+    """Files of one size, as of many cameras and formats."""
+    for name, level in (("0", 90), ("1", 200)):
+        Image.new("L", (8, 8), level).save(root / name / "00.bmp")
+
+
+# What happens to the images of a run -> what is said, and whether it can be accepted
+OTHER_IMAGES = {
+    "a class is renamed": (
+        lambda root: (root / "0").rename(root / "zero"),
+        r"\(gone: \d\d, such as 0/00.bmp; new: \d\d, such as zero/00.bmp; in another split: \d+, "
+        r"such as \d/00.\w+ \((train|val|test) then, (train|val|test) now\)\); name the folder",
+        False,
+    ),
+    "an image is lost and one is new": (
+        lambda root: (root / "0" / "00.png").rename(root / "1" / "24.png"),
+        "gone: 1, such as 0/00.png; new: 1, such as 1/24.png",
+        False,
+    ),
+    "an image is written over": (write_over, "began: 1 of 242, such as 0/00.png", True),
+    "classes are exchanged": (exchange_classes, r"began: \d\d of 242", True),
+    "pixels are exchanged": (exchange_pixels, "began: 2 of 242", True),
+}
+
+
+@pytest.fixture(scope="module")
+def run_and_images(main, quick, once):
+    """A finished run, and the images that it has."""
+
+    def train(folder):
+        root = shutil.copytree(quick[quick.index("--data-root") + 1], folder / "images")
+        for name, level in (("0", 200), ("1", 90)):
+            Image.new("L", (8, 8), level).save(root / name / "00.bmp")
+        arguments = [*quick, "--data-root", root, "--seed", 1]
+        assert main(*arguments, "--output-dir", folder, "--name", "run", "--epochs", 1) == 0
+
+    return once("run and images", train)
+
+
+@pytest.mark.parametrize("what", OTHER_IMAGES)
+def test_a_run_does_not_go_on_with_other_images(run_and_images, main, capsys, tmp_path, what):
+    change, expected, can_be_accepted = OTHER_IMAGES[what]
+    folder = shutil.copytree(run_and_images, tmp_path / "copy")
+    change(folder / "images")
+    resume = ["--resume", folder / "run", "--data-root", folder / "images", "--epochs", 2]
+    resume.append("--no-report")
+    checkpoint = (folder / "run" / "checkpoints" / "last.pt").read_bytes()
+    assert main(*resume) == 2
+    err = capsys.readouterr().err
+    assert re.search(expected, err) and err.count("\n") == 1
+    assert (folder / "run" / "checkpoints" / "last.pt").read_bytes() == checkpoint
+    assert main(*resume, "--accept-changed-files") == (0 if can_be_accepted else 2)
+    if can_be_accepted:
+        out = capsys.readouterr().out
+        assert out.startswith("warning: images that changed") and re.search(expected, out)
+        assert main(*resume, "--epochs", 3) == 0  # it has these files now
+
+
+def test_a_moved_run_goes_on_with_its_images(run_and_images, main, tmp_path):
+    moved = shutil.copytree(run_and_images, tmp_path / "moved")
+    listed = (moved / "run" / "images.csv").read_bytes()
+    assert listed.startswith(b"path,class,split,bytes,crc32\r\n")
+    assert re.search(rb"\n0/00.bmp,0,(train|val|test),1142,[0-9a-f]{8}\r\n", listed)
+    resume = ["--resume", moved / "run", "--epochs", 2, "--data-root", moved / "images"]
+    resume.append("--no-report")
+    assert main(*resume) == 0
+    assert (moved / "run" / "images.csv").read_bytes() == listed
+
+
+def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, tmp_path, capsys):
+    folder = shutil.copytree(run_and_images, tmp_path / "copy")
+    exchange_pixels(folder / "images")
+    write_over(folder / "images")
+    resume = ["--resume", folder / "run", "--data-root", folder / "images", "--epochs", 2]
+    resume.append("--no-report")
+    assert main(*resume, "--skip-verify") == 2
+    assert "began: 1 of 242" in capsys.readouterr().err
+
+
+def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
+    run = shutil.copytree(run_and_images / "run", tmp_path / "run")
+    (run / "images.csv").write_text("path,bytes\n0/00.png,1\n")
+    assert main("--resume", run, "--epochs", 2) == 2
+    assert f"cannot read {run / 'images.csv'}: " in capsys.readouterr().err
+
+
 def test_resume_names_a_damaged_checkpoint(run, main, capsys):
     (run / "checkpoints" / "last.pt").write_bytes(b"garbage")
     assert main("--resume", run) == 2
-    assert "cannot read the checkpoint" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "last.pt: it is damaged, or not of this program (UnpicklingError)\n" in err
+    assert "weights_only" not in err
 
 
 def test_resume_refuses_another_number_of_processes(run, main, capsys, strict_json):

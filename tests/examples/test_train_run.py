@@ -1,6 +1,7 @@
 """Runs of train.py, from the command line to the table."""
 
 import csv
+import itertools
 import re
 import shutil
 import sqlite3
@@ -59,6 +60,7 @@ def test_run_folder_holds_everything(finished):
         "config.json",
         "classes.csv",
         "skipped.csv",
+        "images.csv",
         "lock",
         "log.txt",
         "logs",
@@ -146,6 +148,10 @@ def test_training_loss_is_the_mean_over_the_epoch(main, quick, tmp_path, capsys,
 
 def test_log_holds_what_was_on_the_screen(finished):
     first, *rest = (finished[1] / "log.txt").read_text().splitlines()
+    assert max(map(len, rest)) <= 120
+    settings = rest[rest.index("settings:") + 1 :]
+    shown = " ".join(x.strip() for x in itertools.takewhile(lambda x: x[:2] == "  ", settings))
+    assert shown.startswith("dataset=digits, ") and "loss_args={'variant': 'Ds', 'an" in shown
     assert re.match(r"--- \d{4}-\d\d-\d\d .*, process \d+ on ", first)
     assert rest == finished[0].stdout.splitlines()
 
@@ -171,7 +177,7 @@ def test_log_holds_errors_warnings_and_tracebacks(main, quick, tmp_path, monkeyp
     assert log.count("\n--- ") == 1 and log.startswith("--- ")
     assert log.count("UserWarning: how odd") == 2
     assert "Traceback" in log and "ZeroDivisionError: by zero" in log
-    assert "interrupted; a run whose folder exists" in log
+    assert f"interrupted; continue with --resume {tmp_path / 'run'}\n" in log
     assert "--lr" not in log.partition("interrupted")[2]
 
 
@@ -433,8 +439,15 @@ def test_loss_that_is_zero_from_the_first_step_is_reported(
     assert ("the loss has been zero since the first step" in capsys.readouterr().out) is zero
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "the embeddings are not finite"),
+        (["--val-fraction", 0, "--test-fraction", 0], "the weights are no longer finite after"),
+    ],
+)
 def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
-    main, quick, tmp_path, capsys, monkeypatch
+    main, quick, tmp_path, capsys, monkeypatch, settings, message
 ):
     from retrieval.training import RetrievalTrainer
 
@@ -447,8 +460,47 @@ def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
 
     monkeypatch.setattr(RetrievalTrainer, "step_optimizers", diverge)
     few = ["--batch-size", 64, "--samples-per-class", 16, "--patience", 0]
-    assert main(*quick, *few, "--epochs", 1, "--output-dir", tmp_path) == 2
-    assert "the embeddings are not finite" in capsys.readouterr().err
+    assert main(*quick, *few, *settings, "--epochs", 1, "--output-dir", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("test", [[], ["--test-fraction", 0]])
+def test_without_validation_the_last_epoch_is_kept(
+    main, quick, tmp_path, strict_json, capsys, curves, test
+):
+    """Also with two images of each class, of which none can be held out."""
+    root, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(quick[quick.index("--data-root") + 1], root)
+    for path in root.glob("*/*.png"):
+        if path.name not in ("00.png", "01.png"):
+            path.unlink()
+    arguments = [*quick, "--data-root", root, "--output-dir", tmp_path, "--name", "run", *test]
+    assert main(*arguments) == 2
+    assert "--val-fraction 0 trains on all of it" in capsys.readouterr().err
+    arguments += ["--val-fraction", 0, "--patience", 0, "--batch-size", 4]
+    assert main(*arguments, "--epochs", 1) == 0
+    assert main("--resume", run, "--epochs", 3, "--report") == 0
+    assert "continues after epoch 1 of 3\n" in (run / "log.txt").read_text()
+    out = capsys.readouterr().out
+    assert "validation: none, the last epoch is kept" in out
+    assert "weights of epoch 3, the last one; there was no validation" in out
+    assert "validation MAP@R" not in out and "still rising" not in out
+    metrics = strict_json(run / "metrics.json")
+    assert metrics["validation"] is None and metrics["best_epoch"] == 3
+    assert ("trained" in metrics) is not test
+    assert torch.load(run / "checkpoints" / "best.pt")["epoch"] == 3
+    assert curves(run)["loss_histories/total_loss"]
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("best", "last", "said"), [(3, 3, True), (2, 3, False), (1, 1, False)])
+def test_validation_that_was_still_rising_is_told(best, last, said):
+    from retrieval.progress import still_rising
+
+    metrics = {"validation": {}, "best_epoch": best, "epochs_trained": last}
+    metrics["validation"] = {"mean_average_precision_at_r": 0.5}
+    assert bool(still_rising(metrics)) is said
+    assert not still_rising({**metrics, "validation": None})
 
 
 def test_without_a_test_nothing_is_tested(main, quick, tmp_path, strict_json, capsys):
@@ -531,6 +583,40 @@ def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeyp
         arguments[at + 1] = root.name
     assert main(*arguments, "--epochs", 1, "--output-dir", tmp_path, "--name", "run") == 0
     assert strict_json(tmp_path / "run" / "config.json")["data_root"] == str(root)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1] * 9),
+        ({"lr_milestones": [1, 2]}, [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]),
+        ({"warmup_epochs": 1}, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1]),
+        ({"warmup_epochs": 2, "lr_milestones": [2]}, [*(i / 6 for i in range(1, 7)), *[0.5] * 3]),
+        (
+            {"warmup_epochs": 1, "lr_cosine": True},
+            [1 / 3, 2 / 3, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670],
+        ),
+    ],
+)
+def test_schedule_of_the_learning_rates(settings, expected):
+    """Three epochs of three iterations."""
+    from retrieval.configuration import configured
+    from retrieval.training import schedule
+
+    config = configured({"epochs": 3, "lr_gamma": 0.5, **settings})
+    rates = [schedule(config, step / 3, 1 / 3) for step in range(9)]
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def test_warmup_and_cosine_reach_every_optimizer(main, quick, tmp_path, curves):
+    arguments = ["--epochs", 3, "--lr", 0.01, "--lr-cosine", "--warmup-epochs", 1]
+    assert main(*quick, *arguments, "--output-dir", tmp_path, "--name", "run") == 0
+    for name in ("trunk", "embedder"):
+        rates = [value for _, value in curves(tmp_path / "run")[f"learning_rates/{name}"]]
+        assert rates[0] == pytest.approx(0.01 / 11) and max(rates) == pytest.approx(0.01, rel=0.1)
+        assert 0 < rates[-1] < 0.001
+    shared = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["shared"]
+    assert all(abs(x["param_groups"][0]["lr"]) < 1e-12 for x in shared["optimizers"].values())
 
 
 def test_learning_rates_fall_at_the_milestones(main, quick, tmp_path):

@@ -218,11 +218,17 @@ def test_trunk_that_cannot_be_used_is_refused_before_the_run(
 
 @pytest.mark.parametrize(("name", "frozen"), [("vit", False), ("resnet", True)])
 def test_fine_tuning_freezes_batchnorm_where_there_is_any(
-    timm, main, tmp_path, quick, strict_json, name, frozen
+    timm, main, tmp_path, quick, strict_json, capsys, name, frozen
 ):
     run = ["--output-dir", tmp_path, "--name", name, "--epochs", 1, "--image-size", 16]
     assert main(*quick, *run, "--trunk", name, "--pretrained") == 0
     assert strict_json(tmp_path / name / "config.json")["freeze_batchnorm"] is frozen
+    # It is said before, since a download may take long; a checkpoint brings weights of its own.
+    said = f"pretrained weights of {name}: from timm's cache, or downloaded now\n"
+    assert said in capsys.readouterr().out
+    timm.made.clear()
+    assert main("--resume", tmp_path / name, "--epochs", 2, "--no-report") == 0
+    assert said not in capsys.readouterr().out and {x[1] for x in timm.made} == {False}
 
 
 def test_trained_transformer_of_another_size_is_loaded(timm, main, tmp_path, quick):

@@ -1,0 +1,136 @@
+"""A run's list of its images: a run that continues must have the same ones in the same splits."""
+
+import csv
+import functools
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .data import RetrievalSplits, Sample
+from .errors import UserError
+from .processes import say
+from .run_folder import CONFIG, RunFolder
+
+FILE = "images.csv"
+OTHER_FOLDER = "name the folder that holds the images of the run with --data-root"
+Key = tuple[str, str]  # path and class; turned copies of a file are in other classes
+
+
+class Entry(NamedTuple):
+    """What is listed of an image, all of it text; without a look at every image no checksum.
+
+    The split of an image that is only a query, or only in the gallery, says so.
+    """
+
+    split: str
+    bytes: str
+    crc32: str
+
+    def has_content_of(self, other: "Entry") -> bool:
+        """Whether the files are the same, as far as is known."""
+        unknown = not (self.crc32 and other.crc32)
+        return self.bytes == other.bytes and (unknown or self.crc32 == other.crc32)
+
+
+class ImageList:
+    """The images of a run as they are now."""
+
+    def __init__(self, splits: RetrievalSplits, config: dict[str, Any]):
+        self.splits = splits
+        self.root = config["data_root"]
+        self.with_checksums = not config["skip_verify"]
+
+    @functools.cached_property
+    def entries(self) -> dict[Key, Entry]:
+        """Each image, in the order of the splits; paths begin at the data root or in the zip."""
+        named = [(x, s) for x in ("train", "val", "test") for s in getattr(self.splits, x).samples]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            return dict(pool.map(self._entry, named))
+
+    def write(self, run: RunFolder) -> None:
+        """Write the list to the run's folder."""
+        rows = ([*key, *entry] for key, entry in self.entries.items())
+        run.write_table(FILE, ("path", "class", *Entry._fields), rows)
+
+    def check(self, run: RunFolder, accept_changed_files: bool) -> None:
+        """Compare with the list of the run or, if an earlier version made it, with its numbers.
+
+        Args:
+            run: The run.
+            accept_changed_files: Only warn of files whose content has changed.
+
+        Raises:
+            UserError: If an image is gone, new, in another class or split, or has changed.
+        """
+        before, now = _read(run), self.entries
+        if not before:
+            self._check_numbers(run)
+            return
+        both = [x for x in before if x in now]
+        moved = [x for x in both if before[x].split != now[x].split]
+        differences = [
+            f"{what}: {len(images)}, such as {images[0][0]}"
+            for what, images in (
+                ("gone", [x for x in before if x not in now]),
+                ("new", [x for x in now if x not in before]),
+                ("in another split", moved),
+            )
+            if images
+        ]
+        if moved:
+            differences[-1] += f" ({before[moved[0]].split} then, {now[moved[0]].split} now)"
+        if differences:
+            raise UserError(
+                f"the images in {self.root} are not those of the run {run.path} "
+                f"({'; '.join(differences)}); {OTHER_FOLDER}"
+            )
+        changed = [x for x in both if not now[x].has_content_of(before[x])]
+        if changed:
+            told = (
+                f"images that changed since the run {run.path} began: {len(changed)} of "
+                f"{len(now)}, such as {changed[0][0]}"
+            )
+            if not accept_changed_files:
+                raise UserError(f"{told}; --accept-changed-files continues with them")
+            say(f"warning: {told}")
+
+    def _check_numbers(self, run: RunFolder) -> None:
+        before, now = run.read_json(CONFIG)["data"], self.splits.summary()
+        if before != now:
+            raise UserError(
+                f"the images in {self.root} are not those of the run {run.path}: were {before}, "
+                f"are {now}; {OTHER_FOLDER}"
+            )
+
+    def _entry(self, named: tuple[str, Sample]) -> tuple[Key, Entry]:
+        split, sample = named
+        if not (sample.query and sample.gallery):
+            split += ", query" if sample.query else ", gallery"
+        path, source = sample.name, sample.source
+        if isinstance(source, Path):
+            path = Path(os.path.relpath(path, self.root)).as_posix()
+            size = source.stat().st_size
+            content = source.read_bytes() if self.with_checksums else b""
+        else:
+            content = source.tobytes() if isinstance(source, np.ndarray) else source
+            size = len(content)
+        checksum = f"{zlib.crc32(content):08x}" if self.with_checksums else ""
+        return (_utf8(path), _utf8(sample.label)), Entry(split, str(size), checksum)
+
+
+def _read(run: RunFolder) -> dict[Key, Entry]:
+    try:
+        with (run.path / FILE).open(newline="", encoding="utf-8") as file:
+            return {(path, label): Entry(*rest) for path, label, *rest in [*csv.reader(file)][1:]}
+    except FileNotFoundError:  # an earlier version made the run
+        return {}
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read {run.path / FILE}: {error}") from error
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
