@@ -12,11 +12,14 @@ Example:
     'pytorch_metric_learning.losses.triplet_margin_loss'
 """
 
+import torch
 from pytorch_metric_learning import losses as _pml
 from pytorch_metric_learning.losses import *  # noqa: F403
 
 from pml_pnp.loss import PNPLoss  # noqa: F401
 from pml_pnp.memory import CrossBatchMemory, with_pnp_loss  # noqa: F401
+from pml_pnp.sums import call as _call
+from pml_pnp.sums import parts_of as _parts_of
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
@@ -24,6 +27,25 @@ if "PNPLoss" not in __all__:
 
 
 class SelfSupervisedLoss(_pml.SelfSupervisedLoss):
-    """PML's SelfSupervisedLoss, which also takes PNPLoss."""
+    """PML's SelfSupervisedLoss, which also takes PNPLoss, and a MultipleLosses."""
 
     supported_losses = with_pnp_loss(_pml.SelfSupervisedLoss)
+
+    def __init__(self, loss, *args, **kwargs):
+        parts = _parts_of(loss)
+        for part in parts:
+            self.check_loss_support(type(part.loss).__name__)
+        super().__init__(parts[0].loss, *args, **kwargs)
+        self.loss = loss
+
+    def forward(self, embeddings, ref_emb):
+        """Compute the loss of embeddings and their views, (N, d) each."""
+        return _call(self.loss, *self.loss_arguments(embeddings, ref_emb))
+
+    def loss_arguments(self, embeddings, ref_emb) -> tuple:
+        """Return the arguments to call the loss with; a row and its view have the same label."""
+        labels = torch.arange(len(embeddings), device=embeddings.device)
+        if getattr(self, "symmetric", False):  # PML 2.0 has no such attribute
+            batch = torch.cat([embeddings, ref_emb]), torch.cat([labels, labels])
+            return *batch, None, None, None
+        return embeddings, labels, None, ref_emb, labels.clone()
