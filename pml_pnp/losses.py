@@ -18,25 +18,18 @@ from pytorch_metric_learning.losses import *  # noqa: F403
 
 from pml_pnp.loss import PNPLoss  # noqa: F401
 from pml_pnp.memory import CrossBatchMemory, with_pnp_loss  # noqa: F401
+from pml_pnp.sums import TakesSums as _TakesSums
 from pml_pnp.sums import call as _call
-from pml_pnp.sums import parts_of as _parts_of
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
     __all__.append("PNPLoss")
 
 
-class SelfSupervisedLoss(_pml.SelfSupervisedLoss):
+class SelfSupervisedLoss(_pml.SelfSupervisedLoss, _TakesSums):
     """PML's SelfSupervisedLoss, which also takes PNPLoss, and a MultipleLosses."""
 
     supported_losses = with_pnp_loss(_pml.SelfSupervisedLoss)
-
-    def __init__(self, loss, *args, **kwargs):
-        parts = _parts_of(loss)
-        for part in parts:
-            self.check_loss_support(type(part.loss).__name__)
-        super().__init__(parts[0].loss, *args, **kwargs)
-        self.loss = loss
 
     def forward(self, embeddings, ref_emb):
         """Compute the loss of embeddings and their views, (N, d) each."""

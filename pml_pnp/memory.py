@@ -15,7 +15,7 @@ from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
 from pml_pnp.mining import mine, without_self_pairs
 from pml_pnp.pairs import QueryColumns, plain
-from pml_pnp.sums import Part, add_up, check_miners, parts_of
+from pml_pnp.sums import Part, TakesSums, add_up, check_miners, parts_of
 
 
 def with_pnp_loss(wrapper) -> staticmethod:
@@ -29,7 +29,7 @@ def _names_of_family(cls: type) -> list[str]:
     return [cls.__name__, *(n for sub in cls.__subclasses__() for n in _names_of_family(sub))]
 
 
-class CrossBatchMemory(pml.CrossBatchMemory):
+class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     """PML's CrossBatchMemory, a queue of embeddings as references, which also takes PNPLoss.
 
     It takes a MultipleLosses as well, and adds up what its losses would be in this memory alone.
@@ -88,12 +88,8 @@ class CrossBatchMemory(pml.CrossBatchMemory):
     supported_losses = with_pnp_loss(pml.CrossBatchMemory)
 
     def __init__(self, loss, embedding_size, memory_size=1024, miner=None, **kwargs):
-        parts = parts_of(loss)
-        check_miners(parts, miner is not None)
-        for part in parts:
-            self.check_loss_support(type(part.loss).__name__)
-        super().__init__(parts[0].loss, embedding_size, memory_size, miner, **kwargs)
-        self.loss = loss
+        check_miners(parts_of(loss), miner is not None)
+        super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
         if hasattr(self, "register_load_state_dict_pre_hook"):  # not in torch 2.4
             self.register_load_state_dict_pre_hook(_before_loading)
 

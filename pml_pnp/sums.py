@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from pytorch_metric_learning.losses.multiple_losses import MultipleLosses
+from pytorch_metric_learning.losses import MultipleLosses
+from pytorch_metric_learning.losses.base_loss_wrapper import BaseLossWrapper
 from torch import Tensor
 
 from pml_pnp.distances import is_unmodified
@@ -48,6 +49,16 @@ def parts_of(loss: torch.nn.Module) -> list[Part]:
                 part = part._replace(miner=miner)
             parts.append(part._replace(weight=part.weight * loss.weights[key]))
     return parts
+
+
+class TakesSums(BaseLossWrapper):
+    """Base class, after that of PML, of a wrapper that takes a sum of the losses it takes alone."""
+
+    def __init__(self, loss, **kwargs):
+        first, *others = (part.loss for part in parts_of(loss))
+        for other in others:
+            self.check_loss_support(type(other).__name__)
+        super().__init__(loss=first, **kwargs)
 
 
 def check_miners(parts: list[Part], has_pairs: bool) -> None:
