@@ -315,10 +315,7 @@ class _Exact:
         """Return the value of a loss of the joined batch, with the gradient of this rank."""
         if isinstance(part.loss, CrossBatchMemory):
             return self._value_in_memory(part.loss)
-        mined = None
-        if part.miner is not None:
-            with torch.no_grad():
-                mined = part.miner(*self.arguments)
+        mined = None if part.miner is None else part.miner(*self.arguments)
         if not _is_divided(part):
             x, labels, *references = self.arguments
             return part.loss(x, labels, self.all_pairs if mined is None else mined, *references)
@@ -330,8 +327,7 @@ class _Exact:
         if pairs is None and columns is not None and takes_query_columns(part.loss):
             pairs = QueryColumns(columns)
         elif columns is not None:
-            if pairs is None:
-                pairs = lmu.get_all_pairs_indices(self.own_labels, ref_labels)
+            pairs = lmu.convert_to_pairs(pairs, self.own_labels, ref_labels)  # all, if it is None
             pairs = without_self_pairs(pairs, columns)
         queries = self.embeddings, self.own_labels
         return _joined_loss(part.loss, *queries, pairs, references, ref_labels)
