@@ -45,11 +45,12 @@ def mine(miner, queries, labels, references, ref_labels, columns: Tensor | None)
         if isinstance(distance, torch.nn.Module):
             stack.callback(distance.register_forward_hook(hide).remove)
         again = miner(queries[rows], labels[rows], references, ref_labels)
-    again = without_self_pairs(again, columns[rows])
+    number, again = len(again[0]), without_self_pairs(again, columns[rows])
+    is_still_shown = len(again[0]) < number
     again = [rows[x] if i in anchors_of(again) else x for i, x in enumerate(again)]
     lost.zero_()[rows] = True
     kept = c_f.concatenate_indices_tuples(of_queries(kept, ~lost), again)
-    if len(kept[0]) == 0:
+    if is_still_shown and len(kept[0]) == 0:
         warnings.warn(
             f"{type(miner).__name__} chooses for every query its own copy among the references, "
             "so that no query counts and the loss is zero; a miner that computes similarities by "

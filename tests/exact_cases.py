@@ -125,6 +125,7 @@ CASES = {
     "pairs, Lp": {"tuple": "pairs", "loss": {"distance": lp}},
     "miner": {"miner": False},
     "efficient miner": {"miner": True},
+    "miner of the easiest": {"miner": True, "chooses": miners.BatchEasyHardMiner},
     "references": {"references": True},
     "references, Lp": {"references": True, "loss": {"distance": lp}},
     "references, lean Lp": {"references": True, "loss": {"distance": lp, "chunk_size": 3}},
@@ -290,8 +291,9 @@ def steps(case, rows, rank=None):
             net = GradCache(net, chunk_size=3)
         efficient = case.get("efficient", "exact")
         loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
-        mine = DistributedMinerWrapper(miner(), efficient=case.get("miner", False))
-        if len(set(rows)) == 1 and "references" not in case:  # PML's own
+        chosen = case.get("chooses", miner)()
+        mine = DistributedMinerWrapper(chosen, efficient=case.get("miner", False))
+        if len(set(rows)) == 1 and not {"references", "chooses"} & set(case):  # PML's own
             mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
     results = []
     for step in range(STEPS if "memory" in case else case.get("steps", 1)):
@@ -314,7 +316,7 @@ def steps(case, rows, rank=None):
                 args["indices_tuple"] = given if rank is None else of_rank(given, rows, rows, rank)
             if "miner" in case and rank is None:
                 references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
-                args["indices_tuple"] = miner()(embeddings, y, *references)
+                args["indices_tuple"] = case.get("chooses", miner)()(embeddings, y, *references)
             elif "miner" in case:
                 references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
                 args["indices_tuple"] = mine(embeddings, y, *references)
