@@ -41,13 +41,17 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     | True, as in PML | its own | all, without gradient | without the part of the references |
     | "exact" | its own | all, with gradient | of the joined batch |
 
+    With "exact", a PNPLoss is divided in this way, and any other loss is computed of all queries by
+    every rank. A MultipleLosses is the sum of what its losses are alone, in every mode.
+
     A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that its queue is the
     same on every rank. PML's wrapper puts each rank's own rows first.
 
     Args:
-        loss: any that PML's wrapper takes. With "exact" a PNPLoss, or this package's
-            CrossBatchMemory or a SelfSupervisedLoss around one. Its reducer must be a MeanReducer,
-            DivisorReducer, ClassWeightedReducer or SumReducer, without embedding_regularizer.
+        loss: any that PML's wrapper takes, or a MultipleLosses of such losses. With "exact" a loss
+            of PML, a MultipleLosses, or this package's CrossBatchMemory or a SelfSupervisedLoss
+            around one. The reducer of a PNPLoss must then be a MeanReducer, DivisorReducer,
+            ClassWeightedReducer or SumReducer, and it must have no embedding_regularizer.
         efficient: False (default), True or "exact".
 
     Call with the arguments of PML's wrapper, for this rank:
@@ -57,7 +61,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         labels: (N,).
         indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
             DistributedMinerWrapper makes them; "exact" uses those of this rank's queries. Not with
-            a CrossBatchMemory, which may have its own miner, or a SelfSupervisedLoss.
+            a CrossBatchMemory, which may have its own miner, a SelfSupervisedLoss, or a
+            MultipleLosses with miners. Those are called with the joined batch.
         ref_emb, ref_labels: references of this rank. With a SelfSupervisedLoss the views of
             `embeddings`, which may also come second, as in its own call.
         enqueue_mask: (N,), bool, with a CrossBatchMemory.
@@ -71,14 +76,15 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
 
     Raises:
         TypeError, ValueError: the mode does not support a loss, reducer or argument; arguments do
-            not fit together (raised on every rank).
-        RuntimeError: another rank was given bad arguments.
+            not fit together.
+        RuntimeError: another rank was given bad arguments, with "exact" or a CrossBatchMemory. The
+            other modes do not find this out, as PML's wrapper does not.
 
     Every rank must make the same calls, forward and backward. If a rank ends with another error,
     the others end after the timeout of the process group at the latest.
 
     Memory: with "exact" the gathered embeddings and their gradient, 2 x (sum of N) x d numbers, and
-    what the loss needs for N queries.
+    what a PNPLoss needs for N queries, another loss for all.
 
     Example:
         >>> from pml_pnp import losses
@@ -95,7 +101,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             is_of_views = isinstance(loss, self_supervised_loss.SelfSupervisedLoss)
             inner = loss.loss if is_of_views else loss
             _check_loss(inner)
-        for part in parts_of(inner):
+        for part in parts_of(inner):  # PML checks each of them
             super().__init__(part.loss, False if efficient == EXACT else efficient)
         self.loss, self.efficient = loss, efficient
 
@@ -164,8 +170,9 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 
     The pairs or triplets are over the joined batch with this rank's rows first: with
     `efficient=True` those of this rank's queries, otherwise all. DistributedLossWrapper with
-    `efficient="exact"` needs only the former. With `ref_emb`, PML's wrapper drops the pairs of a
-    query and the reference of the same index; this one does not.
+    `efficient="exact"` needs only the former. A query's own copy among the references of
+    `efficient=True` is not chosen, as in a CrossBatchMemory. With `ref_emb`, PML's wrapper drops
+    the pairs of a query and the reference of the same index; this one does not.
     """
 
     def forward(self, emb, labels, ref_emb=None, ref_labels=None):

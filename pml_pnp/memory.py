@@ -200,14 +200,14 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         elif miner is not None:
             indices_tuple = mine(miner, embeddings, labels, E_mem, L_mem, columns)
         else:
-            indices_tuple = lmu.get_all_pairs_indices(labels, L_mem)
-        if input_indices_tuple is not None:
-            if len(indices_tuple) == 4:
-                given = lmu.convert_to_pairs(input_indices_tuple, labels)
-            else:
-                given = lmu.convert_to_triplets(input_indices_tuple, labels)
-            indices_tuple = c_f.concatenate_indices_tuples(indices_tuple, given)
-        return indices_tuple if columns is None else without_self_pairs(indices_tuple, columns)
+            indices_tuple = without_self_pairs(lmu.get_all_pairs_indices(labels, L_mem), columns)
+        if input_indices_tuple is None:
+            return indices_tuple
+        if len(indices_tuple) == 4:
+            given = lmu.convert_to_pairs(input_indices_tuple, labels)
+        else:
+            given = lmu.convert_to_triplets(input_indices_tuple, labels)
+        return c_f.concatenate_indices_tuples(indices_tuple, without_self_pairs(given, columns))
 
     def _lists_pairs(self, loss) -> bool:
         """Whether a loss gets a list of pairs or triplets, and not the positions of the batch."""

@@ -28,8 +28,6 @@ def mine(miner, queries, labels, references, ref_labels, columns: Tensor | None)
         pairs or triplets, as the miner returns them
     """
     found = miner(queries, labels, references, ref_labels)
-    if columns is None:
-        return found
     kept = without_self_pairs(found, columns)
     if len(kept[0]) == len(found[0]):
         return kept
@@ -60,8 +58,13 @@ def mine(miner, queries, labels, references, ref_labels, columns: Tensor | None)
     return kept
 
 
-def without_self_pairs(indices_tuple, columns: Tensor):
-    """Drop the pairs or triplets that compare a query a with reference `columns[a]`, its copy."""
+def without_self_pairs(indices_tuple, columns: Tensor | None):
+    """Drop the pairs or triplets that compare a query a with reference `columns[a]`, its copy.
+
+    Without `columns`, nothing is dropped.
+    """
+    if columns is None:
+        return indices_tuple
     if len(indices_tuple) == 3:
         a, p, n = indices_tuple
         keep = (columns[a] != p) & (columns[a] != n)
