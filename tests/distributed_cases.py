@@ -21,7 +21,6 @@ CASES = {
     "memory": {"memory": True},
     "sum": {"sum": True},
     "efficient sum": {"sum": True, "efficient": True},
-    "references, efficient sum": {"sum": True, "efficient": True, "references": True},
 }
 
 
