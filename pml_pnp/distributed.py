@@ -142,7 +142,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         if is_alone and has_memory:
             return loss(embeddings, labels, indices_tuple, enqueue_mask)
         if is_alone:
-            return call(loss, *arguments)
+            return call(loss, *arguments) if loss is self.loss else self.loss(embeddings, views)
         if self.efficient == EXACT:
             exact = _Exact(loss, *arguments, enqueue_mask, error)
             return add_up(loss, exact.value_of)
@@ -258,7 +258,7 @@ def _self_supervised_arguments(loss, embeddings, views, indices_tuple) -> tuple:
             f"ref_emb must have the shape of embeddings, {tuple(embeddings.shape)}, got "
             f"{tuple(views.shape)}"
         )
-    x, labels, _, views, view_labels = SelfSupervisedLoss.loss_arguments(loss, embeddings, views)
+    x, labels, _, views, _ = SelfSupervisedLoss.loss_arguments(loss, embeddings, views)
     if pml_distributed.is_distributed():
         labels = labels * dist.get_world_size() + dist.get_rank()
     return x, labels, None, views, None if views is None else labels.clone()
@@ -279,7 +279,7 @@ class _Exact:
         self.joined = joined = Joined(
             embeddings, labels, ref_emb, ref_labels, mask=mask, has_tuple=has_tuple, error=error
         )
-        self.embeddings, self.ref_emb = with_gradient(embeddings, joined.needs_grad), ref_emb
+        self.embeddings = with_gradient(embeddings, joined.needs_grad)
         self.own_labels = self.labels = self.pairs = None
         if joined.labels is not None:
             self.own_labels, self.labels = joined.labels[joined.rank], torch.cat(joined.labels)
