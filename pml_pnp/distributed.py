@@ -1,22 +1,33 @@
 """PML's wrappers for the embeddings of all ranks, with an exact mode that divides the work."""
 
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
-from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import reducers
+from pytorch_metric_learning.losses import (
+    BaseMetricLossFunction,
+    MultipleLosses,
+    cross_batch_memory,
+    self_supervised_loss,
+)
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_pnp.joined import Joined, with_gradient
 from pml_pnp.loss import PNPLoss
-from pml_pnp.memory import CrossBatchMemory, takes_query_columns, without_self_pairs
-from pml_pnp.pairs import QueryColumns, Relation, plain
+from pml_pnp.losses import CrossBatchMemory, SelfSupervisedLoss
+from pml_pnp.memory import takes_query_columns
+from pml_pnp.mining import mine, without_self_pairs
+from pml_pnp.pairs import QueryColumns, Relation
 from pml_pnp.precision import at_least_float32
+from pml_pnp.sums import Part, add_up, call, check_miners, parts_of
 
 EXACT = "exact"
 MEANS = (reducers.MeanReducer, reducers.DivisorReducer, reducers.ClassWeightedReducer)
 SUMS = (reducers.SumReducer,)
+NO_MEMORY = "enqueue_mask needs a CrossBatchMemory, got one without it"
 
 
 class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
@@ -32,13 +43,17 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     "exact"           its own            all, with gradient     of the joined batch
     ================  =================  =====================  ====================================
 
+    With "exact", a PNPLoss is divided in this way, and any other loss is computed of all queries by
+    every rank. A MultipleLosses is the sum of what its losses are alone, in every mode.
+
     A CrossBatchMemory enqueues the joined batch in the order of the ranks, so that its queue is the
     same on every rank. PML's wrapper puts each rank's own rows first.
 
     Args:
-        loss: any that PML's wrapper takes. With "exact" a PNPLoss, or this package's
-            CrossBatchMemory or a SelfSupervisedLoss around one. Its reducer must be a MeanReducer,
-            DivisorReducer, ClassWeightedReducer or SumReducer, without embedding_regularizer.
+        loss: any that PML's wrapper takes, or a MultipleLosses of such losses. With "exact" a loss
+            of PML, a MultipleLosses, or this package's CrossBatchMemory or a SelfSupervisedLoss
+            around one. The reducer of a PNPLoss must then be a MeanReducer, DivisorReducer,
+            ClassWeightedReducer or SumReducer, and it must have no embedding_regularizer.
         efficient: False (default), True or "exact".
 
     Call with:
@@ -48,7 +63,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         labels: (N,).
         indices_tuple: pairs or triplets over the joined batch with this rank's rows first, as
             DistributedMinerWrapper makes them; "exact" uses those of this rank's queries. Not with
-            a CrossBatchMemory, which may have its own miner, or a SelfSupervisedLoss.
+            a CrossBatchMemory, which may have its own miner, a SelfSupervisedLoss, or a
+            MultipleLosses with miners. Those are called with the joined batch.
         ref_emb, ref_labels: references of this rank. With a SelfSupervisedLoss the views of
             `embeddings`, which may also come second, as in its own call.
         enqueue_mask: (N,), bool, with a CrossBatchMemory.
@@ -62,14 +78,15 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
 
     Raises:
         TypeError, ValueError: the mode does not support a loss, reducer or argument; arguments do
-            not fit together (raised on every rank).
-        RuntimeError: another rank was given bad arguments.
+            not fit together.
+        RuntimeError: another rank was given bad arguments, with "exact" or a CrossBatchMemory. The
+            other modes do not find this out, as PML's wrapper does not.
 
     Every rank must make the same calls, forward and backward. If a rank ends with another error,
     the others end after the timeout of the process group at the latest.
 
     Memory: with "exact" the gathered embeddings and their gradient, 2 x (sum of N) x d numbers, and
-    what the loss needs for N queries.
+    what a PNPLoss needs for N queries, another loss for all.
 
     Example:
         >>> from pml_pnp import losses
@@ -79,17 +96,16 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     """
 
     def __init__(self, loss, efficient: bool | str = False):
-        if efficient == EXACT:
-            inner = loss
-            if isinstance(loss, (CrossBatchMemory, pml_losses.SelfSupervisedLoss)):
-                inner = loss.loss
-            _check_loss(inner)
-            super().__init__(inner)
-            self.loss, self.efficient = loss, EXACT
-        elif isinstance(efficient, str):
+        if isinstance(efficient, str) and efficient != EXACT:
             raise ValueError(f'efficient must be False, True or "exact", got {efficient!r}')
-        else:
-            super().__init__(loss, efficient)
+        inner = loss
+        if efficient == EXACT:
+            is_of_views = isinstance(loss, self_supervised_loss.SelfSupervisedLoss)
+            inner = loss.loss if is_of_views else loss
+            _check_loss(inner)
+        for part in parts_of(inner):  # PML checks each of them
+            super().__init__(part.loss, False if efficient == EXACT else efficient)
+        self.loss, self.efficient = loss, efficient
 
     def forward(
         self,
@@ -103,79 +119,52 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         """Compute the loss of the joined batch; the class docstring describes the arguments."""
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
         is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
-        if isinstance(self.loss, pml_losses.CrossBatchMemory):
-            if ref_emb is not None or ref_labels is not None:
-                raise ValueError(
-                    "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
-                    "ref_labels"
-                )
-            if is_alone:
-                return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
-            return self._loss_with_memory(embeddings, labels, indices_tuple, enqueue_mask)
-        if enqueue_mask is not None:
-            raise ValueError("enqueue_mask needs a CrossBatchMemory, got one without it")
-        if self.efficient != EXACT:
+        has_memory = isinstance(self.loss, cross_batch_memory.CrossBatchMemory)
+        if self.efficient != EXACT and not has_memory:
+            if enqueue_mask is not None:
+                raise ValueError(NO_MEMORY)
+            if isinstance(self.loss, MultipleLosses):
+                return self._sum(*arguments)
             return super().forward(*arguments)
         loss, error = self.loss, None
-        if isinstance(loss, pml_losses.SelfSupervisedLoss):
-            views = labels if ref_emb is None else ref_emb
-            if is_alone and indices_tuple is None:
-                return loss(embeddings, views)
-            try:
-                arguments = self._self_supervised_arguments(embeddings, views, indices_tuple)
-            except (TypeError, ValueError) as caught:
-                if is_alone:
-                    raise
-                arguments, error = (embeddings, None, None, None, None), caught
-            loss = loss.loss
+        try:
+            if has_memory:
+                _check_memory_arguments(labels, indices_tuple, ref_emb, ref_labels, is_alone)
+            elif enqueue_mask is not None:
+                raise ValueError(NO_MEMORY)
+            elif isinstance(loss, self_supervised_loss.SelfSupervisedLoss):
+                views = labels if ref_emb is None else ref_emb
+                arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
+                loss = loss.loss
+            check_miners(parts_of(loss), indices_tuple is not None)
+        except (TypeError, ValueError) as caught:
+            if is_alone:
+                raise
+            error = caught
+        if is_alone and has_memory:
+            return loss(embeddings, labels, indices_tuple, enqueue_mask)
         if is_alone:
-            return loss(*arguments)
-        return _joined_loss(loss, *_exact_arguments(loss, *arguments, error))
-
-    def _loss_with_memory(self, embeddings, labels, indices_tuple, enqueue_mask):
-        """Compute the loss of the joined batch with a CrossBatchMemory."""
-        error = None
-        if indices_tuple is not None:
-            error = ValueError(
-                "with several ranks a CrossBatchMemory takes no indices_tuple, got one: give it a "
-                "miner"
-            )
-        elif labels is None:
-            error = TypeError("labels must be a tensor, got NoneType")
+            return call(loss, *arguments) if loss is self.loss else self.loss(embeddings, views)
+        if self.efficient == EXACT:
+            exact = _Exact(loss, *arguments, enqueue_mask, error)
+            return add_up(loss, exact.value_of)
         joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
-        with torch.no_grad():
-            parts = joined.gather(embeddings)
-            if enqueue_mask is not None:
-                mask = enqueue_mask.to(embeddings.device, torch.uint8)
-                enqueue_mask = torch.cat(joined.gather(mask)).bool()
-        parts[joined.rank] = embeddings
-        batch = torch.cat(parts), torch.cat(joined.labels), None, enqueue_mask
-        if self.efficient != EXACT:
-            return self.loss(*batch) * len(parts)
-        arguments = self.loss.loss_arguments(*batch, rows=joined.own_rows)
-        return _joined_loss(self.loss.loss, *arguments)
+        batch, all_labels = joined.gather_constant(embeddings), torch.cat(joined.labels)
+        return loss(batch, all_labels, None, joined.mask) * dist.get_world_size()
 
-    def _self_supervised_arguments(self, embeddings, views, indices_tuple) -> tuple:
-        """Return the arguments with which SelfSupervisedLoss calls its loss.
+    def _sum(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
+        """Add up what this wrapper returns for the losses of a MultipleLosses."""
+        check_miners(parts_of(self.loss), indices_tuple is not None)
 
-        A row and its view have the same label, and no other row of any rank has it.
-        """
-        if indices_tuple is not None:
-            raise ValueError("SelfSupervisedLoss takes no indices_tuple, got one")
-        for name, x in (("embeddings", embeddings), ("ref_emb", views)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if embeddings.shape != views.shape:
-            raise ValueError(
-                f"ref_emb must have the shape of embeddings, {tuple(embeddings.shape)}, got "
-                f"{tuple(views.shape)}"
-            )
-        labels = torch.arange(len(embeddings), device=embeddings.device) * dist.get_world_size()
-        labels += dist.get_rank()
-        if getattr(self.loss, "symmetric", False):  # PML 2.0 has no such attribute
-            batch = torch.cat([embeddings, views]), torch.cat([labels, labels])
-            return *batch, None, None, None
-        return embeddings, labels, None, views, labels.clone()
+        def value_of(part: Part) -> Tensor:
+            pairs = indices_tuple
+            if part.miner is not None:
+                miner = DistributedMinerWrapper(part.miner, self.efficient)
+                pairs = miner(embeddings, labels, ref_emb, ref_labels)
+            wrapper = DistributedLossWrapper(part.loss, self.efficient)
+            return wrapper(embeddings, labels, pairs, ref_emb, ref_labels)
+
+        return add_up(self.loss, value_of)
 
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
@@ -183,8 +172,9 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 
     The pairs or triplets are over the joined batch with this rank's rows first: with
     `efficient=True` those of this rank's queries, otherwise all. DistributedLossWrapper with
-    `efficient="exact"` needs only the former. With `ref_emb`, PML's wrapper drops the pairs of a
-    query and the reference of the same index; this one does not.
+    `efficient="exact"` needs only the former. A query's own copy among the references of
+    `efficient=True` is not chosen, as in a CrossBatchMemory. With `ref_emb`, PML's wrapper drops
+    the pairs of a query and the reference of the same index; this one does not.
     """
 
     def forward(self, emb, labels, ref_emb=None, ref_labels=None):
@@ -206,77 +196,168 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
                 return self.miner(emb, labels)
             if len(emb) == 0:
                 return tuple(labels.new_empty(0, dtype=torch.int64) for _ in range(4))
-            indices_tuple = self.miner(emb, labels, references, all_labels)
-        if ref_emb is not None:
-            return indices_tuple
-        return without_self_pairs(indices_tuple, torch.arange(len(emb), device=emb.device))
+            columns = torch.arange(len(emb), device=emb.device) if ref_emb is None else None
+            return mine(self.miner, emb, labels, references, all_labels, columns)
 
 
 def _check_loss(loss) -> None:
+    """Raise TypeError or ValueError unless the joined loss can be computed exactly."""
+    for part in parts_of(loss):
+        if isinstance(part.loss, CrossBatchMemory):
+            check_miners([part], has_pairs=True)
+            _check_loss(part.loss.loss)
+        elif isinstance(part.loss, PNPLoss):
+            _check_divisible(part.loss)
+        elif not isinstance(part.loss, BaseMetricLossFunction):
+            raise TypeError(
+                'efficient="exact" needs losses of pytorch_metric_learning, a MultipleLosses, or '
+                "one inside a CrossBatchMemory of pml_pnp.losses or a SelfSupervisedLoss, got "
+                f"{type(part.loss).__name__}"
+            )
+
+
+def _check_divisible(loss: PNPLoss) -> None:
     """Raise TypeError unless the joined loss is a mean or sum of the losses of the ranks."""
-    if not isinstance(loss, PNPLoss):
-        raise TypeError(
-            'efficient="exact" needs a PNPLoss, or a CrossBatchMemory of pml_pnp.losses or a '
-            f"SelfSupervisedLoss around one, got {type(loss).__name__}"
-        )
     if loss.embedding_regularizer is not None:
         raise TypeError(
-            'efficient="exact" takes no embedding_regularizer, got '
+            'efficient="exact" takes no embedding_regularizer of a PNPLoss, got '
             f"{type(loss.embedding_regularizer).__name__}: add its loss to that of the wrapper"
         )
     if type(loss.reducer) not in MEANS + SUMS:
         names = ", ".join(cls.__name__ for cls in MEANS + SUMS)
         raise TypeError(
-            f'efficient="exact" needs a reducer that is a mean or a sum over queries, {names}, '
-            f"got {type(loss.reducer).__name__}"
+            'efficient="exact" needs a PNPLoss whose reducer is a mean or a sum over queries, '
+            f"{names}, got {type(loss.reducer).__name__}"
         )
 
 
-def _exact_arguments(
-    loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, error: Exception | None
-) -> tuple:
-    """Return the arguments of this rank's loss: its queries, all references, its own first."""
-    if ref_emb is embeddings and ref_labels is labels:
-        ref_emb = ref_labels = None
-    joined = Joined(
-        embeddings, labels, ref_emb, ref_labels, has_tuple=indices_tuple is not None, error=error
-    )
-    n = len(embeddings)
-    if joined.labels is not None:
-        labels = joined.labels[joined.rank]
-    all_labels = joined.labels if ref_emb is None else joined.ref_labels
-    all_labels = None if all_labels is None else torch.cat(joined.own_first(all_labels))
-    # The gradient is summed over the ranks in the dtype of the gathered embeddings.
-    dtype = at_least_float32(embeddings.dtype)
-    if ref_emb is None:
-        embeddings = with_gradient(embeddings, joined.needs_grad)
-        references = joined.gather(embeddings.to(dtype))
-    else:
-        ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
-        references = joined.gather_references(ref_emb.to(dtype))
-    references = torch.cat(joined.own_first(references))
-    columns = torch.arange(n, device=embeddings.device) if ref_emb is None else None
+def _check_memory_arguments(labels, indices_tuple, ref_emb, ref_labels, is_alone: bool) -> None:
+    """Raise TypeError or ValueError unless these can be used with a CrossBatchMemory."""
+    if ref_emb is not None or ref_labels is not None:
+        raise ValueError(
+            "CrossBatchMemory has references of its own, and takes neither ref_emb nor ref_labels"
+        )
+    if labels is None:
+        raise TypeError("labels must be a tensor, got NoneType")
+    if indices_tuple is not None and not is_alone:
+        raise ValueError(
+            "with several ranks a CrossBatchMemory takes no indices_tuple, got one: give it a miner"
+        )
+
+
+def _self_supervised_arguments(loss, embeddings, views, indices_tuple) -> tuple:
+    """Return the arguments with which SelfSupervisedLoss calls its loss.
+
+    A row and its view have the same label, and no other row of any rank has it.
+    """
     if indices_tuple is not None:
-        joined.check_tuple(indices_tuple, len(references))
-        indices_tuple = _pairs_of_first(n, indices_tuple, embeddings.device)
-        if columns is not None:
-            indices_tuple = without_self_pairs(indices_tuple, columns)
-    elif columns is not None and takes_query_columns(loss):
-        indices_tuple = QueryColumns(columns)
-    elif columns is not None:
-        indices_tuple = lmu.get_all_pairs_indices(labels, all_labels)
-        indices_tuple = without_self_pairs(indices_tuple, columns)
-    return embeddings, labels, indices_tuple, references, all_labels
+        raise ValueError("SelfSupervisedLoss takes no indices_tuple, got one")
+    for name, x in (("embeddings", embeddings), ("ref_emb", views)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if embeddings.shape != views.shape:
+        raise ValueError(
+            f"ref_emb must have the shape of embeddings, {tuple(embeddings.shape)}, got "
+            f"{tuple(views.shape)}"
+        )
+    x, labels, _, views, _ = SelfSupervisedLoss.loss_arguments(loss, embeddings, views)
+    if pml_distributed.is_distributed():
+        labels = labels * dist.get_world_size() + dist.get_rank()
+    return x, labels, None, views, None if views is None else labels.clone()
 
 
-def _pairs_of_first(n: int, indices_tuple, device) -> tuple[Tensor, ...]:
-    """Return the pairs of the first n queries."""
-    indices_tuple = [plain(i).to(device, torch.int64) for i in indices_tuple]
-    if len(indices_tuple) == 3:
-        a, p, q = indices_tuple
-        indices_tuple = a, p, a, q
-    a1, p, a2, q = indices_tuple
-    return a1[a1 < n], p[a1 < n], a2[a2 < n], q[a2 < n]
+class _Exact:
+    """The joined batch, whose rows are in the order of the ranks, and the value of losses of it.
+
+    Each rank computes a PNPLoss of its own queries only, and any other loss of all queries.
+    """
+
+    def __init__(
+        self, loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, mask, error
+    ) -> None:
+        if ref_emb is embeddings and ref_labels is labels:
+            ref_emb = ref_labels = None
+        has_tuple = indices_tuple is not None
+        self.joined = joined = Joined(
+            embeddings, labels, ref_emb, ref_labels, mask=mask, has_tuple=has_tuple, error=error
+        )
+        self.embeddings = with_gradient(embeddings, joined.needs_grad)
+        self.own_labels = self.labels = self.pairs = None
+        if joined.labels is not None:
+            self.own_labels, self.labels = joined.labels[joined.rank], torch.cat(joined.labels)
+        self.references = self.ref_labels = None
+        if ref_emb is not None:
+            ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
+            ref_emb = ref_emb.to(at_least_float32(ref_emb.dtype))
+            self.references = torch.cat(joined.gather_references(ref_emb))
+            if joined.ref_labels is not None:
+                self.ref_labels = torch.cat(joined.ref_labels)
+        if has_tuple:
+            self.pairs = joined.own_pairs(joined.in_order(indices_tuple))
+        # A PNPLoss in a memory needs the gradient of its own queries only.
+        parts = parts_of(loss)
+        in_memory = [part for part in parts if isinstance(part.loss, CrossBatchMemory)]
+        inner = [part for memory in in_memory for part in parts_of(memory.loss.loss)]
+        self._is_constant = len(parts) == len(in_memory) and all(map(_is_divided, inner))
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """The joined batch; its gradient is summed over the ranks in this dtype."""
+        if self._is_constant:
+            return self.joined.gather_constant(self.embeddings)
+        dtype = at_least_float32(self.embeddings.dtype)
+        return torch.cat(self.joined.gather(self.embeddings.to(dtype)))
+
+    @cached_property
+    def arguments(self) -> tuple:
+        """What one process would be given: batch, labels, references and their labels."""
+        dtype = self.embeddings.dtype
+        references = None if self.references is None else self.references.to(dtype)
+        return self.batch.to(dtype), self.labels, references, self.ref_labels
+
+    @cached_property
+    def all_pairs(self) -> tuple[Tensor, ...] | None:
+        """The pairs or triplets that the ranks were given."""
+        return None if self.pairs is None else self.joined.gather_pairs(self.pairs)
+
+    def value_of(self, part: Part) -> Tensor:
+        """Return the value of a loss of the joined batch, with the gradient of this rank."""
+        if isinstance(part.loss, CrossBatchMemory):
+            return self._value_in_memory(part.loss)
+        mined = None if part.miner is None else part.miner(*self.arguments)
+        if not _is_divided(part):
+            x, labels, *references = self.arguments
+            return part.loss(x, labels, self.all_pairs if mined is None else mined, *references)
+        pairs = self.pairs if mined is None else self.joined.own_pairs(mined)
+        references, ref_labels, columns = self.references, self.ref_labels, None
+        if references is None:
+            references, ref_labels, rows = self.batch, self.labels, self.joined.own_rows
+            columns = torch.arange(rows.start, rows.stop, device=references.device)
+        if pairs is None and columns is not None and takes_query_columns(part.loss):
+            pairs = QueryColumns(columns)
+        elif columns is not None:
+            pairs = lmu.convert_to_pairs(pairs, self.own_labels, ref_labels)  # all, if it is None
+            pairs = without_self_pairs(pairs, columns)
+        queries = self.embeddings, self.own_labels
+        return _joined_loss(part.loss, *queries, pairs, references, ref_labels)
+
+    def _value_in_memory(self, memory: CrossBatchMemory) -> Tensor:
+        """Enqueue the joined batch, and return the value of the loss of a memory."""
+        batch, labels, *_ = self.arguments
+        mask, own_rows = self.joined.mask, self.joined.own_rows
+        arguments = memory.enqueue(batch, labels, enqueue_mask=mask, own_rows=own_rows)
+
+        def value_of(part: Part) -> Tensor:
+            if _is_divided(part):
+                return _joined_loss(part.loss, *arguments(part, own=True))
+            return part.loss(*arguments(part))
+
+        return add_up(memory.loss, value_of)
+
+
+def _is_divided(part: Part) -> bool:
+    """Whether each rank computes the loss of its own queries only."""
+    return isinstance(part.loss, PNPLoss)
 
 
 def _joined_loss(loss, queries, labels, indices_tuple, references, ref_labels) -> Tensor:
@@ -285,7 +366,7 @@ def _joined_loss(loss, queries, labels, indices_tuple, references, ref_labels) -
     Its gradient is the part of this rank times the number of ranks, so that the mean over the ranks
     is the gradient of the joined loss.
     """
-    _check_loss(loss)
+    _check_divisible(loss)
     loss_of_rank = loss(queries, labels, indices_tuple, references, ref_labels)
     if references.requires_grad:
         # All ranks take part in the backward of gathering, also one whose loss is constant.

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pml_pnp.checks import check_enqueue_mask, check_inputs, check_tuple
+from pml_pnp.mining import anchors_of, of_queries
 from pml_pnp.pairs import plain
 
 
@@ -52,10 +53,9 @@ class Joined:
         has_tuple: bool = False,
         error: Exception | None = None,
     ) -> None:
-        if not isinstance(embeddings, Tensor):  # no device is known to exchange anything
-            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
         self.rank = dist.get_rank()
-        self.device = device = embeddings.device
+        is_tensor = isinstance(embeddings, Tensor)
+        self.device = device = embeddings.device if is_tensor else _device_of_group()
         own = _Part(is_bad=1)
         try:
             if error is not None:
@@ -74,7 +74,8 @@ class Joined:
         if len({str(part) for part in parts}) > 1:
             said = "; ".join(f"rank {rank}: {part}" for rank, part in enumerate(parts))
             raise ValueError(f"all ranks must be given the same arguments, got {said}")
-        self.rows, self.ref_rows = [x.rows for x in parts], [x.ref_rows for x in parts]
+        self.rows = [part.rows for part in parts]
+        self.ref_rows = None if ref_emb is None else [part.ref_rows for part in parts]
         self.needs_grad = any(x.needs_grad for x in parts)
         self.ref_needs_grad = any(x.ref_needs_grad for x in parts)
         self.labels = self.ref_labels = None
@@ -83,6 +84,9 @@ class Joined:
             self.labels = self.gather(plain(labels).to(device, dtype))
         if ref_labels is not None:
             self.ref_labels = self.gather_references(plain(ref_labels).to(device, dtype))
+        self.mask = None
+        if mask is not None:
+            self.mask = torch.cat(self.gather(mask.to(device, torch.uint8))).bool()
 
     @property
     def own_rows(self) -> slice:
@@ -102,15 +106,61 @@ class Joined:
         """Gather a tensor with a row for each of the references; differentiable."""
         return _gather_rows(x, self.ref_rows)
 
-    def check_tuple(self, indices_tuple, number_of_references: int) -> None:
-        """Raise an error on all ranks unless each has a valid tuple over the joined batch."""
+    def gather_constant(self, x: Tensor) -> Tensor:
+        """The joined rows of a tensor, of which only those of this rank have a gradient."""
+        with torch.no_grad():
+            parts = self.gather(x)
+        parts[self.rank] = x
+        return torch.cat(parts)
+
+    def in_order(self, indices_tuple) -> tuple[Tensor, ...]:
+        """Renumber the rows of a tuple, of which this rank's come first, in the order of the ranks.
+
+        Raises an error on all ranks unless each has a valid tuple over the joined batch.
+        """
+        rows = self.rows if self.ref_rows is None else self.ref_rows
         error = None
         try:
-            check_tuple(indices_tuple, sum(self.rows), number_of_references)
+            check_tuple(indices_tuple, sum(self.rows), sum(rows))
         except (TypeError, ValueError) as caught:
             error = caught
         is_bad = torch.tensor(error is not None, dtype=torch.int64, device=self.device)
         _raise_if_any(error, _gather(is_bad).tolist())
+        indices_tuple = [plain(x).to(self.device, torch.int64) for x in indices_tuple]
+        anchors = anchors_of(indices_tuple)
+        orders = self._own_first_order(self.rows), self._own_first_order(rows)
+        return tuple(orders[i not in anchors][x] for i, x in enumerate(indices_tuple))
+
+    def own_pairs(self, indices_tuple) -> tuple[Tensor, ...]:
+        """The pairs or triplets of the queries of this rank, which are then numbered from 0."""
+        own = self.own_rows
+        is_own = torch.zeros(sum(self.rows), dtype=torch.bool, device=self.device)
+        is_own[own] = True
+        found = of_queries(indices_tuple, is_own)
+        anchors = anchors_of(found)
+        return tuple(x - own.start if i in anchors else x for i, x in enumerate(found))
+
+    def gather_pairs(self, indices_tuple) -> tuple[Tensor, ...]:
+        """Gather the `own_pairs` of all ranks; pairs if some rank has pairs, or else triplets."""
+        anchors = anchors_of(indices_tuple)
+        found = [x + self.own_rows.start * (i in anchors) for i, x in enumerate(indices_tuple)]
+        numbers = [len(found), len(found[0]), len(found[-1])]
+        numbers = _gather(torch.tensor(numbers, device=self.device)).tolist()
+        if any(kind == 4 and first + last > 0 for kind, first, last in numbers):
+            a, p, a2, n = found if len(found) == 4 else (*found[:2], found[0], found[2])
+            groups = [((a, p), 1), ((a2, n), 2)]
+        else:  # no rank has pairs, but one that has no triplets may have an empty tuple of pairs
+            groups = [(found[:3], 1)]
+        gathered = []
+        for group, i in groups:
+            rows = _gather_rows(torch.stack(group, dim=1), [number[i] for number in numbers])
+            gathered += torch.cat(rows).unbind(dim=1)
+        return tuple(gathered)
+
+    def _own_first_order(self, rows: list[int]) -> Tensor:
+        """Where the rows are in the order of the ranks, if those of this rank come first."""
+        order = list(torch.arange(sum(rows), device=self.device).split(rows))
+        return torch.cat(self.own_first(order))
 
 
 def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
@@ -120,6 +170,13 @@ def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
     if any(is_bad):
         rank = [bool(bad) for bad in is_bad].index(True)
         raise RuntimeError(f"bad arguments on rank {rank}; the error there says which")
+
+
+def _device_of_group() -> torch.device:
+    """A device whose tensors the ranks can exchange, for a rank that was given no tensor."""
+    if "nccl" in dist.get_backend_config() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def with_gradient(x: Tensor, is_needed: bool) -> Tensor:

@@ -243,7 +243,11 @@ class PNPLoss(BaseMetricLossFunction):
             else:
                 losses_of = partial(_losses_of, self.distance, settings, pairs, self.collect_stats)
                 if in_chunks:
-                    in_backward = partial(_losses_of, *self._frozen(settings), pairs, False)
+                    frozen_parts = _frozen(self.distance, settings)
+
+                    def in_backward():
+                        return partial(_losses_of, *_frozen(*frozen_parts), pairs, False)
+
                     random_state = RandomState(embeddings)
                     call = Call(losses_of, in_backward, self.chunk_size, random_state)
                     tensors = map(clone_constant, (embeddings, references))
@@ -307,11 +311,12 @@ class PNPLoss(BaseMetricLossFunction):
             self._reducer_is_plain_mean() and self._similarity_is_product(plain(embeddings))
         )
 
-    def _frozen(self, settings: Settings) -> tuple[object, Settings]:
-        """Copies of distance and settings for backward, which later changes do not affect."""
-        if not torch.is_grad_enabled():
-            return self.distance, settings
-        return frozen(self.distance), settings._replace(variant=frozen(settings.variant))
+
+def _frozen(distance, settings: Settings) -> tuple[object, Settings]:
+    """Copy distance and settings for backward, which later changes do not affect."""
+    if not torch.is_grad_enabled():
+        return distance, settings
+    return frozen(distance), settings._replace(variant=frozen(settings.variant))
 
 
 def _losses_of(

@@ -1,9 +1,11 @@
 """CrossBatchMemory, which adds the embeddings of earlier batches to the references of a batch."""
 
+import functools
 import warnings
+from collections.abc import Callable
 
 import torch
-from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.losses import cross_batch_memory as pml
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
@@ -11,7 +13,9 @@ from torch import Tensor
 from pml_pnp.checks import check_enqueue_mask, check_inputs
 from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
+from pml_pnp.mining import mine, without_self_pairs
 from pml_pnp.pairs import QueryColumns, plain
+from pml_pnp.sums import Part, TakesSums, add_up, check_miners, parts_of
 
 
 def with_pnp_loss(wrapper) -> staticmethod:
@@ -25,8 +29,10 @@ def _names_of_family(cls: type) -> list[str]:
     return [cls.__name__, *(n for sub in cls.__subclasses__() for n in _names_of_family(sub))]
 
 
-class CrossBatchMemory(pml_losses.CrossBatchMemory):
+class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     """PML's CrossBatchMemory, a queue of embeddings as references, which also takes PNPLoss.
+
+    It takes a MultipleLosses as well, and adds up what its losses would be in this memory alone.
 
     A call enqueues the batch and then calls the loss with the batch as queries and the queue as
     references. A query is not compared with its own copy in the queue. Without a miner, PML lists
@@ -34,10 +40,13 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     the positions of the batch in the queue instead.
 
     Args:
-        loss: PNPLoss or a loss that PML's CrossBatchMemory takes.
+        loss: PNPLoss, a loss that PML's CrossBatchMemory takes, or a MultipleLosses of such losses.
         embedding_size: d.
         memory_size: length of the queue; a full one loses its oldest embeddings.
-        miner: called with the batch and the queue; its pairs or triplets go to the loss.
+        miner: called with the batch and the queue; its pairs or triplets go to the loss. A query's
+            own copy is left out, also by a miner that chooses the most similar positive, unless
+            it does not compute similarities by its `distance`: then no query counts, and a warning
+            says so. A MultipleLosses may have miners instead, which are called in the same way.
         **kwargs: PML's `collect_stats`.
 
     Call with:
@@ -55,10 +64,10 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         What the loss returns.
 
     Raises:
-        TypeError: an argument is not the tensor described above.
+        TypeError: an argument is not the tensor described above; a MultipleLosses with hooks.
         ValueError: more embeddings to enqueue than `memory_size`; embeddings of another size than
             `embedding_size`; lengths that do not fit; `indices_tuple` and `enqueue_mask` together;
-            `ref_labels`.
+            `ref_labels`; a MultipleLosses with miners, and a miner or `indices_tuple` as well.
 
     Saving: `state_dict` holds the queue, its position and whether it is full. That of PML's
     CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning
@@ -76,64 +85,91 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         32
     """
 
-    supported_losses = with_pnp_loss(pml_losses.CrossBatchMemory)
+    supported_losses = with_pnp_loss(pml.CrossBatchMemory)
 
     def __init__(self, loss, embedding_size, memory_size=1024, miner=None, **kwargs):
+        check_miners(parts_of(loss), miner is not None)
         super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
         if hasattr(self, "register_load_state_dict_pre_hook"):  # not in torch 2.4
             self.register_load_state_dict_pre_hook(_before_loading)
 
     def forward(self, embeddings, labels, indices_tuple=None, enqueue_mask=None, ref_labels=None):
         """Enqueue the batch and compute its loss; the class docstring describes the arguments."""
+        if torch.compiler.is_compiling():
+            # The position of the queue changes from call to call, and each would be compiled.
+            eagerly = torch.compiler.disable(self.forward)
+            return eagerly(embeddings, labels, indices_tuple, enqueue_mask, ref_labels)
         if ref_labels is not None:
             raise ValueError(
                 "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
                 "ref_labels, got ref_labels"
             )
-        return self.loss(*self.loss_arguments(embeddings, labels, indices_tuple, enqueue_mask))
+        arguments = self.enqueue(embeddings, labels, indices_tuple, enqueue_mask)
+        return add_up(self.loss, lambda part: part.loss(*arguments(part)))
 
-    def loss_arguments(
-        self, embeddings, labels, indices_tuple=None, enqueue_mask=None, rows: slice | None = None
-    ) -> tuple:
-        """Enqueue the batch, and return the arguments to call the loss with.
+    def enqueue(
+        self, embeddings, labels, indices_tuple=None, enqueue_mask=None, own_rows=slice(None)
+    ) -> Callable[..., tuple]:
+        """Enqueue a batch, and return a function that makes the arguments of a loss.
 
         Args:
             embeddings: this and the next three are the arguments of `forward`
             labels: (N,)
             indices_tuple: pairs or triplets
             enqueue_mask: (N,), bool
-            rows: which rows of the batch may be queries; default all
+            own_rows: slice of the batch
 
         Returns:
-            queries, their labels, pairs, triplets or QueryColumns, references, their labels
+            `arguments(part, own=False)`, which returns queries, their labels, pairs, triplets or
+            QueryColumns, references and their labels, to call a part of the loss with. If `own`,
+            the queries are those of `own_rows`, else all.
         """
+        parts = parts_of(self.loss)
+        check_miners(parts, self.miner is not None or indices_tuple is not None)
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         self.reset_stats()
         labels = self._on_one_device(embeddings, labels)
         is_query = None
         if enqueue_mask is None:
             self.add_to_memory(embeddings, labels, len(embeddings))
-            if rows is not None:
-                is_query, self.curr_batch_idx = rows, self.curr_batch_idx[rows]
         else:
             enqueue_mask = enqueue_mask.to(embeddings.device)
-            enqueued = embeddings[enqueue_mask]
+            enqueued, is_query = embeddings[enqueue_mask], ~enqueue_mask
             self.add_to_memory(enqueued, labels[enqueue_mask], len(enqueued))
-            is_query = ~enqueue_mask
-            if rows is not None:
-                embeddings, labels, is_query = embeddings[rows], labels[rows], is_query[rows]
-        if is_query is not None:
-            embeddings, labels = embeddings[is_query], labels[is_query]
+        columns = None if is_query is not None else self.curr_batch_idx
         size = self.memory_size if self.has_been_filled else self.queue_idx
         references, ref_labels = self.embedding_memory[:size], self.label_memory[:size]
-        if torch.is_grad_enabled() and (
-            not takes_query_columns(self.loss) or self.loss.keeps_references(embeddings)
-        ):
+        if torch.is_grad_enabled() and any(_reads(part.loss, embeddings) for part in parts):
             references, ref_labels = references.clone(), ref_labels.clone()
-        indices_tuple = self.create_indices_tuple(
-            embeddings, labels, references, ref_labels, indices_tuple, enqueue_mask is None
-        )
-        return embeddings, labels, indices_tuple, references, ref_labels
+
+        @functools.cache
+        def queries(own: bool) -> tuple[Tensor | None, ...]:
+            batch = embeddings, labels, is_query, columns
+            if own:
+                batch = tuple(None if x is None else x[own_rows] for x in batch)
+            x, y, is_chosen, at = batch
+            return (x, y, at) if is_chosen is None else (x[is_chosen], y[is_chosen], at)
+
+        @functools.cache
+        def pairs(own: bool, **miner) -> tuple[Tensor, ...]:
+            x, y, at = queries(own)
+            if at is not None:
+                self.curr_batch_idx = at
+            return self.create_indices_tuple(
+                x, y, references, ref_labels, indices_tuple, at is not None, **miner
+            )
+
+        def arguments(part: Part, own: bool = False) -> tuple:
+            x, y, at = queries(own)
+            if part.miner is not None:
+                indices = pairs(own, miner=part.miner)
+            elif indices_tuple is not None or self._lists_pairs(part.loss):
+                indices = pairs(own)
+            else:
+                indices = None if at is None else QueryColumns(at)
+            return x, y, indices, references, ref_labels
+
+        return arguments
 
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
         """Write embeddings and labels over the oldest ones of the queue."""
@@ -147,25 +183,36 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
         self.has_been_filled = self.has_been_filled or end >= self.memory_size
 
     def create_indices_tuple(
-        self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+        self,
+        embeddings,
+        labels,
+        E_mem,
+        L_mem,
+        input_indices_tuple,
+        do_remove_self_comparisons,
+        miner=None,
     ):
-        """Make the pairs or triplets for the loss, or QueryColumns for PNPLoss."""
+        """Make pairs or triplets by `miner`, or by that of the memory, or else all pairs."""
+        miner = self.miner if miner is None else miner
         columns = self.curr_batch_idx if do_remove_self_comparisons else None
-        if self.miner is None and input_indices_tuple is None and takes_query_columns(self.loss):
-            return None if columns is None else QueryColumns(columns)
         if len(labels) == 0 or len(L_mem) == 0:  # some miners fail with empty tensors
             indices_tuple = tuple(self.curr_batch_idx.new_empty(0) for _ in range(4))
-        elif self.miner is not None:
-            indices_tuple = self.miner(embeddings, labels, E_mem, L_mem)
+        elif miner is not None:
+            indices_tuple = mine(miner, embeddings, labels, E_mem, L_mem, columns)
         else:
-            indices_tuple = lmu.get_all_pairs_indices(labels, L_mem)
-        if input_indices_tuple is not None:
-            if len(indices_tuple) == 4:
-                given = lmu.convert_to_pairs(input_indices_tuple, labels)
-            else:
-                given = lmu.convert_to_triplets(input_indices_tuple, labels)
-            indices_tuple = c_f.concatenate_indices_tuples(indices_tuple, given)
-        return indices_tuple if columns is None else without_self_pairs(indices_tuple, columns)
+            indices_tuple = without_self_pairs(lmu.get_all_pairs_indices(labels, L_mem), columns)
+        if input_indices_tuple is None:
+            return indices_tuple
+        if len(indices_tuple) == 4:
+            given = lmu.convert_to_pairs(input_indices_tuple, labels)
+        else:
+            given = lmu.convert_to_triplets(input_indices_tuple, labels)
+        return c_f.concatenate_indices_tuples(indices_tuple, without_self_pairs(given, columns))
+
+    def _lists_pairs(self, loss) -> bool:
+        """Whether a loss gets a list of pairs or triplets, and not the positions of the batch."""
+        makes_own = type(self).create_indices_tuple is not CrossBatchMemory.create_indices_tuple
+        return self.miner is not None or makes_own or not takes_query_columns(loss)
 
     def get_extra_state(self) -> Tensor:
         """Return the position of the queue and whether it is full, for `state_dict`."""
@@ -223,15 +270,9 @@ def takes_query_columns(loss) -> bool:
     )
 
 
-def without_self_pairs(indices_tuple, columns: Tensor):
-    """Drop the pairs or triplets that compare a query a with reference `columns[a]`, its copy."""
-    if len(indices_tuple) == 3:
-        a, p, n = indices_tuple
-        keep = (columns[a] != p) & (columns[a] != n)
-        return a[keep], p[keep], n[keep]
-    a1, p, a2, n = indices_tuple
-    keep1, keep2 = columns[a1] != p, columns[a2] != n
-    return a1[keep1], p[keep1], a2[keep2], n[keep2]
+def _reads(loss, embeddings: Tensor) -> bool:
+    """Whether backward of a loss of these embeddings reads the references."""
+    return not takes_query_columns(loss) or loss.keeps_references(embeddings)
 
 
 def _before_loading(memory: CrossBatchMemory, state_dict: dict, prefix: str, *_) -> None:

@@ -2,20 +2,23 @@
 
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import distributed as pml_distributed
 
-from pml_pnp import losses
+from pml_pnp import distributed, losses
 
 _MISSING = object()
 _saved: list[tuple[object, str, object]] = []
 
 
 def register() -> None:
-    """Set `pytorch_metric_learning.losses.PNPLoss` to this package's; PML's wrappers then take it.
+    """Set `pytorch_metric_learning.losses.PNPLoss` and PML's wrappers to this package's.
 
-    Afterwards `losses.PNPLoss(...)`, `losses.CrossBatchMemory(losses.PNPLoss(...), ...)` and
-    `losses.SelfSupervisedLoss(losses.PNPLoss(...))` work in code that imports
-    `pytorch_metric_learning.losses`. Call it before that code is imported: a `from ... import
-    PNPLoss` that was executed earlier keeps PML's class. A second call does nothing. PML's logger
+    The wrappers are `CrossBatchMemory` and `SelfSupervisedLoss` of `pytorch_metric_learning.losses`
+    and `DistributedLossWrapper` and `DistributedMinerWrapper` of
+    `pytorch_metric_learning.utils.distributed`; those of this package are subclasses of them. Call
+    it before the code that uses them is imported: a `from ... import PNPLoss` that was executed
+    earlier keeps PML's class. A CrossBatchMemory or SelfSupervisedLoss of PML that was imported
+    earlier takes this PNPLoss, but no MultipleLosses. A second call does nothing. PML's logger
     reports it.
 
     Example:
@@ -30,9 +33,12 @@ def register() -> None:
     """
     if _saved:
         return
-    for wrapper in ("CrossBatchMemory", "SelfSupervisedLoss"):
-        supported = getattr(losses, wrapper).supported_losses
-        _replace(getattr(pml_losses, wrapper), "supported_losses", staticmethod(supported))
+    for name in ("CrossBatchMemory", "SelfSupervisedLoss"):
+        ours, theirs = getattr(losses, name), getattr(pml_losses, name)
+        _replace(theirs, "supported_losses", staticmethod(ours.supported_losses))
+        _replace(pml_losses, name, ours)
+    for name in ("DistributedLossWrapper", "DistributedMinerWrapper"):
+        _replace(pml_distributed, name, getattr(distributed, name))
     _replace(pml_losses, "PNPLoss", losses.PNPLoss)
     c_f.LOGGER.info("pml_pnp registered: pytorch_metric_learning.losses.PNPLoss is pml_pnp.PNPLoss")
 

@@ -8,6 +8,7 @@ from pytorch_metric_learning.utils.distributed import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from pml_pnp import distributed as ours
 from pml_pnp import losses
 
 # Named so that each is one parametrized test: (with miner, with references, with memory, efficient)
@@ -18,6 +19,8 @@ CASES = {
     "efficient miner": {"miner": True, "efficient": True},
     "references": {"references": True},
     "memory": {"memory": True},
+    "sum": {"sum": True},
+    "efficient sum": {"sum": True, "efficient": True},
 }
 
 
@@ -36,8 +39,12 @@ def model():
     return torch.nn.Linear(6, 4).double()
 
 
-def loss_function(memory=False, **_):
+def loss_function(memory=False, sum=False, **_):
+    """The loss; a sum has a miner, whose pairs are the same for own and for all queries."""
     loss = losses.PNPLoss(variant="Ds", anneal=0.05)
+    if sum:
+        mined = [miners.MultiSimilarityMiner(), None]
+        return losses.MultipleLosses([loss, losses.PNPLoss()], mined, weights=[1, 2])
     return losses.CrossBatchMemory(loss, 4, 48).double() if memory else loss
 
 
@@ -48,7 +55,8 @@ def results(rank):
     for name, case in CASES.items():
         net = DistributedDataParallel(model())
         efficient = case.get("efficient", False)
-        loss_func = DistributedLossWrapper(loss_function(**case), efficient=efficient)
+        wrapper = ours.DistributedLossWrapper if "sum" in case else DistributedLossWrapper
+        loss_func = wrapper(loss_function(**case), efficient=efficient)
         embeddings, args = net(x), {}
         if case.get("miner"):
             miner = DistributedMinerWrapper(miners.MultiSimilarityMiner(), efficient=efficient)

@@ -53,6 +53,42 @@ class Doubled(losses.PNPLoss):
         return found
 
 
+def similarity():
+    return losses.MultiSimilarityLoss(alpha=1.0, beta=5.0)
+
+
+def proxies():
+    torch.manual_seed(1)
+    return losses.ProxyAnchorLoss(num_classes=4, embedding_size=4, alpha=2.0).double()
+
+
+def pnp_in_memory():
+    return losses.CrossBatchMemory(losses.PNPLoss(anneal=0.5), 4, memory_size=37).double()
+
+
+class Sum(torch.nn.Module):
+    """What a MultipleLosses computes, with references as well; for one process."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.both = both
+
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+        total = 0
+        for i, loss in enumerate(self.both.losses):
+            pairs = indices_tuple
+            if self.both.miners is not None and self.both.miners[i] is not None:
+                pairs = self.both.miners[i](embeddings, labels, ref_emb, ref_labels)
+            if isinstance(loss, losses.CrossBatchMemory):
+                value = loss(embeddings, labels)
+            elif isinstance(loss, losses.MultipleLosses):
+                value = Sum(loss)(embeddings, labels, pairs, ref_emb, ref_labels)
+            else:
+                value = loss(embeddings, labels, pairs, ref_emb, ref_labels)
+            total = total + self.both.weights[i] * value
+        return total
+
+
 def lp():
     return distances.LpDistance(normalize_embeddings=False)
 
@@ -89,6 +125,7 @@ CASES = {
     "pairs, Lp": {"tuple": "pairs", "loss": {"distance": lp}},
     "miner": {"miner": False},
     "efficient miner": {"miner": True},
+    "miner of the easiest": {"miner": True, "chooses": miners.BatchEasyHardMiner},
     "references": {"references": True},
     "references, Lp": {"references": True, "loss": {"distance": lp}},
     "references, lean Lp": {"references": True, "loss": {"distance": lp, "chunk_size": 3}},
@@ -109,6 +146,50 @@ CASES = {
     "GradCache around": {"cached": "around"},
     "GradCache, lean": {"cached": "inside", "loss": {"chunk_size": 3}},
     "GradCache, memory": {"cached": "inside", "memory": {}},
+    "another loss": {"sum": [similarity], "labels": "several"},
+    "another loss in a memory": {"sum": [similarity], "memory": {}},
+    "sum of two": {"sum": [similarity, losses.PNPLoss], "weights": [0.5, 2]},
+    "sum, float16": {"sum": [similarity, losses.PNPLoss], "dtype": torch.float16},
+    "sum, autocast": {
+        "sum": [similarity, losses.PNPLoss],
+        "dtype": torch.float32,
+        "autocast": True,
+    },
+    "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": Learned}},
+    "sum of a sum": {
+        "sum": [lambda: losses.MultipleLosses([losses.PNPLoss(), proxies()]), similarity]
+    },
+    "sum, miners": {"sum": [similarity, losses.PNPLoss, similarity], "miners": [1, 1, 0]},
+    "sum, pairs": {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"},
+    "sum, triplets": {"sum": [losses.TripletMarginLoss, losses.PNPLoss], "tuple": "triplets"},
+    "sum, miner": {"sum": [similarity, losses.PNPLoss], "miner": False},
+    "sum, efficient miner": {"sum": [similarity, losses.PNPLoss], "miner": True},
+    "sum, references": {"sum": [similarity, losses.PNPLoss], "references": True},
+    "sum, references and pairs": {
+        "sum": [losses.ContrastiveLoss, losses.PNPLoss],
+        "references": True,
+        "tuple": "pairs",
+    },
+    "sum, references and miners": {
+        "sum": [similarity, losses.PNPLoss],
+        "references": True,
+        "miners": [1, 1],
+    },
+    "sum in a memory": {"sum": [similarity, losses.PNPLoss], "memory": {}, "weights": [0.5, 2]},
+    "sum in a memory, mask": {"sum": [similarity, losses.PNPLoss], "memory": {}, "mask": True},
+    "sum in a memory, miners": {
+        "sum": [similarity, losses.PNPLoss],
+        "memory": {},
+        "miners": [0, 1],
+    },
+    "sum in a memory, not exact": {
+        "sum": [similarity, losses.PNPLoss],
+        "memory": {},
+        "efficient": False,
+    },
+    "sum of a memory": {"sum": [pnp_in_memory, similarity, losses.PNPLoss], "steps": STEPS},
+    "sum of views": {"sum": [similarity, losses.PNPLoss], "views": True},
+    "GradCache, sum": {"sum": [proxies, losses.PNPLoss], "cached": "inside"},
     "second derivative": {"twice": True},
     "second derivative, SNR": {"twice": True, "loss": {"distance": distances.SNRDistance}},
 }
@@ -138,7 +219,12 @@ def model(case):
 def loss_function(case):
     """The loss, inside a memory or SelfSupervisedLoss where the case says so."""
     made = {k: v() if callable(v) else v for k, v in case.get("loss", {}).items()}
-    loss = case.get("class", losses.PNPLoss)(**{"variant": "Ds", "anneal": 0.5, **made})
+    made = {"variant": "Ds", "anneal": 0.5, **made}
+    loss = case.get("class", losses.PNPLoss)(**made)
+    if "sum" in case:
+        made = [cls(**made) if cls is losses.PNPLoss else cls() for cls in case["sum"]]
+        chosen = [miner() if chosen else None for chosen in case.get("miners", [])] or None
+        loss = losses.MultipleLosses(made, chosen, case.get("weights"))
     if case.get("hook"):
         loss.register_forward_pre_hook(lambda module, args: None)
     if "memory" in case:
@@ -195,6 +281,8 @@ def steps(case, rows, rank=None):
     """[(loss, gradients, queue)] of each step: of a rank, or of one process with all rows."""
     world = 1 if rank is None else len(rows)
     net, loss_func = model(case), loss_function(case)
+    if rank is None and isinstance(loss_func, losses.MultipleLosses):
+        loss_func = Sum(loss_func)
     if rank is not None:
         if case.get("cached") == "inside":
             net = GradCache(net, chunk_size=3)
@@ -203,11 +291,12 @@ def steps(case, rows, rank=None):
             net = GradCache(net, chunk_size=3)
         efficient = case.get("efficient", "exact")
         loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
-        mine = DistributedMinerWrapper(miner(), efficient=case.get("miner", False))
-        if len(set(rows)) == 1 and "references" not in case:  # PML's own
+        chosen = case.get("chooses", miner)()
+        mine = DistributedMinerWrapper(chosen, efficient=case.get("miner", False))
+        if len(set(rows)) == 1 and not {"references", "chooses"} & set(case):  # PML's own
             mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
     results = []
-    for step in range(STEPS if "memory" in case else 1):
+    for step in range(STEPS if "memory" in case else case.get("steps", 1)):
         parts = data(rows, case, step)
         x, y, ref, ref_y, mask = (torch.cat(p) if rank is None else p[rank] for p in parts)
         x, ref = x.to(case.get("dtype", x.dtype)), ref.to(case.get("dtype", x.dtype))
@@ -227,7 +316,7 @@ def steps(case, rows, rank=None):
                 args["indices_tuple"] = given if rank is None else of_rank(given, rows, rows, rank)
             if "miner" in case and rank is None:
                 references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
-                args["indices_tuple"] = miner()(embeddings, y, *references)
+                args["indices_tuple"] = case.get("chooses", miner)()(embeddings, y, *references)
             elif "miner" in case:
                 references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
                 args["indices_tuple"] = mine(embeddings, y, *references)
@@ -256,6 +345,7 @@ def errors(rank):
     memory = losses.CrossBatchMemory(losses.PNPLoss(), 4, 37)
     memories = [DistributedLossWrapper(memory, efficient) for efficient in (False, "exact")]
     views = DistributedLossWrapper(losses.SelfSupervisedLoss(losses.PNPLoss()), "exact")
+    mined = DistributedLossWrapper(losses.MultipleLosses([losses.PNPLoss()], [miner()]), "exact")
     x, y = torch.randn(6, 4), torch.arange(6) // 2
     odd = rank == 1
     triplets = (torch.zeros(1).long(),) * 3
@@ -267,11 +357,16 @@ def errors(rank):
         "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),
         "mask": raised(lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None)),
         "mask type": raised(lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1)),
-        "memory and tuple": raised(lambda: memories[1](x, y, triplets)),
-        "memory and references": raised(lambda: memories[0](x, y, None, x, y)),
-        "memory without labels": raised(lambda: memories[0](x)),
+        "no embeddings": raised(lambda: wrapper(None if odd else x, y)),
+        "no embeddings, memory": raised(lambda: memories[0](None if odd else x, y)),
+        "memory and tuple": raised(lambda: memories[1](x, y, triplets if odd else None)),
+        "memory and references": raised(
+            lambda: memories[0](x, y, None, *([x, y] if odd else [None, None]))
+        ),
+        "memory without labels": raised(lambda: memories[0](x, None if odd else y)),
         "too many for the memory": raised(lambda: memories[1](x.repeat(7, 1), y.repeat(7))),
-        "mask without memory": raised(lambda: wrapper(x, y, enqueue_mask=y > 1)),
+        "mask without memory": raised(lambda: wrapper(x, y, enqueue_mask=y > 1 if odd else None)),
+        "tuple and miners": raised(lambda: mined(x, y, triplets if odd else None)),
         "views": raised(lambda: views(x, x[:5] if odd else x)),
         "no views": raised(lambda: views(x)),
         "tuple": raised(lambda: wrapper(x, y, (torch.tensor([99]),) * 3)),

@@ -113,6 +113,31 @@ def test_chunks_are_differentiable_twice(distance):
     assert torch.autograd.gradgradcheck(lambda x: loss_func(x, y), x.requires_grad_())
 
 
+class Cooling(torch.nn.Module):
+    """A similarity that grows with every call, by a buffer."""
+
+    is_inverted = True
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x, y=None):
+        self.scale.mul_(1.1)
+        return self.scale * (x @ (x if y is None else y).T)
+
+
+def test_every_backward_begins_with_the_buffers_of_the_call():
+    x, y = batch(n=12, dtype=torch.float64)
+    distance = Cooling()
+    loss = PNPLoss(anneal=0.3, chunk_size=5, distance=distance)(x.requires_grad_(), y)
+    after_the_call = distance.scale.clone()
+    first, second, third = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(3))
+    assert first.abs().max() > 1e-3
+    assert torch.equal(second, first) and torch.equal(third, first)
+    assert torch.equal(distance.scale, after_the_call)
+
+
 @pytest.mark.parametrize("collect_stats", [False, True])
 @pytest.mark.parametrize("name", ["cosine", "dot", "snr", "user's own, learning"])
 @pytest.mark.parametrize("kind", CALLS)

@@ -9,7 +9,7 @@ from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pml_pnp import PNPLoss
+from pml_pnp import PNPLoss, losses
 
 # torch 2.4 breaks graphs; versions between were not tried.
 TRACES_PML = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
@@ -96,3 +96,24 @@ def test_from_the_second_batch_size_on_nothing_is_compiled_anew(make):
 def test_chunks_compile_with_a_break_in_the_graph(chunk_size):
     loss_func = PNPLoss(chunk_size=chunk_size, anneal=0.1)
     assert_equal(torch.compile(loss_func, backend="aot_eager"), loss_func, *batch())
+
+
+def test_the_position_of_a_memory_compiles_nothing_anew():
+    """A step compiles the model; the memory and the loss in it break the graph."""
+    torch.manual_seed(0)
+    model, memories = torch.nn.Linear(8, 8), []
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def step(memory, x, y):
+        return memory(model(x), y)
+
+    compiled = torch.compile(step, backend=graphs)
+    for _ in range(2):
+        memories.append(losses.CrossBatchMemory(PNPLoss(anneal=0.1), 8, memory_size=100))
+    counts = []
+    for _ in range(12):
+        x, y = batch()
+        torch.testing.assert_close(compiled(memories[0], x, y), step(memories[1], x, y))
+        counts.append(graphs.frame_count)
+    assert counts[-1] == counts[0]
+    assert memories[0].queue_idx == memories[1].queue_idx == 88

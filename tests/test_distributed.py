@@ -5,6 +5,8 @@ import pytest
 import torch
 from pytorch_metric_learning import miners
 
+from pml_pnp.sums import call
+
 EFFICIENT = [name for name, case in cases.CASES.items() if case.get("efficient")]
 JOINED = [name for name in cases.CASES if name not in EFFICIENT]
 
@@ -24,7 +26,7 @@ def alone(case):
         args["indices_tuple"] = miners.MultiSimilarityMiner()(embeddings, y)
     if case.get("references"):
         args |= {"ref_emb": ref[:, :4], "ref_labels": ref_y}
-    loss = loss_func(embeddings, y, **args)
+    loss = call(loss_func, embeddings, y, **args)
     loss.backward()
     return loss.detach(), net.weight.grad
 

@@ -14,6 +14,8 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pml_pnp import losses
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
+BAD = "RuntimeError: bad arguments on rank 1"
+
 
 @pytest.fixture(params=cases.KINDS, ids=lambda n: f"{n}_ranks")
 def found(request, ranks):
@@ -53,23 +55,26 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
         (
             "labels",
             r"ValueError: labels must have shape \(6,\)",
-            "RuntimeError: bad arguments on rank 1",
+            BAD,
         ),
-        ("no labels", "ValueError: expected labels or indices_tuple", "RuntimeError: .* on rank 1"),
+        ("no labels", "ValueError: expected labels or indices_tuple", BAD),
         ("size", "ValueError: all ranks .*; rank 1: embeddings of size 3 in torch.float32", None),
         ("dtype", "ValueError: all ranks .*; rank 1: embeddings of size 4 in torch.float64", None),
         ("references", "ValueError: .* rank 1: .* with labels and ref_emb and ref_labels", None),
         ("mask", "ValueError: .* rank 1: .* with labels and enqueue_mask", None),
-        ("mask type", "TypeError: enqueue_mask must be bool, got torch.int64", "RuntimeError: bad"),
-        ("memory and tuple", "ValueError: .* takes no indices_tuple.*: give it a miner", None),
-        ("memory and references", "ValueError: .* takes neither ref_emb nor ref_labels", None),
-        ("memory without labels", "TypeError: labels must be a tensor, got NoneType", None),
+        ("mask type", "TypeError: enqueue_mask must be bool, got torch.int64", BAD),
+        ("no embeddings", "TypeError: embeddings must be a tensor, got NoneType", BAD),
+        ("no embeddings, memory", "TypeError: embeddings must be a tensor, got NoneType", BAD),
+        ("memory and tuple", "ValueError: .* takes no indices_tuple.*: give it a miner", BAD),
+        ("memory and references", "ValueError: .* takes neither ref_emb nor ref_labels", BAD),
+        ("memory without labels", "TypeError: labels must be a tensor, got NoneType", BAD),
         ("too many for the memory", "ValueError: at most memory_size, 37, .* got", None),
-        ("mask without memory", "ValueError: enqueue_mask needs a CrossBatchMemory", None),
-        ("views", "ValueError: ref_emb must have the shape of embeddings", "RuntimeError: bad"),
+        ("mask without memory", "ValueError: enqueue_mask needs a CrossBatchMemory", BAD),
+        ("tuple and miners", "ValueError: a MultipleLosses with miners takes neither", BAD),
+        ("views", "ValueError: ref_emb must have the shape of embeddings", BAD),
         ("no views", "TypeError: ref_emb must be a tensor, got NoneType", None),
         ("tuple", r"ValueError: indices_tuple\[0\] must hold indices from 0", None),
-        ("regularizer", "TypeError: .* takes no embedding_regularizer, got LpRegularizer", None),
+        ("regularizer", "TypeError: .* takes no embedding_regularizer of a PNPLoss, got", None),
     ],
 )
 def test_bad_arguments_of_one_rank_are_an_error_on_all(found, name, of_rank_1, of_others):
@@ -133,11 +138,18 @@ def test_it_is_pmls_for_false_and_true():
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (lambda: losses.TripletMarginLoss(), TypeError, "needs a PNPLoss.*got TripletMarginLoss"),
+        (lambda: torch.nn.MSELoss(), TypeError, "needs losses of .*got MSELoss"),
         (
-            lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), 8),
+            lambda: losses.MultipleLosses([losses.PNPLoss(), torch.nn.MSELoss()]),
             TypeError,
-            "got ContrastiveLoss",
+            "got MSELoss",
+        ),
+        (
+            lambda: losses.MultipleLosses(
+                [losses.CrossBatchMemory(losses.PNPLoss(), 8)], [cases.miner()]
+            ),
+            ValueError,
+            "MultipleLosses with miners takes neither",
         ),
         (
             lambda: pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8),
@@ -157,7 +169,7 @@ def test_it_is_pmls_for_false_and_true():
         (
             lambda: losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()),
             TypeError,
-            "takes no embedding_regularizer, got LpRegularizer",
+            "takes no embedding_regularizer of a PNPLoss, got LpRegularizer",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import losses
 from pml_pnp.pairs import QueryColumns
+from pml_pnp.sums import Part
 
 
 def memory(size=40, loss=None, **kwargs):
@@ -25,6 +26,11 @@ def memory(size=40, loss=None, **kwargs):
 def pmls(size=40, loss=None, **kwargs):
     """PML's own, around a loss that it takes."""
     return pml_losses.CrossBatchMemory(loss, embedding_size=8, memory_size=size, **kwargs)
+
+
+def arguments_of(ours, x, y):
+    """What the loss of a memory is called with."""
+    return ours.enqueue(x, y)(Part(ours.loss))
 
 
 def other_losses():
@@ -347,11 +353,11 @@ def test_the_usual_loss_gets_the_memory_itself():
     ours, kept = memory(), memory(loss=losses.PNPLoss(distance=distances.LpDistance()))
     for one in (ours, kept):
         one(*batch())
-        seen.append(one.loss_arguments(*batch(n=8))[3])
+        seen.append(arguments_of(one, *batch(n=8))[3])
     assert seen[0].data_ptr() == ours.embedding_memory.data_ptr()
     assert seen[1].data_ptr() != kept.embedding_memory.data_ptr()
     with torch.no_grad():
-        assert kept.loss_arguments(*batch(n=8))[3].data_ptr() == kept.embedding_memory.data_ptr()
+        assert arguments_of(kept, *batch(n=8))[3].data_ptr() == kept.embedding_memory.data_ptr()
 
 
 # --- a query and its own copy ---------------------------------------------------------------
@@ -497,7 +503,7 @@ def test_a_method_replaced_on_the_class_gets_the_tuple_of_pml(monkeypatch):
 
 def test_nobody_looks_and_no_pairs_are_listed():
     ours = memory()
-    assert isinstance(ours.loss_arguments(*batch())[2], QueryColumns)
+    assert isinstance(arguments_of(ours, *batch())[2], QueryColumns)
 
 
 # --- in PML's wrapper -----------------------------------------------------------------------

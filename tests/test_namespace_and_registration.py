@@ -6,23 +6,26 @@ import logging
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from helpers import value_and_grad
 from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import distributed as pml_distributed
 
 import pml_pnp
 from pml_pnp import losses
 
+PMLMemory, PMLViews = pml_losses.CrossBatchMemory, pml_losses.SelfSupervisedLoss
 REPLACED = {"PNPLoss", "CrossBatchMemory", "SelfSupervisedLoss"}
 
 
 def snapshot():
-    """Every attribute of PML's losses module and of the two wrapper classes, by identity."""
-    return [
-        {name: id(value) for name, value in vars(owner).items()}
-        for owner in (pml_losses, pml_losses.CrossBatchMemory, pml_losses.SelfSupervisedLoss)
-    ]
+    """Every attribute of two modules of PML and of two wrapper classes, by identity."""
+    owners = pml_losses, pml_distributed, PMLMemory, PMLViews
+    ignored = "__warningregistry__"
+    return [{k: id(v) for k, v in vars(owner).items() if k != ignored} for owner in owners]
 
 
 @pytest.fixture
@@ -83,6 +86,33 @@ def test_register_puts_the_loss_in_pmls_place(registered):
     views = pml_losses.SelfSupervisedLoss(pml_losses.PNPLoss())
     x, y = torch.randn(6, 4), torch.arange(6) // 2
     assert memory(x, y).isfinite() and views(x, x + 0.1).isfinite()
+
+
+@pytest.mark.parametrize("name", ["CrossBatchMemory", "SelfSupervisedLoss"])
+def test_register_changes_what_was_imported_from_pml_before(registered, name):
+    earlier = {"CrossBatchMemory": PMLMemory, "SelfSupervisedLoss": PMLViews}[name]
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    arguments = [4, 16] if name == "CrossBatchMemory" else []
+    assert earlier(pml_losses.PNPLoss(), *arguments)(x, y if arguments else x + 0.1).isfinite()
+    with pytest.raises(Exception, match="not supported for MultipleLosses"):
+        earlier(pml_losses.MultipleLosses([pml_losses.PNPLoss()]), *arguments)
+
+
+def test_register_puts_the_wrappers_in_pmls_place(registered):
+    """A batch of one row has no positive, and a sum is taken."""
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    memory = pml_losses.CrossBatchMemory(pml_losses.PNPLoss(), 4, 16)
+    memory(x, y)
+    value, grad = value_and_grad(memory, x[:1], y[:1] + 9)
+    assert value == 0 and grad.eq(0).all()
+    both = pml_losses.MultipleLosses([pml_losses.PNPLoss(), pml_losses.ContrastiveLoss()])
+    expected = pml_losses.PNPLoss()(x, y) + pml_losses.ContrastiveLoss()(x, y)
+    torch.testing.assert_close(pml_losses.CrossBatchMemory(both, 4, 16)(x, y), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(pml_distributed.DistributedLossWrapper(both)(x, y), expected)
+    assert pml_losses.SelfSupervisedLoss(both)(x, x + 0.1).isfinite()
+    assert pml_distributed.DistributedMinerWrapper is pml_pnp.distributed.DistributedMinerWrapper
 
 
 def test_register_is_idempotent_and_the_namespace_still_works(registered):

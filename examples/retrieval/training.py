@@ -12,7 +12,7 @@ from pytorch_metric_learning.trainers import MetricLossOnly
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pml_pnp import GradCache, PNPLoss, losses
+from pml_pnp import GradCache, PNPLoss
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 from .by_name import build_loss, build_miner
@@ -49,11 +49,8 @@ class RetrievalTrainer(MetricLossOnly):
     batch counting takes longer than the loss itself.
     """
 
-    def __init__(
-        self, *args, amp: bool = False, ema_decay: float = 0.0, loss_times: int = 1, **kwargs
-    ):
+    def __init__(self, *args, amp: bool = False, ema_decay: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss_times = loss_times  # what the loss is multiplied by
         device_type = self.data_device.type
         self.autocast = torch.autocast(
             device_type,
@@ -92,7 +89,7 @@ class RetrievalTrainer(MetricLossOnly):
     @property
     def batch_loss(self) -> float:
         """The loss of the batch of all processes, as one process would have it."""
-        return float(self.losses["total_loss"].detach()) / self.loss_times
+        return float(self.losses["total_loss"].detach())
 
     def get_trunk_output(self, data: torch.Tensor) -> torch.Tensor:
         """The trunk's features, in float32."""
@@ -150,10 +147,12 @@ def build_trainer(
     mining = {}
     if miner is not None and config["memory_size"] == 0:
         if launched_by_torchrun():
-            miner = DistributedMinerWrapper(miner, efficient=is_shared_out(loss))
+            is_divided = any(isinstance(module, PNPLoss) for module in loss.modules())
+            miner = DistributedMinerWrapper(miner, efficient=is_divided)
         mining = {"tuple_miner": miner}
-    loss_times = 1 if is_shared_out(loss) else world_size()
-    loss = _join_processes(loss.to(device), device)
+    loss = loss.to(device)
+    if launched_by_torchrun():
+        loss = parallel(DistributedLossWrapper(loss, efficient="exact"), device)
     trained = {**models, "metric_loss": loss}
     optimizers = {
         f"{name}_optimizer": torch.optim.Adam(
@@ -197,7 +196,6 @@ def build_trainer(
         dataloader_num_workers=config["workers"],
         amp=config["amp"],
         ema_decay=config["ema_decay"],
-        loss_times=loss_times,
     )
 
 
@@ -238,26 +236,6 @@ def build_loss_and_miner(
         config["beside_args"],
     )
     return loss, miner
-
-
-def is_shared_out(loss: torch.nn.Module) -> bool:
-    """Whether each process computes the loss of its own part of the joined batch."""
-    return isinstance(getattr(loss, "loss", loss), PNPLoss)
-
-
-def _join_processes(loss: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    if not launched_by_torchrun():
-        return loss
-    if is_shared_out(loss):
-        return parallel(DistributedLossWrapper(loss, efficient="exact"), device)
-    # Each process computes the whole loss. The wrapper multiplies by the number of processes, each
-    # of which sees only the gradients of its own embeddings; of the loss's parameters it sees all.
-    for parameter in loss.parameters():
-        parameter.register_hook(lambda gradient: gradient / world_size())
-    if isinstance(loss, losses.MultipleLosses):  # which the wrapper does not take
-        parts = [DistributedLossWrapper(part) for part in loss.losses]
-        return parallel(losses.MultipleLosses(parts), device)
-    return parallel(DistributedLossWrapper(loss), device)
 
 
 class Training:

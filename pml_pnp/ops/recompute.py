@@ -21,8 +21,9 @@ class Call(NamedTuple):
     function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
     """Maps rows, all queries and all references to the losses of these rows, and to other tensors
     that have no gradient; called in forward."""
-    in_backward: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
-    """The same function, called in backward, with copies of the settings and modules of forward."""
+    in_backward: Callable[[], Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]]
+    """Makes the same function for one backward, with copies of the settings and modules of forward.
+    Another backward gets copies of its own, because calling a module may change its buffers."""
     chunk_size: int
     random_state: "RandomState"
 
@@ -83,12 +84,13 @@ class Recomputed(torch.autograd.Function):
             torch.random.fork_rng(call.random_state.devices),
         ):
             call.random_state.restore()
+            function = call.in_backward()
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
             total: list[Tensor | None] = [None] * len(inputs)  # None for an input that is not used
             for rows in blocks_of(queries, call.chunk_size):
-                losses = call.in_backward(rows, queries, references)[0]
+                losses = function(rows, queries, references)[0]
                 if losses.requires_grad:
                     _check_leaves(losses, inputs)
                     found = torch.autograd.grad(

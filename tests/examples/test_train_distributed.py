@@ -122,6 +122,11 @@ def test_loss_that_every_process_computes_counts_once(finished, main, quick, tmp
     assert first[0] == pytest.approx(first[1], rel=0.1)  # only augmentation differs
 
 
+def test_processes_share_out_every_loss(finished):
+    modes = (finished[1] / "modes").read_text().split("\n")
+    assert set(modes) == {"exact", ""} and len(modes) > 2 * 6
+
+
 def test_processes_train_in_chunks(finished, strict_json):
     runs = [finished[1] / name for name in ("in chunks", "at once")]
     chunks, whole = (numbers(run, strict_json)["trained"] for run in runs)

@@ -1,0 +1,210 @@
+"""PML's MultipleLosses in the wrappers: the sum of what its losses are in them alone."""
+
+import copy
+
+import pytest
+import torch
+from helpers import batch, value_and_grad
+from pytorch_metric_learning import distances, miners, reducers
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from test_wrappers import HAS_SYMMETRIC
+
+from pml_pnp import losses
+from pml_pnp.sums import parts_of
+
+
+def pnp(**kwargs):
+    return losses.PNPLoss(variant="Ds", anneal=0.1, **kwargs)
+
+
+def mined():
+    return miners.MultiSimilarityMiner(epsilon=0.3)
+
+
+# The arguments of a MultipleLosses, and its (loss, weight, miner).
+SUMS = {
+    "list": lambda: ([[losses.MultiSimilarityLoss(), pnp()]], [(0, 1, None), (1, 1, None)]),
+    "weights": lambda: (
+        [[pnp(), losses.TripletMarginLoss(), pnp(distance=distances.LpDistance())], None]
+        + [[2, torch.tensor(0.5), 1]],
+        [(0, 2, None), (1, 0.5, None), (2, 1, None)],
+    ),
+    "dict": lambda: (
+        [{"a": losses.NTXentLoss(), "b": pnp(reducer=reducers.SumReducer())}, None]
+        + [{"b": 0.1, "a": 3}],
+        [("a", 3, None), ("b", 0.1, None)],
+    ),
+    "miners": lambda: (
+        [[pnp(), pnp(), losses.ContrastiveLoss()], [mined(), None, miners.BatchHardMiner()]],
+        [(0, 1, mined()), (1, 1, None), (2, 1, miners.BatchHardMiner())],
+    ),
+    "dict of miners": lambda: (
+        [{"a": pnp(), "b": losses.SupConLoss()}, {"b": mined()}, {"a": 2, "b": 3}],
+        [("a", 2, None), ("b", 3, mined())],
+    ),
+}
+
+
+def made(name):
+    """A MultipleLosses, and its losses with weights and miners."""
+    arguments, parts = SUMS[name]()
+    both = pml_losses.MultipleLosses(*arguments)
+    return both, [(copy.deepcopy(both.losses[key]), *rest) for key, *rest in parts]
+
+
+def assert_sum(whole, parts, *args, **kwargs):
+    """The value and gradient of `whole` are the sums of those of (function, weight)."""
+    found = [value_and_grad(part, *args, **kwargs) for part, _ in parts]
+    got = value_and_grad(whole, *args, **kwargs)
+    for i in range(2):
+        expected = sum(weight * x[i] for x, (_, weight) in zip(found, parts, strict=True))
+        torch.testing.assert_close(got[i], expected)
+    assert got[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask", "miner", "pairs"])
+@pytest.mark.parametrize("name", SUMS)
+def test_a_memory_adds_up_what_it_would_return_for_each_loss(name, kind, device):
+    if kind in ("miner", "pairs") and "miners" in name:
+        pytest.skip("refused")
+    both, parts = made(name)
+    size, miner = 60 if kind == "pairs" else 30, mined() if kind == "miner" else None
+    whole = losses.CrossBatchMemory(both, 8, size, miner=miner).double()
+    alone = [
+        (losses.CrossBatchMemory(loss, 8, size, miner=own or miner).double(), weight)
+        for loss, weight, own in parts
+    ]
+    for _ in range(4):
+        x, y = batch(n=12, dtype=torch.float64, device=device)
+        args = {}
+        if kind == "mask":
+            args["enqueue_mask"] = torch.arange(12, device=device) < 7
+        if kind == "pairs":
+            triplets = lmu.get_all_triplets_indices(y)
+            args["indices_tuple"] = c_f.shift_indices_tuple(triplets, whole.queue_idx)
+        assert_sum(whole, alone, x, y, **args)
+        torch.testing.assert_close(whole.embedding_memory, alone[0][0].embedding_memory)
+    assert whole.queue_idx == alone[0][0].queue_idx
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", SUMS)
+def test_views_are_compared_by_each_loss(name, symmetric, device):
+    if symmetric and not HAS_SYMMETRIC:
+        pytest.skip("this PML has no symmetric SelfSupervisedLoss")
+    both, parts = made(name)
+    kwargs = {"symmetric": symmetric} if HAS_SYMMETRIC else {}
+    x, view = (batch(n=12, dtype=torch.float64, device=device)[0] for _ in range(2))
+    y = torch.arange(12, device=device)
+
+    def alone(loss, miner):
+        def compute(x, view):
+            args = (x, y, view, y.clone())
+            if symmetric:
+                args = (torch.cat([x, view]), torch.cat([y, y]))
+            pairs = None if miner is None else miner(*args)
+            return loss(*args[:2], pairs, *args[2:])
+
+        return compute
+
+    alone = [(alone(loss, miner), weight) for loss, weight, miner in parts]
+    assert_sum(losses.SelfSupervisedLoss(both, **kwargs), alone, x, view)
+
+
+def test_a_sum_inside_a_sum():
+    inner = losses.MultipleLosses([pnp(), losses.ContrastiveLoss()], weights=[1, 2])
+    outer = losses.MultipleLosses([inner, losses.NTXentLoss()], [mined(), None], [3, 5])
+    parts = parts_of(outer)
+    assert [type(part.loss).__name__ for part in parts] == [
+        "PNPLoss",
+        "ContrastiveLoss",
+        "NTXentLoss",
+    ]
+    assert [part.weight for part in parts] == [3, 6, 5]
+    assert [part.miner for part in parts] == [outer.miners[0], outer.miners[0], None]
+    x, y = batch()[0], torch.arange(24) // 4
+    torch.testing.assert_close(losses.CrossBatchMemory(outer, 8, 24)(x, y), outer(x, y))
+
+
+def test_a_miner_of_the_memory_is_called_once_for_all_losses():
+    calls = []
+    miner = mined()
+    miner.register_forward_hook(lambda *_: calls.append(1))
+    both = losses.MultipleLosses([losses.MultiSimilarityLoss(), pnp(), losses.NTXentLoss()])
+    losses.CrossBatchMemory(both, 8, miner=miner)(*batch())
+    assert len(calls) == 1
+
+
+class Halved(losses.MultipleLosses):
+    def forward(self, *args):
+        return super().forward(*args) / 2
+
+
+def hooked():
+    both = losses.MultipleLosses([pnp()])
+    both.register_forward_hook(lambda *_: None)
+    return both
+
+
+def refused(loss, **kwargs):
+    return lambda: losses.CrossBatchMemory(loss(), 8, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (refused(lambda: Halved([pnp()])), TypeError, "without hooks .* got Halved"),
+        (refused(hooked), TypeError, "without hooks"),
+        (refused(lambda: losses.MultipleLosses([])), ValueError, "at least one loss, got none"),
+        (
+            refused(lambda: losses.MultipleLosses([pnp(), losses.FastAPLoss()])),
+            Exception,
+            "CrossBatchMemory not supported for FastAPLoss",
+        ),
+        (
+            lambda: losses.SelfSupervisedLoss(losses.MultipleLosses([pnp(), losses.MarginLoss()])),
+            Exception,
+            "SelfSupervisedLoss not supported for MarginLoss",
+        ),
+        (
+            refused(lambda: losses.MultipleLosses([pnp()], [mined()]), miner=mined()),
+            ValueError,
+            "MultipleLosses with miners takes neither indices_tuple nor another miner",
+        ),
+        (
+            lambda: parts_of(
+                losses.MultipleLosses([losses.MultipleLosses([pnp()], [mined()])], [mined()])
+            ),
+            ValueError,
+            "MultipleLosses with miners takes neither",
+        ),
+        (
+            lambda: losses.CrossBatchMemory(losses.MultipleLosses([pnp()], [mined()]), 8)(
+                *batch(), (torch.tensor([0]),) * 3
+            ),
+            ValueError,
+            "MultipleLosses with miners takes neither",
+        ),
+    ],
+)
+def test_what_cannot_be_added_up_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_hook_that_is_added_later_is_refused_before_anything_is_enqueued():
+    ours = losses.CrossBatchMemory(losses.MultipleLosses([pnp()]), 8)
+    ours.loss.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="without hooks"):
+        ours(*batch())
+    assert ours.queue_idx == 0
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_taken():
+    class Named(losses.MultipleLosses):
+        pass
+
+    x, y = batch()
+    torch.testing.assert_close(losses.CrossBatchMemory(Named([pnp()]), 8)(x, y), pnp()(x, y))
