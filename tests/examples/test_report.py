@@ -322,7 +322,7 @@ def test_map_has_every_test_image_in_both_networks(page):
 
 def test_every_box_that_scrolls_can_be_reached_by_keyboard(page):
     boxes = [x for x in page.iter() if {"scroll", "rows"} & set((x.get("class") or "").split())]
-    assert len(boxes) == 7 + 15  # tables and pictures, and the images of a query
+    assert len(boxes) == 8 + 15  # tables and pictures, and the images of a query
     for x in boxes:
         assert (x.get("tabindex"), x.get("role")) == ("0", "region") and x.get("aria-label")
 
