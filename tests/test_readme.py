@@ -19,7 +19,11 @@ import pml_pnp
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "upstream"),
+]
 REPORT = ROOT / "benchmarks" / "report.py"
 TABLES = ROOT / "examples" / "powerful_benchmarker" / "results_table.py"
 NEEDS_FAISS = {"large_batches.md"}  # PML's testers do

@@ -26,8 +26,6 @@ DATA_OF = {
     "grocery_finetuned": "Grocery",
     "emoji_lite0": "Emoji",
 }
-# Where the trunk stands still and a linear layer alone is trained.
-FROZEN = ("clinc150", "grocery_lite0", "grocery_lite0_random", "emoji_lite0")
 CELL = ["dataset", "steps"]
 CHOICE = ["loss", "setting"]
 
@@ -35,13 +33,18 @@ CHOICE = ["loss", "setting"]
 def read(folder: Path = FOLDER) -> pd.DataFrame:
     """All rows of the grid; `value` and `seen` are MAP@R in percent on test and validation."""
     frames = [pd.read_csv(path) for path in sorted(folder.glob("*.csv"))]
-    rows = pd.concat(frames, ignore_index=True)
-    rows["value"] = 100 * rows["test map_at_r"]
-    rows["seen"] = 100 * rows["validation map_at_r"]
+    return prepared(pd.concat(frames, ignore_index=True))
+
+
+def prepared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the columns that the tables are made of, besides their own."""
     parameters = rows.parameters.map(json.loads)
-    rows["temperature"] = parameters.map(lambda p: p.get("anneal", p.get("temperature")))
-    rows["label"] = parameters.map(_label)
-    return rows
+    return rows.assign(
+        value=100 * rows["test map_at_r"],
+        seen=100 * rows["validation map_at_r"],
+        temperature=parameters.map(lambda p: p.get("anneal", p.get("temperature"))),
+        label=parameters.map(_label),
+    )
 
 
 def _label(parameters: dict) -> str:
@@ -136,9 +139,8 @@ def markdown(table: pd.DataFrame, corner: str) -> str:
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the data sets in which every loss has run at every setting."""
-    choices = rows.groupby("dataset").apply(lambda x: len(x[[*CELL, *CHOICE]].drop_duplicates()))
-    whole = choices.index[choices == choices.max()]
-    return rows[rows.dataset.isin(whole)]
+    choices = rows[[*CELL, *CHOICE]].drop_duplicates().groupby("dataset").size()
+    return rows[rows.dataset.isin(choices.index[choices == choices.max()])]
 
 
 def left_out_table(rows: pd.DataFrame) -> str:
@@ -167,11 +169,12 @@ def settings_table(rows: pd.DataFrame, dataset: str) -> str:
     order = own.sort_values(["steps", "learning_rate"]).cell.unique()
     table = own.pivot_table(index=["loss", "setting", "name"], columns="cell", values="value")
     table = table[order].droplevel(["loss", "setting"])
-    last = own.iloc[-1]
+    last, seeds = own.iloc[-1], own.seed.nunique()
     return (
-        f"{own.seed.nunique()} split(s) of the classes, batches of {last.batch}, {last.machine}, "
-        f"torch {last.torch}, PML {last['pytorch-metric-learning']}, {last.date}, `python "
-        f"benchmarks/retrieval/grid.py --dataset {dataset}`:\n\n{markdown(table, 'loss')}"
+        f"{seeds} split{'s' * (seeds > 1)} of the classes, batches of {last.batch}, "
+        f"{last.machine}, torch {last.torch}, PML {last['pytorch-metric-learning']}, "
+        f"{last.date}, `python benchmarks/retrieval/grid.py --dataset {dataset}`:\n\n"
+        + markdown(table, "loss")
     )
 
 

@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import advice
 import numpy as np
 import torch
 from pytorch_metric_learning.distances import DotProductSimilarity
@@ -35,6 +36,7 @@ DOCS = ROOT / "docs"
 PAGES = [DOCS / "retrieval.md", *sorted((DOCS / "retrieval").glob("*.md"))]
 SIGNAL = "signal"  # the rows of another kind
 PICTURE = RESULTS / "losses.svg"
+TEMPERATURES = RESULTS / "temperatures.svg"
 END = "<!-- end -->"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 OURS = "PNP"  # the names of this package's losses start so
@@ -85,6 +87,7 @@ def main() -> None:
             sys.exit(f"{path.relative_to(ROOT)} is not what the rows say")
     if not args.check:
         picture()
+        advice.plot(advice.read(), TEMPERATURES)
 
 
 def parts(folder: Path = RESULTS) -> dict[str, str]:
@@ -100,7 +103,15 @@ def parts(folder: Path = RESULTS) -> dict[str, str]:
         "anneal of the batch": anneal_of_the_batch(files),
         "positives before": positives_before(files),
         "gradients": gradients(),
+        **of_grid(),
     }
+
+
+def of_grid() -> dict[str, str]:
+    """The parts that are made of the rows of the grid."""
+    grid = advice.read()
+    tables = {f"{x} grid": advice.settings_table(grid, x) for x in grid.dataset.unique()}
+    return {"left out": advice.left_out_table(grid), **tables}
 
 
 def page(text: str, made: dict[str, str]) -> str:

@@ -1,5 +1,7 @@
 """What is advised: chosen by other data, at the learning rate that validation prefers."""
 
+import json
+
 import pytest
 
 pd = pytest.importorskip("pandas", reason="the study needs pandas: pip install '.[study]'")
@@ -59,11 +61,62 @@ def test_the_data_of_a_data_set_does_not_choose_its_own_setting():
     assert choices[0].omniglot.equals(choices[1].omniglot)
 
 
-def test_the_spread_has_the_mean_and_the_least_of_every_loss():
-    table = advice.spread(advice.left_out(grid()))
-    assert list(table.index) == ["PNP-Ds", "SupCon", "Triplet"]
-    assert table.loc["Triplet", "mean"] == pytest.approx(-9)
-    assert (table.loc["SupCon"] == 0).all()
+def test_the_table_has_every_cell_mean_least_and_settings_best_first():
+    own = grid()
+    own["label"] = "at " + own.setting.astype(str)
+    one_run_of_another = own[:1].assign(dataset="emoji_lite0")
+    lines = advice.left_out_table(pd.concat([own, one_run_of_another])).splitlines()
+    table = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    assert table[0][1:5] == [
+        f"{x}, 100 steps" for x in ("clinc150", "grocery", "grocery_lite0", "omniglot")
+    ]
+    assert table[0][5:] == ["mean", "least", "setting"]
+    assert [x[0] for x in table[2:]] == ["**PNP-Ds**", "SupCon", "Triplet"]
+    assert table[3][1:7] == ["+0.00"] * 6
+    assert table[4][1:7] == ["-9.00"] * 6
+    assert table[2][7] == "at 1 or at 0"
+
+
+def test_every_setting_of_a_data_set_has_its_trainings():
+    text = advice.settings_table(one_file().assign(dataset="clinc150"), "clinc150")
+    assert "1 split of the classes, batches of 55 x 4, a machine, torch 2.13.0" in text
+    assert "| loss | 100 steps at 0.001 | 600 steps at 0.0003 |" in text
+    assert "| **PNP-Ds**, at 0.1 | 50.00 | 60.00 |" in text
+    assert "| Triplet, margin 0.05 |  | 40.00 |" in text
+    assert advice.settings_table(one_file(), "omniglot") == "No runs yet."
+
+
+def one_file():
+    base = {"machine": "a machine", "torch": "2.13.0", "pytorch-metric-learning": "2.9.0"}
+    base |= {"date": "2026-11-28", "batch": "55 x 4", "seed": 1, "dataset": "emoji_lite0"}
+    runs = (
+        ("PNP-Ds", {"anneal": 0.1}, 100, 0.001, 0.5),
+        ("PNP-Ds", {"anneal": 0.1}, 600, 0.0003, 0.6),
+        ("Triplet", {"margin": 0.05}, 600, 0.0003, 0.4),
+    )
+    return advice.prepared(
+        pd.DataFrame(
+            {
+                **base,
+                "loss": loss,
+                "setting": 0,
+                "parameters": json.dumps(parameters),
+                "steps": steps,
+                "learning_rate": rate,
+                "test map_at_r": value,
+                "validation map_at_r": value,
+            }
+            for loss, parameters, steps, rate, value in runs
+        )
+    )
+
+
+def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
+    for name in ("one.svg", "two.svg"):
+        advice.plot(one_file(), tmp_path / name)
+    one = (tmp_path / "one.svg").read_text()
+    assert one == (tmp_path / "two.svg").read_text()
+    assert "emoji_lite0" in one
 
 
 def test_a_choice_that_did_not_run_everywhere_is_not_made():
@@ -77,4 +130,3 @@ def test_every_data_set_of_the_study_belongs_to_some_data():
     from study_data import DATA_SETS
 
     assert set(advice.DATA_OF) == set(DATA_SETS)
-    assert set(advice.FROZEN) < set(DATA_SETS)
