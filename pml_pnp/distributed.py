@@ -22,7 +22,7 @@ from pml_pnp.memory import takes_query_columns
 from pml_pnp.mining import mine, without_self_pairs
 from pml_pnp.pairs import QueryColumns, Relation
 from pml_pnp.precision import at_least_float32
-from pml_pnp.sums import Part, add_up, call, check_miners, parts_of
+from pml_pnp.sums import Part, add_up, call, check_memories, check_miners, parts_of
 
 EXACT = "exact"
 MEANS = (reducers.MeanReducer, reducers.DivisorReducer, reducers.ClassWeightedReducer)
@@ -137,6 +137,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
                 arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
                 loss = loss.loss
             check_miners(parts_of(loss), indices_tuple is not None)
+            check_memories(loss, indices_tuple, ref_emb, ref_labels)
         except (TypeError, ValueError) as caught:
             if is_alone:
                 raise

@@ -73,26 +73,28 @@ class GradCache(nn.Module):
           `(rows of the chunk, ...)`; it is returned as `(N, ...)`.
 
     Memory: activations of `chunk_size` examples instead of N, and in addition the inputs, the
-    outputs twice, the small graph of each chunk, and of each chunk a copy of the buffers that a
-    call changes. Time: one more forward pass. For a batch of at most `chunk_size` examples the
-    model is called once, without a second pass. Without gradients (under `no_grad`, or if nothing
+    outputs twice, the small graph of each chunk, of each chunk a copy of the buffers that a call
+    changes, and once a copy of at most 64 MiB of those that it does not change. Time: one more
+    forward pass. For a batch of at most `chunk_size` examples the model is called once, without a
+    second pass. Without gradients (under `no_grad`, or if nothing
     requires them) each chunk is embedded once.
 
     State: the second pass of a chunk draws the random numbers of the first (of `torch`, `random`
     and `numpy.random`) under the same autocast, and finds the buffers and frozen parameters as the
     first did; after it they are as before it. Which of them change is found by comparing values
-    around the first chunk, so that BatchNorm and changes through `.data` count. Of more than
-    64 MiB, only the smallest are compared; of larger ones a change in place is found, and the
-    values are known from the second chunk on. Nothing else is restored: an attribute, a generator
-    of the model's own, the training mode. It is an error if an output depends on it, and otherwise
-    a change to it happens in both passes.
+    around each chunk, so that BatchNorm and changes through `.data` count. Of more than 64 MiB,
+    only the smallest are compared; of larger ones a change in place is found, and the values are
+    known from the second chunk on. Nothing else is restored: an attribute, a generator of the
+    model's own, the training mode, a larger buffer that is changed through `.data`. It is an error
+    if an output depends on it, and otherwise a change to it happens in both passes.
 
     Comparison: every floating point output of the second pass must be that of the first, which
     the same kernels give to the bit (NaN equals NaN). For kernels whose results vary, an element
     may differ by sqrt(eps) times the sum of its magnitude and the mean magnitude, with the eps of
-    the least precise dtype of outputs, parameters and autocast (float32 on a GPU as TF32). On a
-    GPU the host waits for each comparison, so that nothing is added to `.grad` for a chunk that
-    differs, and once in the forward pass to compare buffers and frozen parameters.
+    the least precise dtype of outputs, parameters and autocast (float32 on a GPU as TF32), and
+    not at all under `torch.use_deterministic_algorithms(True)`. On a GPU the host waits for each
+    comparison: for one of the outputs of each chunk in the backward pass, so that nothing is added
+    to `.grad` for a chunk that differs, and for one of what may have changed in the forward pass.
 
     Batch statistics: a `BatchNorm` layer in training mode normalizes by the mean and variance of
     a chunk, and each chunk updates the running statistics (and `num_batches_tracked`) once, in
@@ -269,8 +271,8 @@ class _Passes:
 
     Attributes:
         changed: names of the buffers and parameters that first passes have changed.
-        copied: names of those that are copied before a first pass: the changed ones, and before
-            the first chunk, when these are not known, all that are not too large.
+        small: names of those that are compared around every first pass.
+        copies: of those that no first pass has changed; the chunks share them.
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]):
@@ -284,7 +286,8 @@ class _Passes:
         self.dtypes = {p.dtype for p in model.parameters()}
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.changed: set[str] = set()
-        self.copied = _small_state(model)
+        self.small = _small_state(model)
+        self.copies: dict[Tensor, Tensor] = {}
         self.note_versions()
 
     def first(self, start: int, rows: tuple[Tensor, ...]) -> Any:
@@ -302,7 +305,8 @@ class _Passes:
                 "its first layer"
             )
         self.changed |= chunk.changed()
-        self.copied = self.changed
+        varying = {chunk.before.get(name) for name in self.changed}
+        self.copies = {t: copied for t, copied in chunk.copies.items() if t not in varying}
         self.note_versions()
         # With a shared cast of the weights, the gradients of all chunks would add up in float16.
         torch.clear_autocast_cache()
@@ -338,8 +342,12 @@ class _Chunk:
         self.random_state = _random_state()
         self.before = _state(passes.model)
         self.versions = {name: t._version for name, t in self.before.items()}
-        tensors = [self.before[name] for name in passes.copied if name in self.before]
-        self.copies = {t: t.detach().clone() for t in tensors if _is_plain_state(t)}
+        names = self.before.keys() & (passes.small | passes.changed)
+        self.copies = {
+            t: passes.copies[t] if t in passes.copies else t.detach().clone()
+            for t in {self.before[name] for name in names}
+            if _is_plain_state(t)
+        }
 
     def call(self, *rows: Tensor) -> Any:
         """Call the model, for the first time or again."""
@@ -374,7 +382,7 @@ class _Chunk:
         # BatchNorm, and what goes through .data, change values without the version.
         copied = {n: (t, self.copies[t]) for n, t in same.items() if t in self.copies}
         found |= {n for n, (t, was) in copied.items() if t.shape != was.shape}
-        unclear = [n for n in copied if n not in found]
+        unclear = [n for n in copied if n not in found | self.passes.changed]
         if unclear:
             differ = [torch.ne(*copied[n]).any() for n in unclear]
             differ = torch.stack([d.to(differ[0].device) for d in differ]).tolist()  # one wait
@@ -439,6 +447,8 @@ def _check_same(where: str, result: Tensor, expected: Tensor, dtypes: set[torch.
     if device != "cpu" and torch.float32 in dtypes:
         dtypes.add(torch.float16)  # whose rounding is that of TF32
     tolerance = max(_EPSILON.get(dtype, 0.0) for dtype in dtypes) ** 0.5
+    if torch.are_deterministic_algorithms_enabled():
+        tolerance = 0.0
     magnitude = float(expected.abs().nan_to_num(0, 0, 0).mean(dtype=torch.float32))
     torch.testing.assert_close(
         result,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.losses.base_loss_wrapper import BaseLossWrapper
+from pytorch_metric_learning.losses.cross_batch_memory import CrossBatchMemory
 from torch import Tensor
 
 from pml_pnp.distances import is_unmodified
@@ -69,6 +70,19 @@ def check_miners(parts: list[Part], has_pairs: bool) -> None:
         )
 
 
+def check_memories(loss: torch.nn.Module, *others) -> None:
+    """Raise ValueError if a CrossBatchMemory of a sum would get more than embeddings and labels."""
+    if (
+        isinstance(loss, MultipleLosses)
+        and any(x is not None for x in others)
+        and any(isinstance(part.loss, CrossBatchMemory) for part in parts_of(loss))
+    ):
+        raise ValueError(
+            "a CrossBatchMemory in a MultipleLosses takes neither indices_tuple, ref_emb nor "
+            "ref_labels here, got one"
+        )
+
+
 def add_up(loss: torch.nn.Module, value_of: Callable[[Part], Tensor]) -> Tensor:
     """Return the sum of the weighted values of the parts of a loss."""
     if not isinstance(loss, MultipleLosses):
@@ -81,6 +95,7 @@ def call(loss, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_la
     if not isinstance(loss, MultipleLosses):
         return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
     check_miners(parts_of(loss), indices_tuple is not None)
+    check_memories(loss, indices_tuple, ref_emb, ref_labels)
 
     def value_of(part: Part) -> Tensor:
         pairs = indices_tuple

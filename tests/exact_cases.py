@@ -345,6 +345,8 @@ def errors(rank):
     memory = losses.CrossBatchMemory(losses.PNPLoss(), 4, 37)
     memories = [DistributedLossWrapper(memory, efficient) for efficient in (False, "exact")]
     views = DistributedLossWrapper(losses.SelfSupervisedLoss(losses.PNPLoss()), "exact")
+    summed = losses.MultipleLosses([losses.CrossBatchMemory(losses.PNPLoss(), 4, 37)])
+    summed = DistributedLossWrapper(summed, "exact")
     mined = DistributedLossWrapper(losses.MultipleLosses([losses.PNPLoss()], [miner()]), "exact")
     x, y = torch.randn(6, 4), torch.arange(6) // 2
     odd = rank == 1
@@ -367,6 +369,7 @@ def errors(rank):
         "too many for the memory": raised(lambda: memories[1](x.repeat(7, 1), y.repeat(7))),
         "mask without memory": raised(lambda: wrapper(x, y, enqueue_mask=y > 1 if odd else None)),
         "tuple and miners": raised(lambda: mined(x, y, triplets if odd else None)),
+        "sum of a memory and tuple": raised(lambda: summed(x, y, triplets if odd else None)),
         "views": raised(lambda: views(x, x[:5] if odd else x)),
         "no views": raised(lambda: views(x)),
         "tuple": raised(lambda: wrapper(x, y, (torch.tensor([99]),) * 3)),

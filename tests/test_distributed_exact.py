@@ -71,6 +71,7 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
         ("too many for the memory", "ValueError: at most memory_size, 37, .* got", None),
         ("mask without memory", "ValueError: enqueue_mask needs a CrossBatchMemory", BAD),
         ("tuple and miners", "ValueError: a MultipleLosses with miners takes neither", BAD),
+        ("sum of a memory and tuple", "ValueError: a CrossBatchMemory in a MultipleLosses", BAD),
         ("views", "ValueError: ref_emb must have the shape of embeddings", BAD),
         ("no views", "TypeError: ref_emb must be a tensor, got NoneType", None),
         ("tuple", r"ValueError: indices_tuple\[0\] must hold indices from 0", None),

@@ -540,6 +540,37 @@ def test_a_table_is_copied_only_if_it_changes(monkeypatch):
     assert copied.count(100) == 1 and copied.count(500) == 0
 
 
+def test_a_layer_that_the_first_chunk_skips_counts_each_chunk_once():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(x) if x[0, 0] > 0 else x * self.norm.weight
+
+    x = torch.randn(12, 3, device=DEVICE)
+    x[::4, 0] = torch.tensor([-1.0, 1.0, 1.0])  # the first rows of the chunks
+    models = [Skipping().to(DEVICE) for _ in range(2)]
+    for chunk in x.split(4):
+        models[0](chunk)
+    GradCache(models[1], 4)(x).sum().backward()
+    expected, got = (model.norm.state_dict() for model in models)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert got["num_batches_tracked"] == 2
+
+
+def test_deterministic_algorithms_have_to_repeat_every_bit():
+    model = Stateful(lambda m, x: x + 1e-12 * count_calls(m, x))
+    z = GradCache(model, 4)(torch.randn(8, 3, dtype=torch.float64, device=DEVICE))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="returned something else"):
+            z.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("size", [10, 500])
 def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
     monkeypatch.setattr(grad_cache, "_BYTES_COPIED", 4000)

@@ -7,6 +7,7 @@ import zipfile
 
 import pretrained
 import pytest
+import study_data
 import torch
 from networks import under_linear_layer
 from PIL import Image
@@ -74,6 +75,24 @@ def test_photographs_are_read_with_their_labels(tmp_path):
 def test_what_is_transparent_is_white():
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     torch.testing.assert_close(pretrained.pixels(image, 4), torch.ones(3, 4, 4))
+
+
+def test_parts_of_what_is_read_as_a_whole_share_no_class(tmp_path):
+    fine = [f"class {i % 12}" for i in range(60)]
+    coarse = [f"kind {i % 12 // 4}" for i in range(60)]
+    inputs = torch.arange(60.0)[:, None]
+    read = study_data._reader_of_whole(lambda root: (inputs, fine, coarse))
+    parts = {x: read(x, str(tmp_path)) for x in ("fit", "validation", "training", "test")}
+    names = {x: set(part.classes) for x, part in parts.items()}
+    assert names["fit"] | names["validation"] == names["training"]
+    assert names["training"] | names["test"] == set(fine)
+    assert sum(len(names[x]) for x in ("fit", "validation", "test")) == 12
+    for part in parts.values():
+        assert len(part.inputs) == 5 * len(part.classes)
+        for x, label, kind in zip(part.inputs, part.labels, part.coarse, strict=True):
+            i = int(x)
+            assert part.classes[label] == fine[i]
+            assert sorted(set(coarse[j] for j in part.inputs[:, 0].int()))[kind] == coarse[i]
 
 
 def test_features_are_computed_once(tmp_path, monkeypatch):
