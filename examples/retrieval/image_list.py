@@ -42,11 +42,16 @@ class ImageList:
     def __init__(self, splits: RetrievalSplits, config: dict[str, Any]):
         self.splits = splits
         self.root = config["data_root"]
+        is_table = self.root is not None and os.path.isfile(self.root)
+        self.folder = os.path.dirname(self.root) or "." if is_table else self.root
         self.with_checksums = not config["skip_verify"]
 
     @functools.cached_property
     def entries(self) -> dict[Key, Entry]:
-        """Each image, in the order of the splits; paths begin at the data root or in the zip."""
+        """Each image, in the order of the splits.
+
+        Paths begin in the zip, at the data root or, where that is a table, at its folder.
+        """
         named = [(x, s) for x in ("train", "val", "test") for s in getattr(self.splits, x).samples]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return dict(pool.map(self._entry, named))
@@ -112,7 +117,8 @@ class ImageList:
             split += ", query" if sample.query else ", gallery"
         path, source = sample.name, sample.source
         if isinstance(source, Path):
-            path = Path(os.path.relpath(path, self.root)).as_posix()
+            box = path.removeprefix(str(source)) if sample.box else ""
+            path = Path(os.path.relpath(source, self.folder)).as_posix() + box
             size = source.stat().st_size
             content = source.read_bytes() if self.with_checksums else b""
         else:

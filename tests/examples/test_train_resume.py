@@ -351,6 +351,38 @@ def test_a_moved_run_goes_on_with_its_images(run_and_images, main, tmp_path):
     assert (moved / "run" / "images.csv").read_bytes() == listed
 
 
+@pytest.mark.parametrize("dataset", ["grocery", "csv"])
+def test_a_run_moved_with_a_table_and_its_images_goes_on(
+    main, quick, tmp_path, monkeypatch, dataset
+):
+    """Paths are listed from the folder of the table; the boxes of one file are two images."""
+    there = tmp_path / "there"
+    shutil.copytree(quick[quick.index("--data-root") + 1], there / "images")
+    paths = sorted(x.relative_to(there) for x in (there / "images").glob("*/0?.png"))
+    header, row = "path,fine", "{},{}"
+    if dataset == "csv":
+        header, row = (
+            "path,label,split,x_1,y_1,x_2,y_2",
+            "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8",
+        )
+    lines = [header, *(row.format(x.as_posix(), x.parent.name) for x in paths)]
+    (there / "labels.csv").write_text("\n".join(lines))
+
+    def root(folder):
+        return folder / "labels.csv" if dataset == "csv" else folder
+
+    arguments = [*quick, "--dataset", dataset, "--data-root", root(there), "--epochs", 1]
+    assert main(*arguments, "--output-dir", there, "--name", "run") == 0
+    listed = (there / "run" / "images.csv").read_text()
+    box = " [0 4 8 8]" if dataset == "csv" else ""
+    assert f"\nimages/0/00.png{box},0" in listed
+    here = there.rename(tmp_path / "here")
+    monkeypatch.chdir(here / "images")
+    resume = ["--resume", here / "run", "--data-root", root(here), "--epochs", 2, "--no-report"]
+    assert main(*resume) == 0
+    assert (here / "run" / "images.csv").read_text() == listed
+
+
 def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, tmp_path, capsys):
     folder = shutil.copytree(run_and_images, tmp_path / "copy")
     exchange_pixels(folder / "images")
