@@ -187,6 +187,24 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     assert curves(old) == curves(run)
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("schedulers", "(no 'trunk_scheduler_by_iteration')"), ("loss", "(Error(s) in loading state")],
+)
+def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_path, state, reason):
+    run = shutil.copytree(whole("proxies")[1] / "after the second epoch", tmp_path / "run")
+    last = run / "checkpoints" / "last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
+    content[state] = {f"old_{name}": x for name, x in content[state].items()}
+    torch.save(checkpoint, last)
+    before = last.read_bytes()
+    assert main("--resume", run) == 2
+    err = capsys.readouterr().err
+    assert "checkpoint last.pt does not fit" in err and reason in err and err.count("\n") == 1
+    assert last.read_bytes() == before
+
+
 def test_rows_that_a_full_disk_cut_off_are_removed(run, main, strict_json, whole):
     logs = run / "logs"
     for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
