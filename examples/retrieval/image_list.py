@@ -46,11 +46,18 @@ class ImageList:
         self.folder = os.path.dirname(self.root) or "." if is_table else self.root
         self.with_checksums = not config["skip_verify"]
 
+    def read(self) -> None:
+        """Look at every image, once."""
+        _ = self.entries
+
     @functools.cached_property
     def entries(self) -> dict[Key, Entry]:
         """Each image, in the order of the splits.
 
         Paths begin in the zip, at the data root or, where that is a table, at its folder.
+
+        Raises:
+            UserError: If a file is gone or cannot be read.
         """
         named = [(x, s) for x in ("train", "val", "test") for s in getattr(self.splits, x).samples]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -119,8 +126,11 @@ class ImageList:
         if isinstance(source, Path):
             box = path.removeprefix(str(source)) if sample.box else ""
             path = Path(os.path.relpath(source, self.folder)).as_posix() + box
-            size = source.stat().st_size
-            content = source.read_bytes() if self.with_checksums else b""
+            try:
+                size = source.stat().st_size
+                content = source.read_bytes() if self.with_checksums else b""
+            except OSError as error:
+                raise UserError(f"cannot read the image {source}: {error.strerror}") from error
         else:
             content = source.tobytes() if isinstance(source, np.ndarray) else source
             size = len(content)
