@@ -35,6 +35,12 @@ class Entry(NamedTuple):
         unknown = not (self.crc32 and other.crc32)
         return self.bytes == other.bytes and (unknown or self.crc32 == other.crc32)
 
+    def filled_by(self, earlier: "Entry | None") -> "Entry":
+        """This one, with the checksum of an earlier one if it has none and the size is the same."""
+        if self.crc32 or earlier is None or self.bytes != earlier.bytes:
+            return self
+        return self._replace(crc32=earlier.crc32)
+
 
 class ImageList:
     """The images of a run as they are now."""
@@ -64,8 +70,9 @@ class ImageList:
             return dict(pool.map(self._entry, named))
 
     def write(self, run: RunFolder) -> None:
-        """Write the list to the run's folder."""
-        rows = ([*key, *entry] for key, entry in self.entries.items())
+        """Write the list to the run's folder; what is not known now stays as it was."""
+        before = _read(run)
+        rows = ([*key, *entry.filled_by(before.get(key))] for key, entry in self.entries.items())
         run.write_table(FILE, ("path", "class", *Entry._fields), rows)
 
     def check(self, run: RunFolder, accept_changed_files: bool) -> None:

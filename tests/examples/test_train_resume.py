@@ -409,6 +409,13 @@ def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, 
     resume.append("--no-report")
     assert main(*resume, "--skip-verify") == 2
     assert "began: 1 of 242" in capsys.readouterr().err
+    with (folder / "run" / "images.csv").open() as file:
+        before = {row["path"]: row for row in csv.DictReader(file)}
+    assert main(*resume, "--skip-verify", "--accept-changed-files") == 0
+    with (folder / "run" / "images.csv").open() as file:
+        after = {row["path"]: row for row in csv.DictReader(file)}
+    changed = {x for x in before if after[x] != before[x]}
+    assert changed == {"0/00.png"} and not after["0/00.png"]["crc32"]  # others keep theirs
 
 
 def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
