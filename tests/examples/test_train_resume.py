@@ -418,6 +418,26 @@ def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, 
     assert changed == {"0/00.png"} and not after["0/00.png"]["crc32"]  # others keep theirs
 
 
+def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, monkeypatch, capsys):
+    from retrieval import train
+
+    root = shutil.copytree(quick[quick.index("--data-root") + 1], tmp_path / "images")
+    splits_of = train.splits_of
+
+    def lost_meanwhile(config):
+        splits = splits_of(config)
+        (root / "0" / "00.png").unlink()
+        return splits
+
+    monkeypatch.setattr(train, "splits_of", lost_meanwhile)
+    arguments = [*quick, "--data-root", root, "--skip-verify", "--output-dir", tmp_path]
+    assert main(*arguments, "--name", "run") == 2
+    err = capsys.readouterr().err
+    assert f"cannot read the image {root / '0/00.png'}: No such file" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
     run = shutil.copytree(run_and_images / "run", tmp_path / "run")
     (run / "images.csv").write_text("path,bytes\n0/00.png,1\n")
