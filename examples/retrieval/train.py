@@ -84,8 +84,12 @@ def run(args: argparse.Namespace) -> int:
             say(f"{run.path} is finished; nothing to train", "")
             _show(run.read_json(METRICS))
             if with_report and on_rank_zero(lambda: _report_is_due(run)):
-                splits = splits_of_run(run, config, None)
-                on_rank_zero(lambda: _report(run, config, splits, device))
+                try:
+                    splits = splits_of_run(run, config, None)
+                except UserError as error:  # in every process
+                    say(f"warning: the report could not be made: {error}")
+                else:
+                    on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         seed_everything(config["seed"])
         # A checkpoint brings weights of its own.

@@ -438,6 +438,23 @@ def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_whose_images_are_gone_is_finished(
+    run_and_images, main, quick, tmp_path, capsys
+):
+    """The command line that started it says why there is no report, and succeeds."""
+    shutil.copytree(run_and_images / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data_root"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    again = [x for x in quick if x != "--no-report"]
+    again += ["--data-root", tmp_path / "gone", "--seed", 1, "--epochs", 1]
+    assert main(*again, "--output-dir", tmp_path, "--name", "run", "--resume-if-exists") == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said
+    assert "warning: the report could not be made: folder: the data root is not a folder" in said
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
     run = shutil.copytree(run_and_images / "run", tmp_path / "run")
     (run / "images.csv").write_text("path,bytes\n0/00.png,1\n")
