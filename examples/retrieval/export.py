@@ -149,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
         stream = io.BytesIO()
         torch.export.save(program, stream)
         (folder / "model.pt2").write_bytes(stream.getbuffer())
-        written = torch.export.load(folder / "model.pt2").module()
+        with (folder / "model.pt2").open("rb") as file:  # torch takes only paths that are UTF-8
+            written = torch.export.load(file).module()
         with torch.no_grad():
             _check("model.pt2", written(images), embeddings)
         if args.onnx:

@@ -35,6 +35,12 @@ class Entry(NamedTuple):
         unknown = not (self.crc32 and other.crc32)
         return self.bytes == other.bytes and (unknown or self.crc32 == other.crc32)
 
+    def filled_by(self, earlier: "Entry | None") -> "Entry":
+        """This one, with the checksum of an earlier one if it has none and the size is the same."""
+        if self.crc32 or earlier is None or self.bytes != earlier.bytes:
+            return self
+        return self._replace(crc32=earlier.crc32)
+
 
 class ImageList:
     """The images of a run as they are now."""
@@ -42,18 +48,31 @@ class ImageList:
     def __init__(self, splits: RetrievalSplits, config: dict[str, Any]):
         self.splits = splits
         self.root = config["data_root"]
+        is_table = self.root is not None and os.path.isfile(self.root)
+        self.folder = os.path.dirname(self.root) or "." if is_table else self.root
         self.with_checksums = not config["skip_verify"]
+
+    def read(self) -> None:
+        """Look at every image, once."""
+        _ = self.entries
 
     @functools.cached_property
     def entries(self) -> dict[Key, Entry]:
-        """Each image, in the order of the splits; paths begin at the data root or in the zip."""
+        """Each image, in the order of the splits.
+
+        Paths begin in the zip, at the data root or, where that is a table, at its folder.
+
+        Raises:
+            UserError: If a file is gone or cannot be read.
+        """
         named = [(x, s) for x in ("train", "val", "test") for s in getattr(self.splits, x).samples]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return dict(pool.map(self._entry, named))
 
     def write(self, run: RunFolder) -> None:
-        """Write the list to the run's folder."""
-        rows = ([*key, *entry] for key, entry in self.entries.items())
+        """Write the list to the run's folder; what is not known now stays as it was."""
+        before = _read(run)
+        rows = ([*key, *entry.filled_by(before.get(key))] for key, entry in self.entries.items())
         run.write_table(FILE, ("path", "class", *Entry._fields), rows)
 
     def check(self, run: RunFolder, accept_changed_files: bool) -> None:
@@ -112,9 +131,13 @@ class ImageList:
             split += ", query" if sample.query else ", gallery"
         path, source = sample.name, sample.source
         if isinstance(source, Path):
-            path = Path(os.path.relpath(path, self.root)).as_posix()
-            size = source.stat().st_size
-            content = source.read_bytes() if self.with_checksums else b""
+            box = path.removeprefix(str(source)) if sample.box else ""
+            path = Path(os.path.relpath(source, self.folder)).as_posix() + box
+            try:
+                size = source.stat().st_size
+                content = source.read_bytes() if self.with_checksums else b""
+            except OSError as error:
+                raise UserError(f"cannot read the image {source}: {error.strerror}") from error
         else:
             content = source.tobytes() if isinstance(source, np.ndarray) else source
             size = len(content)

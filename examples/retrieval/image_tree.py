@@ -256,11 +256,19 @@ def _is_hidden(folder: str) -> bool:
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether this is the folder of a run, or one in which runs are made."""
-    return any(
-        x.is_file() and x.with_name(LOG).is_file()
-        for x in (folder / CONFIG, *folder.glob(f"*/{CONFIG}"))
-    )
+    """Whether this is the folder of a run, or one whose folders all are runs."""
+    if _is_run(folder):
+        return True
+    try:
+        with os.scandir(folder) as entries:
+            runs = (_is_run(Path(x)) for x in entries if x.is_dir())
+            return next(runs, False) and all(runs)
+    except OSError:  # it is told of where it is read
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / LOG).is_file()
 
 
 def _objection(name: str, depth: int, levels: int) -> str | None:

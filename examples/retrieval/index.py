@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import faiss
@@ -64,7 +65,7 @@ class Index:
         network, self.transform = load_best(run)
         self.network, self.device, self.workers = network, device, workers
         weights = (self.run.checkpoints / "best.pt").read_bytes()
-        of = hashlib.sha256(str(root.resolve()).encode() + weights).hexdigest()[:12]
+        of = hashlib.sha256(os.fsencode(root.resolve()) + weights).hexdigest()[:12]
         self.name = f"index/{root.resolve().name}-{of}.npz"
         self.skipped: list[Skipped] = []
         self._update([File.of(x.path) for x in read_trees([root.resolve()], 0, self.skipped)[0]])

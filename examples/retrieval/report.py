@@ -25,7 +25,7 @@ from .network import build, load_best, untrained
 from .processes import find_device, say
 from .progress import still_rising
 from .records import read
-from .report_parts import FRAMES, MARKERS, TestResults, augmented, most_alike
+from .report_parts import FRAMES, MARKERS, TestResults, augmented, drawn, most_alike
 from .run_folder import RunFolder
 
 FILE = "report.html"
@@ -33,6 +33,8 @@ TEMPLATE = "report.html.jinja"
 NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 # MAP@R that is further away than rounding brings it is of other images or another network.
 ROUNDING = 0.005
+# Of the images that were trained and validated on, how many are compared with those of the test.
+SEEN_AT_MOST = 10_000
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -104,7 +106,14 @@ def make(
             description=f"{name} network",
         )
         if name == "trained":
-            seen = embed(network, splits.seen, BATCH_SIZE, device, workers=config["workers"])
+            seen = embed(
+                network,
+                _part_of_seen(splits),
+                BATCH_SIZE,
+                device,
+                workers=config["workers"],
+                description="training images, to compare with",
+            )
     content = contents(folder, config, splits, embeddings, notes, device, seen)
     folder.write_text(FILE, render(content))
     if sheet_file:
@@ -147,7 +156,7 @@ def contents(
             as far as there are such.
         notes: What is missing so far.
         device: Where to rank.
-        seen: Embeddings of `splits.seen` by the trained network, if there is one.
+        seen: Embeddings of `_part_of_seen` by the trained network, if there is one.
     """
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
     saved = folder.read_json("metrics.json")
@@ -176,11 +185,24 @@ def contents(
         "alike": []
         if seen is None
         else most_alike(
-            splits.seen.samples, seen, splits.test.samples, embeddings["trained"], device
+            _part_of_seen(splits).samples,
+            seen,
+            splits.test.samples,
+            embeddings["trained"],
+            device,
         ),
+        "compared": (0 if seen is None else len(seen), len(splits.seen)),
         "frames": FRAMES,
         "markers": MARKERS,
     }
+
+
+def _part_of_seen(splits: RetrievalSplits) -> LabelledImages:
+    """What was trained and validated on, or a random part of it, always the same."""
+    seen = splits.seen
+    samples = [seen.samples[i] for i in drawn(len(seen), SEEN_AT_MOST)]
+    classes = sorted({x.label for x in samples})
+    return LabelledImages(samples, classes, seen.transform, seen.pixel_ranges)
 
 
 # --- numbers --------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ class TestResults:
         self.wanted = self.labels[roles.gallery].bincount(minlength=len(self.sizes))
         self.wanted -= int(roles.holds_queries)
         queries = roles.queries[self.wanted[self.labels[roles.queries]] > 0]
-        self.queries = queries[_drawn(len(queries), PAIRS_AT_MOST // len(roles.gallery))]
+        self.queries = queries[drawn(len(queries), PAIRS_AT_MOST // len(roles.gallery))]
         self.is_part = len(self.queries) < len(queries)
         self.rankings = {
             name: rank_all(x, self.labels, NEIGHBOURS, device, self.queries, roles.gallery)
@@ -254,7 +254,7 @@ class TestResults:
 
     def map(self) -> Map:
         """The test images in the plane."""
-        chosen = _drawn(len(self.samples), MAP_POINTS)
+        chosen = drawn(len(self.samples), MAP_POINTS)
         planes = {
             name: to_plane(self.embeddings[name][torch.from_numpy(chosen)])
             for name in self.networks
@@ -340,7 +340,7 @@ def augmented(samples: Sequence[Sample], trunk: Trunk) -> tuple[str, list[str]]:
     return contact_sheet(rows, AUGMENTED_SIDE), [x.label for x in chosen]
 
 
-def _drawn(count: int, most: int) -> np.ndarray:
+def drawn(count: int, most: int) -> np.ndarray:
     """The numbers below `count` in order, or a random part of `most` of them, always the same."""
     if count <= most:
         return np.arange(count)

@@ -244,17 +244,28 @@ def own_state(trainer: BaseTrainer) -> dict[str, Any]:
 
 
 def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Put both states back; the random state comes last, right before training goes on."""
-    for name, model in trainer.models.items():
-        unwrap(model).load_state_dict(shared["models"][name])
-    for name, average in trainer.averages.items():
-        average.load_state_dict(shared["averages"][name])
-    for name, optimizer in trainer.optimizers.items():
-        optimizer.load_state_dict(shared["optimizers"][name])
-    for name, scheduler in trainer.lr_schedulers.items():
-        scheduler.load_state_dict(shared["schedulers"][name])
-    trainer.scaler.load_state_dict(shared["scaler"])
-    unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
+    """Put both states back; the random state comes last, right before training goes on.
+
+    Raises:
+        UserError: If they are not of such a trainer.
+    """
+    try:
+        for name, model in trainer.models.items():
+            unwrap(model).load_state_dict(shared["models"][name])
+        for name, average in trainer.averages.items():
+            average.load_state_dict(shared["averages"][name])
+        for name, optimizer in trainer.optimizers.items():
+            optimizer.load_state_dict(shared["optimizers"][name])
+        for name, scheduler in trainer.lr_schedulers.items():
+            scheduler.load_state_dict(shared["schedulers"][name])
+        trainer.scaler.load_state_dict(shared["scaler"])
+        unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(
+            "the checkpoint last.pt does not fit the settings of its run; another version of this "
+            f"program, or of torch, may have written it ({reason})"
+        ) from error
     trainer.sampler.labels[:] = own["sampler"]
     _set_random_state(own["random"], trainer.data_device)
 

@@ -84,8 +84,12 @@ def run(args: argparse.Namespace) -> int:
             say(f"{run.path} is finished; nothing to train", "")
             _show(run.read_json(METRICS))
             if with_report and on_rank_zero(lambda: _report_is_due(run)):
-                splits = splits_of_run(run, config, None)
-                on_rank_zero(lambda: _report(run, config, splits, device))
+                try:
+                    splits = splits_of_run(run, config, None)
+                except UserError as error:  # in every process
+                    say(f"warning: the report could not be made: {error}")
+                else:
+                    on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         seed_everything(config["seed"])
         # A checkpoint brings weights of its own.
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         _record_data(config, given if not run else config, splits)
         _set_transforms(splits, trunk)
         trainer = build_trainer(config, splits, trunk, device)
-        run = on_rank_zero(lambda: run or _new_run(lock, place, config))
+        run = on_rank_zero(lambda: run or _new_run(lock, place, config, images))
         on_rank_zero(lambda: _write_settings(run, config, splits, images))
         _announce(run, config, splits, device)
 
@@ -221,7 +225,8 @@ def _record_data(config: dict[str, Any], given: dict[str, Any], splits: Retrieva
     config["pixel_ranges"] = splits.pixel_ranges
 
 
-def _new_run(lock: RunLock, place: Place, config: dict[str, Any]) -> RunFolder:
+def _new_run(lock: RunLock, place: Place, config: dict[str, Any], images: ImageList) -> RunFolder:
+    images.read()  # what is wrong with them is said before a name is taken
     losses = config["loss"], config["loss_args"].get("variant"), config["beside"]
     stem = "-".join(map(str, filter(None, (config["dataset"], *losses))))
     run = RunFolder.create(place.parent, place.name, stem, place.resume_if_exists)

@@ -106,6 +106,17 @@ def test_what_systems_and_the_program_keep_beside_the_classes_is_left_out(tmp_pa
     assert reasons(splits) == {str(tmp_path / k): v for k, v in expected.items()}
 
 
+def test_a_run_leaves_out_no_folder_beside_it(tmp_path):
+    write_classes(tmp_path, ["a/more", "b", "c", "d"])
+    plain = load(tmp_path).summary()
+    write(tmp_path / "a" / "mine" / "thumbnail.png")
+    for name in ("config.json", "log.txt"):
+        (tmp_path / "a" / "mine" / name).write_text("{}")
+    splits = load(tmp_path)
+    assert splits.summary() == plain
+    assert reasons(splits) == {str(tmp_path / "a" / "mine"): "a folder of this program's runs"}
+
+
 @pytest.mark.parametrize("linked", [False, True], ids=["", "linked"])
 def test_what_is_no_file_is_not_read(tmp_path, linked):
     write_classes(tmp_path / "data", "abcd")

@@ -821,6 +821,27 @@ def test_images_that_stand_in_training_and_test_are_named(copied, report, images
     assert similarities == sorted(similarities, reverse=True) and similarities[-1] < 0.9999
 
 
+def test_of_many_training_images_a_part_is_compared(copied, report, monkeypatch):
+    from retrieval import report as module
+
+    embedded = {}
+
+    def embed(network, images, *args, description, **options):
+        embedded[description] = [x.name for x in images.samples]
+        return original(network, images, *args, description=description, **options)
+
+    original = module.embed
+    monkeypatch.setattr(module, "embed", embed)
+    monkeypatch.setattr(module, "SEEN_AT_MOST", 7)
+    drawn = []
+    for _ in range(2):
+        assert report(copied) == 0
+        drawn.append(embedded["training images, to compare with"])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 7
+    text = " ".join(section(parsed(copied / "report.html"), "alike").itertext())
+    assert re.search(r"Of the \d+ images that were trained and validated on, 7 are compared", text)
+
+
 @pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 1), (48, 48)])
 def test_thumbnail_of_an_image_of_any_proportions(size):
     from retrieval.data import Sample

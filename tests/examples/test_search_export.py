@@ -163,6 +163,17 @@ def test_sheet_shows_any_name(command, run, folder, tmp_path):
         image.verify()
 
 
+def test_folders_that_are_no_utf_8_are_searched_and_written(command, run, folder, tmp_path):
+    name = os.fsdecode(b"\xe9t\xe9")
+    folder = folder.rename(tmp_path / name)
+    run = run.rename(tmp_path / f"run {name}")
+    for _ in range(2):  # by a new index and by a kept one
+        assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+    assert command("export", run, "--images", folder) == 0
+    with np.load(run / "export" / "embeddings.npz") as stored:
+        assert str(folder / "7" / "00.png") in stored["names"]
+
+
 MISTAKES = {
     "no run": (["{none}", "{query}", "--index", "{folder}"], "search: error: no run in"),
     "no query": (["{run}", "{none}", "--index", "{folder}"], "expected an image or a folder"),

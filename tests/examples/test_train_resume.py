@@ -187,6 +187,24 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     assert curves(old) == curves(run)
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("schedulers", "(no 'trunk_scheduler_by_iteration')"), ("loss", "(Error(s) in loading state")],
+)
+def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_path, state, reason):
+    run = shutil.copytree(whole("proxies")[1] / "after the second epoch", tmp_path / "run")
+    last = run / "checkpoints" / "last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
+    content[state] = {f"old_{name}": x for name, x in content[state].items()}
+    torch.save(checkpoint, last)
+    before = last.read_bytes()
+    assert main("--resume", run) == 2
+    err = capsys.readouterr().err
+    assert "checkpoint last.pt does not fit" in err and reason in err and err.count("\n") == 1
+    assert last.read_bytes() == before
+
+
 def test_rows_that_a_full_disk_cut_off_are_removed(run, main, strict_json, whole):
     logs = run / "logs"
     for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
@@ -351,6 +369,38 @@ def test_a_moved_run_goes_on_with_its_images(run_and_images, main, tmp_path):
     assert (moved / "run" / "images.csv").read_bytes() == listed
 
 
+@pytest.mark.parametrize("dataset", ["grocery", "csv"])
+def test_a_run_moved_with_a_table_and_its_images_goes_on(
+    main, quick, tmp_path, monkeypatch, dataset
+):
+    """Paths are listed from the folder of the table; the boxes of one file are two images."""
+    there = tmp_path / "there"
+    shutil.copytree(quick[quick.index("--data-root") + 1], there / "images")
+    paths = sorted(x.relative_to(there) for x in (there / "images").glob("*/0?.png"))
+    header, row = "path,fine", "{},{}"
+    if dataset == "csv":
+        header, row = (
+            "path,label,split,x_1,y_1,x_2,y_2",
+            "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8",
+        )
+    lines = [header, *(row.format(x.as_posix(), x.parent.name) for x in paths)]
+    (there / "labels.csv").write_text("\n".join(lines))
+
+    def root(folder):
+        return folder / "labels.csv" if dataset == "csv" else folder
+
+    arguments = [*quick, "--dataset", dataset, "--data-root", root(there), "--epochs", 1]
+    assert main(*arguments, "--output-dir", there, "--name", "run") == 0
+    listed = (there / "run" / "images.csv").read_text()
+    box = " [0 4 8 8]" if dataset == "csv" else ""
+    assert f"\nimages/0/00.png{box},0" in listed
+    here = there.rename(tmp_path / "here")
+    monkeypatch.chdir(here / "images")
+    resume = ["--resume", here / "run", "--data-root", root(here), "--epochs", 2, "--no-report"]
+    assert main(*resume) == 0
+    assert (here / "run" / "images.csv").read_text() == listed
+
+
 def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, tmp_path, capsys):
     folder = shutil.copytree(run_and_images, tmp_path / "copy")
     exchange_pixels(folder / "images")
@@ -359,6 +409,50 @@ def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, 
     resume.append("--no-report")
     assert main(*resume, "--skip-verify") == 2
     assert "began: 1 of 242" in capsys.readouterr().err
+    with (folder / "run" / "images.csv").open() as file:
+        before = {row["path"]: row for row in csv.DictReader(file)}
+    assert main(*resume, "--skip-verify", "--accept-changed-files") == 0
+    with (folder / "run" / "images.csv").open() as file:
+        after = {row["path"]: row for row in csv.DictReader(file)}
+    changed = {x for x in before if after[x] != before[x]}
+    assert changed == {"0/00.png"} and not after["0/00.png"]["crc32"]  # others keep theirs
+
+
+def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, monkeypatch, capsys):
+    from retrieval import train
+
+    root = shutil.copytree(quick[quick.index("--data-root") + 1], tmp_path / "images")
+    splits_of = train.splits_of
+
+    def lost_meanwhile(config):
+        splits = splits_of(config)
+        (root / "0" / "00.png").unlink()
+        return splits
+
+    monkeypatch.setattr(train, "splits_of", lost_meanwhile)
+    arguments = [*quick, "--data-root", root, "--skip-verify", "--output-dir", tmp_path]
+    assert main(*arguments, "--name", "run") == 2
+    err = capsys.readouterr().err
+    assert f"cannot read the image {root / '0/00.png'}: No such file" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_whose_images_are_gone_is_finished(
+    run_and_images, main, quick, tmp_path, capsys
+):
+    """The command line that started it says why there is no report, and succeeds."""
+    shutil.copytree(run_and_images / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data_root"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    again = [x for x in quick if x != "--no-report"]
+    again += ["--data-root", tmp_path / "gone", "--seed", 1, "--epochs", 1]
+    assert main(*again, "--output-dir", tmp_path, "--name", "run", "--resume-if-exists") == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said
+    assert "warning: the report could not be made: folder: the data root is not a folder" in said
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
