@@ -88,7 +88,7 @@ EARLIER: dict[str, Any] = {
 }
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
-# An untested starting point for a pretrained trunk.
+# A starting point for a pretrained trunk; docs/training_example.md has a run with a larger --lr.
 FINE_TUNING = {
     "freeze_batchnorm": True,
     "embedding_size": 512,
