@@ -56,7 +56,10 @@ def below_one(text: str) -> float:
 
 # Flags of the commands that take an earlier run.
 _FLAGS: dict[str, dict[str, Any]] = {
-    "--data-root": {"metavar": "FOLDER", "help": "where the run's images are now"},
+    "--data-root": {
+        "metavar": "PATH",
+        "help": "where the run's images, of a csv the table, are now",
+    },
     "--device": {"default": "auto", "help": f"{DEVICES} (default auto)"},
     "--workers": {"type": natural, "default": 0, "help": "loader processes (default 0)"},
 }

@@ -32,7 +32,7 @@ from .data import (
     splits_of,
 )
 from .errors import UserError
-from .image_list import ImageList
+from .image_list import OTHER_ROOT, ImageList
 from .metrics import RECALL_AT
 from .processes import DEVICES, world_size
 from .run_folder import CONFIG, RunFolder, is_unfilled, taken
@@ -88,7 +88,7 @@ EARLIER: dict[str, Any] = {
 }
 # What docs/retrieval.md says to start with.
 PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
-# An untested starting point for a pretrained trunk.
+# A starting point for a pretrained trunk; docs/training_example.md has a run with a larger --lr.
 FINE_TUNING = {
     "freeze_batchnorm": True,
     "embedding_size": 512,
@@ -404,9 +404,7 @@ def splits_of_run(run: RunFolder, config: dict[str, Any], data_root: str | None)
     try:
         splits = splits_of(config)
     except UserError as error:
-        raise UserError(
-            f"{error}; name the folder that holds the images of the run with --data-root"
-        ) from error
+        raise UserError(f"{error}; {OTHER_ROOT}") from error
     ImageList(splits, config).check(run, accept_changed_files=True)
     return splits
 

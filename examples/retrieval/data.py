@@ -97,7 +97,8 @@ class Sample:
         Raises:
             UserError: If it cannot be read.
         """
-        form = Image.registered_extensions().get(Path(self.name).suffix.lower())
+        path = self.source if isinstance(self.source, Path) else Path(self.name)
+        form = Image.registered_extensions().get(path.suffix.lower())
         if isinstance(self.source, np.ndarray) or form in NEVER_32_BITS:
             return None
         with self.errors_named(), Image.open(self._stream()) as image:

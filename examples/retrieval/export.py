@@ -67,6 +67,11 @@ for i in similarities.argsort()[::-1][:10]:
     print(f"{{similarities[i]:.4f}}", stored["names"][i], stored["labels"][i])
 ```
 """
+BOXES = """
+The name of an image of which a box counts ends with that box: left, top, right and bottom, in
+pixels of the upright image. Its embedding in `embeddings.npz` is of that part; `embed(path)` takes
+the whole image.
+"""
 ONNX = """
 `model.onnx` is the same network; it needs onnxruntime, NumPy and Pillow:
 
@@ -142,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         n=len(samples),
         torch=torch.__version__.partition("+")[0],
     )
+    text += BOXES if any(x.box for x in samples) else ""
     text += ONNX if args.onnx else ""
     with new(output) as folder:
         folder.mkdir()

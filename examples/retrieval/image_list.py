@@ -16,7 +16,7 @@ from .processes import say
 from .run_folder import CONFIG, RunFolder
 
 FILE = "images.csv"
-OTHER_FOLDER = "name the folder that holds the images of the run with --data-root"
+OTHER_ROOT = "name the folder of the run's images, of a csv the table, with --data-root"
 Key = tuple[str, str]  # path and class; turned copies of a file are in other classes
 
 
@@ -105,7 +105,7 @@ class ImageList:
         if differences:
             raise UserError(
                 f"the images in {self.root} are not those of the run {run.path} "
-                f"({'; '.join(differences)}); {OTHER_FOLDER}"
+                f"({'; '.join(differences)}); {OTHER_ROOT}"
             )
         changed = [x for x in both if not now[x].has_content_of(before[x])]
         if changed:
@@ -122,7 +122,7 @@ class ImageList:
         if before != now:
             raise UserError(
                 f"the images in {self.root} are not those of the run {run.path}: were {before}, "
-                f"are {now}; {OTHER_FOLDER}"
+                f"are {now}; {OTHER_ROOT}"
             )
 
     def _entry(self, named: tuple[str, Sample]) -> tuple[Key, Entry]:

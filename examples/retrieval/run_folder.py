@@ -5,6 +5,7 @@ import json
 import os
 import random
 import socket
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,8 +261,10 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
             scheduler.load_state_dict(shared["schedulers"][name])
         trainer.scaler.load_state_dict(shared["scaler"])
         unwrap(trainer.loss_funcs["metric_loss"]).load_state_dict(own["loss"])
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError that says nothing of the checkpoint
+        raise
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
         raise UserError(
             "the checkpoint last.pt does not fit the settings of its run; another version of this "
             f"program, or of torch, may have written it ({reason})"

@@ -496,7 +496,7 @@ def test_images_that_moved_are_found_with_data_root(copied, report, images, tmp_
     before = (copied / "report.html").read_bytes()
     assert report(copied) == 2
     assert (
-        "name the folder that holds the images of the run with --data-root"
+        "name the folder of the run's images, of a csv the table, with --data-root"
         in capsys.readouterr().err
     )
     assert (copied / "report.html").read_bytes() == before

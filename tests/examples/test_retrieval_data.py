@@ -555,6 +555,8 @@ def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
     reasons = {x.name: x.reason for x in splits.skipped}
     assert "is outside of its 12 x 10 pixels" in reasons[f"{tmp_path}/c/1.png [50 0 60 5]"]
     assert reasons[f"{tmp_path}/c/2.png"] == "the same as another: an earlier row"
+    (tmp_path / "c" / "0.png").unlink()
+    assert found.extremes() is None  # by its suffix, without a look at the file
 
 
 @pytest.mark.parametrize("holds_queries", [False, True])

@@ -363,6 +363,23 @@ def test_export_embeds_the_test_images_and_overwrites_nothing(
     assert "export exists; name a new folder by --output" in capsys.readouterr().err
 
 
+def test_export_says_that_embeddings_are_of_boxes(main, command, quick, images, tmp_path):
+    paths = [f"{images}/{label}/0{i}.png,{label}" for label in range(4) for i in range(8)]
+    table = tmp_path / "table.csv"
+    rows = [f"{x},{'train' if i < 16 else 'test'},0,0,8,4" for i, x in enumerate(paths)]
+    table.write_text("\n".join(["path,label,split,x_1,y_1,x_2,y_2", *rows]))
+    arguments = [*quick, "--dataset", "csv", "--data-root", table, "--output-dir", tmp_path]
+    assert main(*arguments, "--batch-size", 4, "--name", "parts", "--epochs", 1) == 0
+    run = tmp_path / "parts"
+    assert command("export", run) == 0
+    with np.load(run / "export" / "embeddings.npz") as stored:
+        assert all(x.endswith(".png [0 0 8 4]") for x in stored["names"])
+    text = (run / "export" / "README.md").read_text()
+    assert "`embed(path)` takes\nthe whole image" in text
+    assert command("export", run, "--images", images, "--output", tmp_path / "whole") == 0
+    assert "box" not in (tmp_path / "whole" / "README.md").read_text()
+
+
 def test_export_of_images_that_are_gone(command, run, tmp_path, capsys):
     assert command("export", run, "--data-root", tmp_path / "none") == 2
     assert "none" in capsys.readouterr().err
