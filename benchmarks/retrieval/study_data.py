@@ -308,6 +308,18 @@ def _random_linear(features: Tensor) -> nn.Module:
     return nn.Linear(features.shape[1], networks.EMBEDDING_SIZE)
 
 
+GROCERY_LITE0 = DataSet(
+    "grocery_lite0",
+    _lite0_features("grocery_lite0", pretrained.grocery160, GROCERY_SIZE),
+    networks.linear_of_principal_components,
+    nn.Identity,
+    _as_it_is,
+    classes_per_batch=40,
+    steps=300,
+    about="Grocery 160: photographs from shop shelves, as frozen features of EfficientNet-Lite0 "
+    "under a linear layer 1280 -> 128 that starts as their principal components",
+)
+
 DATA_SETS = {
     "clinc150": DataSet(
         "clinc150",
@@ -361,26 +373,11 @@ DATA_SETS = {
         about="Grocery 64: photographs from shop shelves at 32 x 32, a net of four convolutions "
         "trained from scratch",
     ),
-    "grocery_lite0": DataSet(
-        "grocery_lite0",
-        _lite0_features("grocery_lite0", pretrained.grocery160, GROCERY_SIZE),
-        networks.linear_of_principal_components,
-        nn.Identity,
-        _as_it_is,
-        classes_per_batch=40,
-        steps=300,
-        about="Grocery 160: photographs from shop shelves, as frozen features of "
-        "EfficientNet-Lite0 under a linear layer 1280 -> 128 that starts as their principal "
-        "components",
-    ),
-    "grocery_lite0_random": DataSet(
-        "grocery_lite0_random",
-        _lite0_features("grocery_lite0", pretrained.grocery160, GROCERY_SIZE),
-        _random_linear,
-        nn.Identity,
-        _as_it_is,
-        classes_per_batch=40,
-        steps=300,
+    "grocery_lite0": GROCERY_LITE0,
+    "grocery_lite0_random": dataclasses.replace(
+        GROCERY_LITE0,
+        name="grocery_lite0_random",
+        network=_random_linear,
         about="the same with a linear layer that starts at random",
     ),
     "emoji_lite0": DataSet(
