@@ -117,6 +117,42 @@ def left_out(rows: pd.DataFrame, groups: dict[str, list[str]] | None = None) -> 
     return made
 
 
+def by_validation(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the settings of a loss cost in every training, against the one that is best on test.
+
+    A training is a data set at a length and a learning rate. The setting that validation prefers is
+    chosen anew for every split, as a user would.
+
+    Args:
+        rows: of the grid.
+
+    Returns:
+        A line for each training and loss, MAP@R minus that of the best setting: `chosen` for the
+        settings that validation prefers, and a column for each setting, by its label.
+    """
+    training = [*CELL, "learning_rate", "loss"]
+    runs = rows.groupby(training)
+    chosen = (
+        rows.loc[rows.groupby([*training, "seed"]).seen.idxmax()].groupby(training).value.mean()
+    )
+    each = rows.pivot_table(index=training, columns="label", values="value")
+    best = runs.value.agg(lambda x: x.groupby(rows.setting[x.index]).mean().max())
+    return each.assign(chosen=chosen).sub(best, axis=0).reset_index()
+
+
+def from_best_peer(rows: pd.DataFrame) -> pd.DataFrame:
+    """MAP@R of every cell and loss at what validation prefers of its settings and rates.
+
+    Minus that of the best loss of another paper, chosen in the same way: `behind`.
+    """
+    chosen = rows.loc[rows.groupby([*CELL, "loss", "seed"]).seen.idxmax()]
+    found = chosen.groupby([*CELL, "loss"], as_index=False).value.mean()
+    peers = found[~found.loss.str.startswith(OURS)]
+    best = peers.groupby(CELL).value.max().rename("best_peer")
+    found = found.merge(best, on=CELL)
+    return found.assign(behind=found.value - found.best_peer)
+
+
 def _label_of(rows: pd.DataFrame, loss: str, setting: int) -> str:
     return rows[(rows.loss == loss) & (rows.setting == setting)].label.iloc[0]
 
@@ -149,11 +185,40 @@ def left_out_table(rows: pd.DataFrame) -> str:
     made["cell"] = made.dataset + ", " + made.steps.astype(str) + " steps"
     table = made.pivot_table(index="name", columns="cell", values="behind")
     table = table.assign(mean=table.mean(axis=1), least=table.min(axis=1))
-    table = table.sort_values("mean", ascending=False).map("{:+.2f}".format)
+    table = table.sort_values("mean", ascending=False).map(_signed)
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
-    table.index = [f"**{x}**" if x.startswith(OURS) else x for x in table.index]
-    return markdown(table, "loss")
+    return markdown(_with_ours_bold(table), "loss")
+
+
+def by_validation_table(rows: pd.DataFrame) -> str:
+    """What temperatures cost, fixed and chosen by validation; and the losses so chosen."""
+    rows = complete(rows)
+    costs = by_validation(rows[rows.temperature.notna()])
+    labels = [
+        f"at {x:g}" for x in sorted(rows[rows.loss.str.startswith(OURS)].temperature.unique())
+    ]
+    of_loss = costs.groupby("loss")
+    behind = from_best_peer(rows).groupby("loss").behind
+    table = pd.DataFrame(
+        {
+            "chosen by validation": of_loss.chosen.mean(),
+            "the most that this costs": of_loss.chosen.min(),
+            **{x: of_loss[x].mean() for x in labels},
+            "from the best peer": behind.mean(),
+            "least": behind.min(),
+        }
+    )
+    table = table.sort_values("from the best peer", ascending=False).map(_signed)
+    return markdown(_with_ours_bold(table), "loss")
+
+
+def _signed(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:+.2f}"
+
+
+def _with_ours_bold(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_axis([f"**{x}**" if x.startswith(OURS) else x for x in table.index])
 
 
 def settings_table(rows: pd.DataFrame, dataset: str) -> str:

@@ -169,6 +169,68 @@ class NTXentInRows(BaseMetricLossFunction):
         }
 
 
+class Thresholds(nn.Module):
+    """MultiSimilarityLoss of a batch with labels, of which one part can be left out.
+
+    mean over queries a of f(alpha, base - s[a,p]) + f(beta, s[a,n] - base), with cosine
+    similarities s and, over the positives p or the negatives n of a,
+
+        whole:      f(c, x) = log(1 + sum exp(c x)) / c   as in MultiSimilarityLoss
+        threshold:  f(c, x) = log(sum exp(c x)) / c       pairs beyond `base` never rest
+        hardest:    f(c, x) = mean of log(1 + exp(c x)) / c   no pair weighs more for being harder
+
+    Args:
+        alpha, beta, base: of MultiSimilarityLoss.
+        without: "threshold", "hardest", or nothing for the whole.
+    """
+
+    def __init__(self, alpha: float, beta: float, base: float, without: str = ""):
+        super().__init__()
+        self.alpha, self.beta, self.base, self.without = alpha, beta, base, without
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of every query that has a positive and a negative."""
+        s, positive, negative = _pairs(embeddings, labels)
+        of_query = self._f(self.alpha, self.base - s, positive)
+        of_query = of_query + self._f(self.beta, s - self.base, negative)
+        return of_query[positive.any(1) & negative.any(1)].mean()
+
+    def _f(self, c: float, x: Tensor, among: Tensor) -> Tensor:
+        if self.without == "hardest":
+            rows = nn.functional.softplus(c * x).masked_fill(~among, 0)
+            return rows.sum(1) / among.sum(1).clamp(min=1) / c
+        x = (c * x).masked_fill(~among, torch.finfo(x.dtype).min).logsumexp(1)
+        return (x if self.without == "threshold" else nn.functional.softplus(x)) / c
+
+
+class CircleWithoutWeights(nn.Module):
+    """CircleLoss whose pairs all have the weight 1: it compares similarities with each other alone.
+
+    mean over queries a of log(1 + sum over n, p of exp(gamma (s[a,n] - s[a,p] + 2 m - 1))), the
+    margins being those of CircleLoss, m for negatives and 1 - m for positives.
+    """
+
+    def __init__(self, m: float, gamma: float):
+        super().__init__()
+        self.m, self.gamma = m, gamma
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of every query that has a positive and a negative."""
+        s, positive, negative = _pairs(embeddings, labels)
+        least = torch.finfo(s.dtype).min
+        of_query = (self.gamma * (s - self.m)).masked_fill(~negative, least).logsumexp(1)
+        x = (self.gamma * (1 - self.m - s)).masked_fill(~positive, least).logsumexp(1)
+        of_query = nn.functional.softplus(of_query + x)
+        return of_query[positive.any(1) & negative.any(1)].mean()
+
+
+def _pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine similarities, and which of them are of positives and of negatives."""
+    unit = normalize(embeddings)
+    s, same = unit @ unit.T, labels[:, None] == labels
+    return s, same ^ torch.eye(len(s), dtype=torch.bool, device=s.device), ~same
+
+
 def _log(low: float, high: float) -> FloatDistribution:
     return FloatDistribution(low, high, log=True)
 
@@ -443,8 +505,15 @@ CANDIDATES = {
     ),
 }
 
-# What only the probes run.
+# What only the probes and the grid run.
 PROBED = {
+    "MultiSimilarity without threshold": Candidate(
+        _loss(Thresholds, {"without": "threshold"}), {}, {}, "other"
+    ),
+    "MultiSimilarity without weights": Candidate(
+        _loss(Thresholds, {"without": "hardest"}), {}, {}, "other"
+    ),
+    "Circle without weights": Candidate(_loss(CircleWithoutWeights), {}, {}, "other"),
     "PNP-Ds, falling temperature": Candidate(_falling, {}, {}, "PNP"),
     "PNP-Ds, rounded": Candidate(_rounded, {}, {}, "PNP"),
 }

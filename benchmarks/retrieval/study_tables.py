@@ -111,6 +111,7 @@ def of_grid() -> dict[str, str]:
     """The parts that are made of the rows of the grid."""
     grid = advice.read()
     tables = {f"{x} grid": advice.settings_table(grid, x) for x in grid.dataset.unique()}
+    tables["by validation"] = advice.by_validation_table(grid)
     return {"left out": advice.left_out_table(grid), **tables}
 
 

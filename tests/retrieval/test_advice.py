@@ -77,6 +77,30 @@ def test_the_table_has_every_cell_mean_least_and_settings_best_first():
     assert table[2][7] == "at 1 or at 0"
 
 
+def test_validation_chooses_a_setting_in_every_split_and_a_rate_beside_it():
+    own = rows(
+        ("omniglot", "PNP-Ds", 0, 0.1, 1, 30, 50),
+        ("omniglot", "PNP-Ds", 1, 0.1, 1, 40, 49),
+        ("omniglot", "PNP-Ds", 0, 0.1, 2, 30, 40),
+        ("omniglot", "PNP-Ds", 1, 0.1, 2, 34, 41),
+        ("omniglot", "PNP-Ds", 0, 0.2, 1, 45, 51),
+        ("omniglot", "PNP-Ds", 0, 0.2, 2, 45, 39),
+        ("omniglot", "SupCon", 0, 0.1, 1, 42, 10),
+        ("omniglot", "SupCon", 0, 0.1, 2, 42, 10),
+    )
+    own = own.assign(label="at " + own.setting.astype(str), temperature=own.setting.astype(float))
+    of = advice.by_validation(own).set_index(["loss", "learning_rate"])
+    assert of.loc["PNP-Ds", 0.1][["chosen", "at 0", "at 1"]].tolist() == [-5, -7, 0]
+    assert of.loc["PNP-Ds", 0.2].chosen == 0
+    behind = advice.from_best_peer(own).set_index("loss").behind
+    assert behind.to_dict() == {"PNP-Ds": (45 + 34) / 2 - 42, "SupCon": 0}
+    lines = advice.by_validation_table(own).splitlines()
+    assert [x.split("|")[1].strip() for x in lines[2:]] == ["SupCon", "**PNP-Ds**"]
+    assert lines[3] == "| **PNP-Ds** | -2.50 | -5.00 | -3.50 | 0.00 | -2.50 | -2.50 |".replace(
+        "0.00", "+0.00"
+    )
+
+
 def test_every_setting_of_a_data_set_has_its_trainings():
     text = advice.settings_table(one_file().assign(dataset="clinc150"), "clinc150")
     assert "1 split of the classes, batches of 55 x 4, a machine, torch 2.13.0" in text

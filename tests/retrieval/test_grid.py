@@ -1,16 +1,16 @@
 """The grid of the study: what is trained on and measured on, and what is observed."""
 
-import argparse
 import json
 
 import grid
 import pytest
 import study_rows as rows
 import torch
-from candidates import CANDIDATES, objective
+from candidates import CANDIDATES, Thresholds, objective
 from fitting import retrieval_metrics, train
-from grid import SETTINGS, TEMPERATURES, Watch, observed
+from grid import SETTINGS, SWITCHES, TEMPERATURES, Watch, observed
 from networks import embed
+from pytorch_metric_learning.losses import MultiSimilarityLoss
 from study_data import other_splits
 from torch.nn.functional import normalize
 
@@ -43,6 +43,36 @@ def test_each_loss_has_five_settings_that_train(name):
         torch.manual_seed(0)
         objective(candidate, params, 3)(x, labels).backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_loss_without_one_of_its_parts_is_another_loss(name):
+    candidate, settings = SWITCHES[name]
+    whole, same = SETTINGS[name.partition(" without")[0]]
+    assert settings == same
+    x = torch.randn(24, 128, requires_grad=True)
+    labels = torch.arange(24) // 4
+    gradients = []
+    for which in (candidate, whole):
+        (gradient,) = torch.autograd.grad(objective(which, settings[0], 6)(x, labels), x)
+        gradients.append(normalize(gradient.flatten(), dim=0))
+    assert 0 < (gradients[0] - gradients[1]).norm() < 2**0.5
+
+
+def test_with_all_of_its_parts_it_is_pmls():
+    x, labels = torch.randn(24, 8, dtype=torch.float64), torch.arange(24) // 4
+    for p in SETTINGS["MultiSimilarity"][1]:
+        torch.testing.assert_close(
+            Thresholds(**p)(x, labels), MultiSimilarityLoss(**p)(x, labels).squeeze()
+        )
+
+
+def test_some_settings_at_other_numbers_of_steps(run_grid):
+    made = run_grid(
+        *("--losses", "NTXent", "--settings", "1", "3", "--steps", "1", "--rates", "1"),
+        *("--seeds", "1"),
+    )
+    assert sorted((r["setting"], r["steps"]) for r in made) == [("1", "1"), ("3", "1")]
 
 
 @pytest.mark.parametrize("name", [x for x in SETTINGS if not x.startswith("PNP")])
@@ -89,7 +119,7 @@ def test_every_setting_runs_at_every_length_and_rate_once(run_grid):
 
 
 def test_a_part_of_a_seed_is_a_sample_of_all_losses(shorter, tmp_path):
-    args = argparse.Namespace(losses=list(SETTINGS), seeds=[1], lengths=grid.LENGTHS, rates=None)
+    args = grid._parser().parse_args(["--dataset", "omniglot", "--seeds", "1"])
     runs = list(grid._missing(shorter, args, tmp_path / "none.csv"))
     assert len({r.loss for r in runs[: len(runs) // 4]}) == len(SETTINGS)
     assert runs == list(grid._missing(shorter, args, tmp_path / "none.csv"))
