@@ -191,6 +191,22 @@ def left_out_table(rows: pd.DataFrame) -> str:
     return markdown(_with_ours_bold(table), "loss")
 
 
+def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str:
+    """MAP@R of PNP-Dq minus that of another loss at the same temperature, over all trainings."""
+    at = [*CELL, "learning_rate", "seed", "temperature"]
+    values = rows[rows.temperature.notna()].pivot_table(index=at, columns="loss", values="value")
+    values = values.dropna(subset=[other]).groupby([*CELL, "learning_rate", "temperature"]).mean()
+    made = {}
+    for loss in ("PNP-Dq", "PNP-Dq alpha 4"):
+        minus = (values[loss] - values[other]).unstack("temperature")
+        made[loss] = [
+            f"{m:+.2f} ({low:+.2f} to {high:+.2f})"
+            for m, low, high in zip(minus.mean(), minus.min(), minus.max(), strict=True)
+        ]
+    columns = [f"at {x:g}" for x in minus.columns]
+    return markdown(pd.DataFrame.from_dict(made, "index", columns=columns), f"minus {other}")
+
+
 def by_validation_table(rows: pd.DataFrame) -> str:
     """What temperatures cost, fixed and chosen by validation; and the losses so chosen."""
     rows = complete(rows)

@@ -388,6 +388,7 @@ DATA_SETS = {
         _as_it_is,
         classes_per_batch=64,
         steps=300,
+        large_batches=((128, 4), (256, 4)),
         about="Emoji: four drawings of each, as frozen features of EfficientNet-Lite0 under a "
         "linear layer 1280 -> 128 that starts as their principal components",
     ),

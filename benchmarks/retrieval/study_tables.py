@@ -112,6 +112,9 @@ def of_grid() -> dict[str, str]:
     grid = advice.read()
     tables = {f"{x} grid": advice.settings_table(grid, x) for x in grid.dataset.unique()}
     tables["by validation"] = advice.by_validation_table(grid)
+    tables["equal temperatures"] = advice.equal_temperatures_table(advice.complete(grid))
+    longer = advice.read(RESULTS / "longer")
+    tables |= {f"{x} longer": advice.settings_table(longer, x) for x in longer.dataset.unique()}
     return {"left out": advice.left_out_table(grid), **tables}
 
 

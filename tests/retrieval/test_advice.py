@@ -101,6 +101,21 @@ def test_validation_chooses_a_setting_in_every_split_and_a_rate_beside_it():
     )
 
 
+def test_losses_are_compared_at_the_same_temperature():
+    own = rows(
+        ("omniglot", "SmoothAP", 1, 0.1, 1, 40, 0),
+        ("omniglot", "PNP-Dq", 0, 0.1, 1, 41, 0),
+        ("omniglot", "PNP-Dq alpha 4", 0, 0.1, 1, 39, 0),
+        ("clinc150", "SmoothAP", 1, 0.1, 1, 40, 0),
+        ("clinc150", "PNP-Dq", 0, 0.1, 1, 44, 0),
+        ("clinc150", "PNP-Dq alpha 4", 0, 0.1, 1, 40, 0),
+    )
+    lines = advice.equal_temperatures_table(own.assign(temperature=0.03)).splitlines()
+    assert lines[0] == "| minus SmoothAP | at 0.03 |"
+    assert lines[2] == "| PNP-Dq | +2.50 (+1.00 to +4.00) |"
+    assert lines[3] == "| PNP-Dq alpha 4 | -0.50 (-1.00 to +0.00) |"
+
+
 def test_every_setting_of_a_data_set_has_its_trainings():
     text = advice.settings_table(one_file().assign(dataset="clinc150"), "clinc150")
     assert "1 split of the classes, batches of 55 x 4, a machine, torch 2.13.0" in text
