@@ -22,8 +22,10 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
     *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "upstream"),
 ]
+PICTURE = ROOT / ".ci" / "picture"
 REPORT = ROOT / "benchmarks" / "report.py"
 TABLES = ROOT / "examples" / "powerful_benchmarker" / "results_table.py"
 NEEDS_FAISS = {"large_batches.md"}  # PML's testers do
@@ -90,6 +92,26 @@ def test_a_page_names_only_files_that_exist(page):
     folders = "examples|benchmarks|tests|docs|pml_pnp"
     paths = set(re.findall(rf"\b(?:{folders})/[\w./-]+\.\w+", read(page)))
     assert all((ROOT / path).exists() for path in paths)
+
+
+def test_the_picture_of_the_package_is_that_of_its_imports(tmp_path):
+    for path in (PICTURE, ROOT / "CONTRIBUTING.md", *(ROOT / "pml_pnp").rglob("*.py")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    command = [sys.executable, tmp_path / PICTURE.relative_to(ROOT), "--check"]
+    subprocess.run(command, check=True)
+    with (tmp_path / "pml_pnp" / "pairs.py").open("a") as file:
+        file.write("from pml_pnp import precision\n")
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "not that of the imports" in run.stderr
+
+
+def test_the_application_says_what_each_of_its_modules_is_for():
+    folder = ROOT / "examples" / "retrieval"
+    named = set(re.findall(r"`([a-z_]+)", read(folder / "__init__.py")))
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    assert modules <= named
 
 
 def anchor(heading):

@@ -36,18 +36,7 @@ def run(
     seed: int,
     each_step: Callable[[int, Tensor, Tensor], None] = lambda step, embeddings, labels: None,
 ) -> Outcome:
-    """Train on one part and measure on another.
-
-    Args:
-        data: see `train`, and so the others.
-        train_on: what to train on.
-        measured: what to measure on.
-        make_objective: number of training classes -> module of (embeddings, labels).
-        learning_rate: of the network.
-        proxy_learning_rate: of parameters of the objective.
-        seed: of the run.
-        each_step: called with the number of the step, the embeddings and the labels.
-    """
+    """Train on one part and measure on another; the other arguments are those of `train`."""
     begin = time.process_time()
     network = train(
         data, train_on, make_objective, learning_rate, proxy_learning_rate, seed, each_step
