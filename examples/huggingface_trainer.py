@@ -16,7 +16,7 @@ from pml_pnp import losses
 
 
 class RetrievalTrainer(transformers.Trainer):
-    loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
+    loss_func = losses.PNPLoss(variant="Ds", anneal=0.03)
 
     def get_train_dataloader(self):
         data, size = self.train_dataset, self.args.train_batch_size

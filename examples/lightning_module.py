@@ -20,7 +20,7 @@ class Retrieval(lightning.LightningModule):
         self.network = nn.Sequential(
             nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, embedding_size)
         )
-        loss = losses.PNPLoss(variant="Ds", anneal=0.1)
+        loss = losses.PNPLoss(variant="Ds", anneal=0.03)
         self.loss_func = losses.CrossBatchMemory(loss, embedding_size, memory_size)
         self.calculator = AccuracyCalculator(include=("mean_average_precision_at_r",))
         self.validation = []

@@ -16,7 +16,7 @@ labels = torch.tensor(digits.target)
 model = torch.nn.Sequential(
     torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32 * 36, 32)
 )
-loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
+loss_func = losses.PNPLoss(variant="Ds", anneal=0.03)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 dataset = torch.utils.data.TensorDataset(images[train], labels[train])
 sampler = MPerClassSampler(labels[train], m=8, batch_size=80, length_before_new_iter=8000)

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     folder = args.model or bundled_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = GradCache(Embedder(AutoModel.from_pretrained(folder)), chunk_size=args.chunk_size)
-    loss_func = losses.PNPLoss(variant="Ds", anneal=0.1)
+    loss_func = losses.PNPLoss(variant="Ds", anneal=0.03)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     sampler = MPerClassSampler(labels[train], 4, args.batch_size, args.steps * args.batch_size)
     batches = torch.tensor(train)[list(sampler)].view(args.steps, args.batch_size)

@@ -87,7 +87,7 @@ EARLIER: dict[str, Any] = {
     "warmup_epochs": 0,
 }
 # What docs/retrieval.md says to start with.
-PNP_ARGS = {"variant": "Ds", "anneal": 0.1}
+PNP_ARGS = {"variant": "Ds", "anneal": 0.03}
 # A starting point for a pretrained trunk; docs/training_example.md has a run with a larger --lr.
 FINE_TUNING = {
     "freeze_batchnorm": True,
