@@ -394,15 +394,12 @@ def _memory(rows: pd.DataFrame) -> list[str]:
     """Peak memory over N, without and with a chunk_size, a table and a sentence each."""
     parts = []
     for part in ("memory", "memory, lean"):
-        found = _of(rows, part)
+        found = _of(rows, part).drop_duplicates("N", keep="last")
         if found.empty:
             continue
         first, peaks = found.iloc[0], found.set_index("N").peak_bytes
-        chunk = (
-            "no `chunk_size`"
-            if pd.isna(first.chunk_size)
-            else f"`chunk_size={first.chunk_size:.0f}`"
-        )
+        lean = pd.notna(first.chunk_size)
+        chunk = f"`chunk_size={first.chunk_size:.0f}`" if lean else "no `chunk_size`"
         table = pd.DataFrame(
             {
                 "MiB": (peaks / 2**20).map("{:,.0f}".format),
@@ -445,7 +442,7 @@ def _inside(rows: pd.DataFrame) -> list[str]:
             f"{other} ms with a sigmoid of each difference."
         )
     for n, line in times(rows, "blocks").iterrows():
-        sizes = [f"{_short(ms)} in {p.rpartition(' of ')[2]}" for p, ms in line.items()]
+        sizes = [f"{_short(ms)} in {p.rpartition(' of ')[2]}" for p, ms in line.dropna().items()]
         said.append(
             f"{work}, in milliseconds by size of the blocks of sigmoids, {at('blocks', n)}: "
             f"{', '.join(sizes)}."

@@ -120,7 +120,7 @@ def of_grid() -> dict[str, str]:
     tables = {f"{x} grid": advice.settings_table(grid, x) for x in grid.dataset.unique()}
     tables["by validation"] = advice.by_validation_table(grid)
     tables["equal temperatures"] = advice.equal_temperatures_table(advice.complete(grid))
-    if (RESULTS / "longer").exists():
+    if any((RESULTS / "longer").glob("*.csv")):
         longer = advice.read(RESULTS / "longer")
         tables |= {f"{x} longer": advice.settings_table(longer, x) for x in longer.dataset.unique()}
     return {"left out": advice.left_out_table(grid), **tables}
@@ -358,10 +358,8 @@ def settings(rows: pd.DataFrame) -> pd.DataFrame:
     """Single settings, a line for each, against PNP-Ds as the others have it."""
     base = ("PNP-Ds", "include_self True")
     values = by_seed(rows, ["loss", "setting"])
-    lines = [
-        [loss, setting, cell(x), *minus(None if (loss, setting) == base else x, values.get(base))]
-        for (loss, setting), x in values.items()
-    ]
+    against = {x: minus(values[x], values.get(base)) for x in values if x != base}
+    lines = [[*x, cell(values[x]), *against.get(x, ("", ""))] for x in values]
     heads = ["loss", "setting", "MAP@R", "minus that of PNP-Ds, include_self True", "p"]
     return pd.DataFrame(lines, columns=heads).set_index("loss")
 
