@@ -76,7 +76,7 @@ def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
                 }
         for kind, record in found.items():
             if record is not None:
-                values = {m: record[f"{m}_level0"] for m in METRICS}
+                values = {m: float(record[f"{m}_level0"]) for m in METRICS}
                 row = {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"]}
                 yield {**row, **values, **how}
 
