@@ -7,24 +7,26 @@ Time and memory are of the rows that benchmarks/measure.py wrote, in benchmarks/
 is of those of examples/powerful_benchmarker/benchmark.py, in benchmarks/results/retrieval; large
 batches are of those of benchmarks/grad_cache.py, in benchmarks/results/grad_cache; many processes
 are of those of benchmarks/ranks.py, in benchmarks/results/ranks, and of what it calculates.
-docs/performance.md is made as a whole, other pages between a marker and the next END.
+docs/performance.md is made as a whole, other pages between a marker and the next `pages.END`.
 """
 
 import argparse
-import csv
-import math
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
+from pages import fill, markdown, pyplot, read, write
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "powerful_benchmarker"))
+import results_table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PERFORMANCE = ROOT / "docs" / "performance.md"
-RETRIEVAL = RESULTS / "retrieval"
-GRAD_CACHE = RESULTS / "grad_cache"
-RANKS = RESULTS / "ranks"
-END = "<!-- end -->"
 OURS, LEAN, FLOOR, BUILT_IN = "PNPLoss", "PNPLoss, lean", "floor", "PNPLoss of PML"
 EAGER, TRITON = "ops/eager.py", "ops/triton.py"
 COMPILED = "the same sums by torch.compile"
@@ -41,7 +43,6 @@ NAMES = {
     FLOOR: "normalize and multiply alone",
     **{name: f"{name} (`benchmarks/peers.py`)" for name in RESEARCH},
 }
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -52,107 +53,76 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     rows = read(sorted(RESULTS.glob("*.csv")))
-    blocks = {
-        "<!-- rows, of benchmarks/report.py -->": summary(rows),
-        "<!-- retrieval, of benchmarks/report.py -->": retrieval(),
-        "<!-- grad_cache, of benchmarks/report.py -->": grad_cache(),
-        "<!-- ranks, of benchmarks/report.py -->": ranks(),
-        "<!-- calculated, of benchmarks/report.py -->": many_ranks(),
-        "<!-- recipe, of benchmarks/report.py -->": recipe(),
+    made = {
+        "rows": summary(rows),
+        "retrieval": _of_files("retrieval", retrieval),
+        "grad_cache": _of_files("grad_cache", grad_cache),
+        "ranks": _of_files("ranks", ranks),
+        "calculated": many_ranks(),
+        "recipe": recipe(),
     }
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    texts[PERFORMANCE] = performance(rows)
-    for begin, block in blocks.items():
-        holders = [page for page, text in texts.items() if begin in text]
-        if not holders:
-            sys.exit(f"no page holds {begin}")
-        for page in holders:
-            texts[page] = _with(texts[page], begin, block)
-    for page, text in texts.items():
-        if not args.check:
-            page.write_text(text, encoding="utf-8")
-        elif not page.exists() or text != page.read_text(encoding="utf-8"):
-            sys.exit(f"{page.relative_to(ROOT)} is not what benchmarks/report.py makes")
+    for name in made:
+        if not any(f"<!-- {name}, of benchmarks/report.py -->" in x for x in texts.values()):
+            sys.exit(f"no page holds <!-- {name}, of benchmarks/report.py -->")
+    texts = {page: fill(text, made, "benchmarks/report.py") for page, text in texts.items()}
+    write({**texts, PERFORMANCE: performance(rows)}, args.check)
     if not args.check:
-        for device in devices(rows):
-            plot([r for r in rows if r["device"] == device], RESULTS / f"{device}.svg")
+        for device, of_device in rows.groupby("device"):
+            plot(of_device, RESULTS / f"{device}.svg")
 
 
-def _with(text: str, begin: str, made: str) -> str:
-    """Put what was made between `begin` and END."""
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(END)
-    return f"{before}{begin}\n{made}\n{END}{after}"
+def _of_files(folder: str, make: Callable[[pd.DataFrame], str]) -> str:
+    """What is made of each file of a folder of benchmarks/results."""
+    return "\n\n".join(make(read([path])) for path in sorted((RESULTS / folder).glob("*.csv")))
 
 
-def retrieval() -> str:
-    """What losses reach in powerful-benchmarker, a table for each data set."""
-    sys.path.insert(0, str(ROOT / "examples" / "powerful_benchmarker"))
-    import results_table
-
-    parts = []
-    for path in sorted(RETRIEVAL.glob("*.csv")):
-        rows = results_table.read(path)
-        first = rows[0]
-        versions = f"torch {first['torch']}, PML {first['pytorch-metric-learning']}"
-        parts.append(
-            f"{first['dataset']} ({versions}, {first['date']}, `{first['command']}`):\n\n"
-            f"{results_table.table(rows)}"
-        )
-    return "\n\n".join(parts)
+def retrieval(rows: pd.DataFrame) -> str:
+    """What losses reach in powerful-benchmarker."""
+    first = rows.iloc[0]
+    return (
+        f"{first.dataset} (torch {first.torch}, PML {first['pytorch-metric-learning']}, "
+        f"{first.date}, `{first.command}`):\n\n{results_table.table(rows)}"
+    )
 
 
-def grad_cache() -> str:
-    """Memory and time of GradCache against the whole batch, a table for each file of rows."""
-    parts = []
-    for path in sorted(GRAD_CACHE.glob("*.csv")):
-        rows = read([path])
-        first = rows[0]
-        by_size: dict[str, list[Row]] = {}
-        for row in rows:
-            by_size.setdefault(row["N"], []).append(row)
-        heads = [f"{r['provider']}, MiB | {r['provider']}, s" for r in by_size[first["N"]]]
-        lines = [
-            f"Forward and backward of the example's small trunk on {first['image_size']} x "
-            f"{first['image_size']} images and PNPLoss, float32 ({first['hardware']}, "
-            f"{first['threads']} threads, torch {first['torch']}, {first['date']}, "
-            f"`{first['command']}`); memory is the peak beyond model and images:",
-            "",
-            f"| images | {' | '.join(heads)} | time, ratio |",
-            "|---" * (2 * len(heads) + 2) + "|",
-        ]
-        for n, row in by_size.items():
-            cells = [
-                f"{int(r['peak_bytes']) / 2**20:,.0f} | {float(r['median_ms']) / 1e3:.3g}"
-                for r in row
-            ]
-            ratio = float(row[-1]["median_ms"]) / float(row[0]["median_ms"])
-            lines.append(f"| {int(n):,} | {' | '.join(cells)} | {ratio:.2f} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+def grad_cache(rows: pd.DataFrame) -> str:
+    """Memory and time of GradCache against the whole batch."""
+    first, table = rows.iloc[0], pd.DataFrame()
+    measured = rows.pivot(index="N", columns="provider", values=["peak_bytes", "median_ms"])
+    providers = rows.provider.unique()
+    for provider in providers:
+        peaks, times = measured.peak_bytes[provider] / 2**20, measured.median_ms[provider] / 1e3
+        table[f"{provider}, MiB"] = peaks.map("{:,.0f}".format)
+        table[f"{provider}, s"] = times.map("{:.3g}".format)
+    table["time, ratio"] = measured.median_ms[providers[-1]] / measured.median_ms[providers[0]]
+    return (
+        f"Forward and backward of the example's small trunk on {first.image_size} x "
+        f"{first.image_size} images and PNPLoss, float32 ({first.hardware}, "
+        f"{first.threads} threads, torch {first.torch}, {first.date}, `{first.command}`); "
+        "memory is the peak beyond model and images:\n\n"
+        + markdown(table.rename("{:,}".format), "images")
+    )
 
 
-def ranks() -> str:
-    """Time and bytes of a step of each mode of DistributedLossWrapper, a table for each file."""
-    parts = []
-    for path in sorted(RANKS.glob("*.csv")):
-        rows = read([path])
-        first = rows[0]
-        lines = [
-            f"PNPLoss on {int(first['N']):,} rows of all processes together, d = {first['d']}, "
-            f"{first['dtype']} ({first['hardware']}, gloo, torch {first['torch']}, "
-            f"{first['date']}, `{first['command']}`):",
-            "",
-            "| processes | `efficient` | ms | gathered, MB | reduced, MB |",
-            "|---|---|---|---|---|",
-        ]
-        for row in rows:
-            megabytes = (f"{int(row[x]) / 1e6:.1f}" for x in ("gathered_bytes", "reduced_bytes"))
-            cells = row["ranks"], f"`{row['efficient']}`", f"{float(row['median_ms']):,.0f}"
-            lines.append(f"| {' | '.join([*cells, *megabytes])} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+def ranks(rows: pd.DataFrame) -> str:
+    """Time and bytes of a step of each mode of DistributedLossWrapper."""
+    first = rows.iloc[0]
+    table = pd.DataFrame(
+        {
+            "processes": rows.ranks,
+            "`efficient`": rows.efficient.map("`{}`".format),
+            "ms": rows.median_ms.map("{:,.0f}".format),
+            "gathered, MB": (rows.gathered_bytes / 1e6).map("{:.1f}".format),
+            "reduced, MB": (rows.reduced_bytes / 1e6).map("{:.1f}".format),
+        }
+    )
+    return (
+        f"PNPLoss on {first.N:,} rows of all processes together, d = {first.d}, "
+        f"{first['dtype']} ({first.hardware}, gloo, torch {first.torch}, {first.date}, "
+        f"`{first.command}`):\n\n{markdown(table.set_index('processes'))}"
+    )
 
 
 class Calculated(NamedTuple):
@@ -183,28 +153,29 @@ def calculated(ranks: int, rows: int, size: int, per_class: int = 4) -> Calculat
 
 def many_ranks() -> str:
     """What a step takes a GPU by calculation, and from where on it needs a chunk_size."""
-    lines = [
-        "| GPUs | queries of each | references | MB | ms at 450 GB/s | ms at 50 GB/s | GFLOP | ms "
-        "| kept, MB | two matrices, MiB | SNRDistance, GiB |",
-        "|---" * 11 + "|",
-    ]
-    for number in (8, 64, 1024):
-        for rows in (64, 384):
-            cost = calculated(number, rows, 512)
-            milliseconds = (f"{2e3 * cost.gathered / speed:.2g}" for speed in (450e9, 50e9))
-            cells = [
-                *(f"{number:,}", f"{rows:,}", f"{cost.references:,}"),
-                *(f"{cost.gathered / 1e6:,.3g}", *milliseconds),
-                *(f"{cost.flops / 1e9:,.3g}", f"{1e3 * cost.flops / 50e12:.2g}"),
-                *(f"{cost.kept / 1e6:,.4g}", f"{cost.matrices / 2**20:,.4g}"),
-                f"{cost.differences / 2**30:,.3g}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    lines = []
+    for number, rows in itertools.product((8, 64, 1024), (64, 384)):
+        cost = calculated(number, rows, 512)
+        lines.append(
+            {
+                "GPUs": f"{number:,}",
+                "queries of each": f"{rows:,}",
+                "references": f"{cost.references:,}",
+                "MB": f"{cost.gathered / 1e6:,.3g}",
+                "ms at 450 GB/s": f"{2e3 * cost.gathered / 450e9:.2g}",
+                "ms at 50 GB/s": f"{2e3 * cost.gathered / 50e9:.2g}",
+                "GFLOP": f"{cost.flops / 1e9:,.3g}",
+                "ms": f"{1e3 * cost.flops / 50e12:.2g}",
+                "kept, MB": f"{cost.kept / 1e6:,.4g}",
+                "two matrices, MiB": f"{cost.matrices / 2**20:,.4g}",
+                "SNRDistance, GiB": f"{cost.differences / 2**30:,.3g}",
+            }
+        )
     one = calculated(1, 384, 512)
     matrices, differences = (
         384 * 2**32 // each for each in (one.matrices, one.matrices + one.differences)
     )
-    return "\n".join(lines) + (
+    return markdown(pd.DataFrame(lines).set_index("GPUs")) + (
         "\n\nWith 384 queries and 4 GiB for these matrices, a `chunk_size` is needed from "
         f"{matrices:,} references\non with `LpDistance` or a distance of your own, and from "
         f"{differences:,} references on with `SNRDistance`."
@@ -215,92 +186,66 @@ def recipe() -> str:
     """What a global batch of 16,384 takes each of 8 GPUs beside the model, by calculation."""
     rows, size, pixels = 2048, 512, 3 * 224 * 224
     cost = calculated(8, rows, size)
-    lines = [
-        "| on each GPU | MiB |",
-        "|---|---|",
-        f"| {rows:,} images, 3 x 224 x 224, float32 | {rows * pixels * 4 / 2**20:,.0f} |",
-        f"| embeddings of its images, d = {size} | {rows * size * 4 / 2**20:,.0f} |",
-        f"| gathered embeddings, directions, gradient | {cost.kept / 2**20:,.0f} |",
-        f"| {rows:,} x {cost.references:,} similarities, overwritten by their gradient | "
-        f"{cost.matrices / 2 / 2**20:,.0f} |",
-        "| activations | of one chunk, 64 images |",
-        "",
-        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each. "
-        f"Products: {cost.flops / 1e9:.0f} GFLOP.",
-    ]
-    return "\n".join(lines)
-
-
-def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of some files."""
-    rows = []
-    for path in paths:
-        with path.open(newline="") as file:
-            rows += csv.DictReader(file)
-    return rows
-
-
-def devices(rows: list[Row]) -> list[str]:
-    """The devices that there are rows of."""
-    return sorted({r["device"] for r in rows})
-
-
-def times(rows: list[Row], *parts: str, dtype: str = "float32") -> dict[str, dict[int, float]]:
-    """{provider: {N: median in ms}} of some parts."""
-    result: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if _is(row, *parts, dtype=dtype):
-            result.setdefault(row["provider"], {})[int(row["N"])] = float(row["median_ms"])
-    return result
-
-
-def _is(row: Row, *parts: str, dtype: str = "float32") -> bool:
-    return row["part"] in parts and row["dtype"] == dtype
-
-
-def exponent(values: dict[int, float]) -> float:
-    """Slope of log(value) over log(N), by least squares."""
-    x, y = [math.log(n) for n in values], [math.log(v) for v in values.values()]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    products = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    return products / sum((a - mx) ** 2 for a in x)
-
-
-def summary(rows: list[Row]) -> str:
-    """What the README says about time: four rows and the plot, a sentence for other devices."""
-    device, *others = devices(rows)
-    of_device = [r for r in rows if r["device"] == device]
-    first, measured = of_device[0], _losses(of_device)
-    chosen = {
-        OURS: measured[OURS],
-        FASTEST: _fastest(measured),
-        BUILT_IN: measured.get(BUILT_IN, {}),
-        FLOOR: measured[FLOOR],
+    sizes = {
+        f"{rows:,} images, 3 x 224 x 224, float32": rows * pixels * 4,
+        f"embeddings of its images, d = {size}": rows * size * 4,
+        "gathered embeddings, directions, gradient": cost.kept,
+        f"{rows:,} x {cost.references:,} similarities, overwritten by their gradient": (
+            cost.matrices / 2
+        ),
     }
+    mebibytes = {name: f"{size / 2**20:,.0f}" for name, size in sizes.items()}
+    table = pd.Series({**mebibytes, "activations": "of one chunk, 64 images"}).to_frame("MiB")
+    return (
+        f"{markdown(table, 'on each GPU')}\n\n"
+        f"Gathered in forward and scattered in backward: {cost.gathered / 1e6:.0f} MB each. "
+        f"Products: {cost.flops / 1e9:.0f} GFLOP."
+    )
+
+
+def times(rows: pd.DataFrame, *parts: str, dtype: str = "float32") -> pd.DataFrame:
+    """Medians in ms of some parts: a line for each N, a column for each provider, as they come."""
+    chosen = _of(rows, *parts, dtype=dtype)
+    table = chosen.pivot_table(index="N", columns="provider", values="median_ms", aggfunc="last")
+    return table.reindex(columns=chosen.provider.unique())
+
+
+def _of(rows: pd.DataFrame, *parts: str, dtype: str = "float32") -> pd.DataFrame:
+    return rows[rows.part.isin(parts) & (rows["dtype"] == dtype)]
+
+
+def exponent(values: pd.Series) -> float:
+    """Slope of log(value) over log(N), by least squares."""
+    return np.polyfit(np.log(values.index), np.log(values), 1)[0]
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """What the README says about time: four rows and the plot, a sentence for other devices."""
+    (device, of_device), *others = rows.groupby("device")
+    first, measured = of_device.iloc[0], _losses(of_device)
+    chosen = measured.reindex(columns=[OURS, FASTEST, BUILT_IN, FLOOR])
     parts = [
         "Milliseconds of forward and backward over the batch size N, from embeddings of length "
-        f"512, 4 per class ({first['hardware']}, {_threads(first)}, {first['date']}):",
-        "\n".join(_table(chosen)),
+        f"512, 4 per class ({first.hardware}, {_threads(first)}, {first.date}):",
+        _table(chosen.assign(**{FASTEST: _fastest(measured)})),
         f"![Time and memory over the batch size](benchmarks/results/{device}.svg)",
     ]
-    for other in others:
-        of_device = [r for r in rows if r["device"] == other]
+    for _, of_device in others:
         measured = _losses(of_device)
-        fastest = _fastest(measured)
-        sizes = [n for n in (384, 4096) if n in fastest]
-        ours, theirs = (
-            " and ".join(_short(t[n]) for n in sizes) for t in (measured[OURS], fastest)
-        )
+        pair = pd.DataFrame({OURS: measured[OURS], FASTEST: _fastest(measured)})
+        pair = pair.reindex([384, 4096]).dropna()
+        ours, theirs = (" and ".join(pair[x].map(_short)) for x in pair)
         parts.append(
-            f"On an {of_device[0]['hardware']} PNPLoss takes {ours} ms at N = "
-            f"{' and '.join(f'{n:,}' for n in sizes)}, PML's fastest other loss {theirs}."
+            f"On an {of_device.hardware.iloc[0]} PNPLoss takes {ours} ms at N = "
+            f"{' and '.join(map('{:,}'.format, pair.index))}, PML's fastest other loss {theirs}."
         )
     return "\n\n".join(parts)
 
 
-def performance(rows: list[Row]) -> str:
+def performance(rows: pd.DataFrame) -> str:
     """The whole of docs/performance.md."""
-    return "\n\n".join([INTRODUCTION, *(_of_device(rows, d) for d in devices(rows)), MEASURING, ""])
+    devices = [_of_device(of_device, device) for device, of_device in rows.groupby("device")]
+    return "\n\n".join([INTRODUCTION, *devices, MEASURING, ""])
 
 
 INTRODUCTION = """\
@@ -336,201 +281,173 @@ measured. `SmoothAP`, `SupAP` and `RecallAtK` are losses of other papers, writte
 the papers."""
 
 
-def _of_device(rows: list[Row], device: str) -> str:
-    rows = [r for r in rows if r["device"] == device]
+def _of_device(rows: pd.DataFrame, device: str) -> str:
     sections = {
         "Losses": [
             "Milliseconds of a step, from embeddings of length 512, with 4 examples per class, in "
             "float32. N is the batch size.",
-            "\n".join(_table(_losses(rows))),
+            _table(_losses(rows)),
             _list(_ratios(rows)),
             f"![Time and memory over the batch size](../benchmarks/results/{device}.svg)",
         ],
         "Memory": _memory(rows),
         "Inside of the loss": [_list(_inside(rows))],
     }
-    parts = [f"## {'CPU' if device == 'cpu' else 'GPU'}", f"{_where(rows)}."]
+    first, commands = rows.iloc[0], ", ".join(f"`{x}`" for x in rows.command.unique())
+    parts = [
+        f"## {'CPU' if device == 'cpu' else 'GPU'}",
+        f"{first.hardware}, {_threads(first)}, torch {first.torch}, "
+        f"PML {first.pytorch_metric_learning}, {first.date}, {commands}.",
+    ]
     for title, paragraphs in sections.items():
         if any(paragraphs):
             parts += [f"### {title}", *filter(None, paragraphs)]
     return "\n\n".join(parts)
 
 
-def _where(rows: list[Row]) -> str:
-    """On which machine, with which versions, and by which commands."""
-    first = rows[0]
-    commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows))
-    return (
-        f"{first['hardware']}, {_threads(first)}, torch {first['torch']}, "
-        f"PML {first['pytorch_metric_learning']}, {first['date']}, {commands}"
-    )
-
-
-def _threads(row: Row) -> str:
-    return f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
+def _threads(row: pd.Series) -> str:
+    return f"{row.threads} thread{'' if row.threads == 1 else 's'}"
 
 
 def _list(sentences: list[str]) -> str:
     return "\n".join(f"- {x}" for x in sentences)
 
 
-def _losses(rows: list[Row]) -> dict[str, dict[int, float]]:
+def _losses(rows: pd.DataFrame) -> pd.DataFrame:
     return times(rows, "small", "large", "largest")
 
 
-def _fastest(measured: dict[str, dict[int, float]]) -> dict[int, float]:
+def _fastest(measured: pd.DataFrame) -> pd.Series:
     """Least time at each N of PML's losses other than PNPLoss."""
-    return _least({p: t for p, t in measured.items() if p not in NAMES})
+    return measured.drop(columns=NAMES, errors="ignore").min(axis=1)
 
 
-def _least(measured: dict[str, dict[int, float]]) -> dict[int, float]:
-    sizes = sorted({n for t in measured.values() for n in t})
-    return {n: min(t[n] for t in measured.values() if n in t) for n in sizes}
-
-
-def _table(measured: dict[str, dict[int, float]]) -> list[str]:
-    sizes = sorted({n for values in measured.values() for n in values})
-    others = [p for p in measured if p not in (OURS, LEAN, BUILT_IN, FLOOR, *RESEARCH)]
-    order = (OURS, LEAN, *sorted(others), BUILT_IN, *RESEARCH, FLOOR)
-    lines = [
-        "| N | " + " | ".join(f"{n:,}" for n in sizes) + " |",
-        "|---" * (len(sizes) + 1) + "|",
-    ]
-    for provider in [p for p in order if p in measured]:
-        values = [measured[provider].get(n) for n in sizes]
-        cells = " | ".join("" if v is None else _short(v) for v in values)
-        lines.append(f"| {NAMES.get(provider, provider)} | {cells} |")
-    return lines
+def _table(measured: pd.DataFrame) -> str:
+    first, last = (OURS, LEAN), (BUILT_IN, *RESEARCH, FLOOR)
+    others = sorted(set(measured) - {*first, *last})
+    order = [x for x in (*first, *others, *last) if x in measured]
+    table = measured[order].map(_short).rename("{:,}".format).rename(columns=NAMES)
+    return markdown(table.T, "N")
 
 
 def _short(ms: float) -> str:
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    return "" if pd.isna(ms) else f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def _ratios(rows: list[Row]) -> list[str]:
+def _ratios(rows: pd.DataFrame) -> list[str]:
     """What the times of losses are to each other, in words; nothing that the rows do not hold."""
-    said, measured = [], _losses(rows)
-
-    def ratios(text: str, others: dict[int, float], inverse: bool = False) -> None:
-        ours = measured[OURS]
-        pairs = [(n, ours[n] / t if inverse else t / ours[n]) for n, t in sorted(others.items())]
-        if pairs:
-            said.append(f"{text}: {', '.join(f'{r:.2f} at N = {n:,}' for n, r in pairs)}.")
-
-    ratios("PNPLoss takes, in units of the floor", measured.get(FLOOR, {}), inverse=True)
-    ratios("The fastest other loss of PML takes, in units of PNPLoss", _fastest(measured))
-    ratios("PML's own PNPLoss takes, in units of PNPLoss", measured.get(BUILT_IN, {}))
-    research = {p: measured[p] for p in RESEARCH if p in measured}
-    ratios(f"The fastest of {', '.join(research)} takes, in units of PNPLoss", _least(research))
+    measured = _losses(rows)
+    known = measured.reindex(columns=[OURS, FLOOR, BUILT_IN])
+    research = measured[[x for x in RESEARCH if x in measured]]
+    units = "takes, in units of PNPLoss"
+    ratios = {
+        "PNPLoss takes, in units of the floor": known[OURS] / known[FLOOR],
+        f"The fastest other loss of PML {units}": _fastest(measured) / known[OURS],
+        f"PML's own PNPLoss {units}": known[BUILT_IN] / known[OURS],
+        f"The fastest of {', '.join(research)} {units}": research.min(axis=1) / known[OURS],
+    }
+    said = [
+        f"{text}: {', '.join(f'{r:.2f} at N = {n:,}' for n, r in ratio.dropna().items())}."
+        for text, ratio in ratios.items()
+        if ratio.notna().any()
+    ]
     for part in ("many positives", "queue"):
-        for row in rows:
-            if _is(row, part) and row["provider"] == OURS:
-                n, m = int(row["N"]), int(row["M"])
-                where = (
-                    f"With {row['per_class']} examples per class at N = {n:,}"
-                    if part == "many positives"
-                    else f"With a CrossBatchMemory of {m:,} and N = {n:,}"
-                )
-                floor = times(rows, part)[FLOOR][n]
-                ms = float(row["median_ms"])
-                said.append(
-                    f"{where} a step takes {_short(ms)} ms, {ms / floor:.2f} times the floor."
-                )
-    growth = times(rows, "growth")
-    if len(growth.get(OURS, {})) > 1:
-        said.append(f"The time of PNPLoss grows with {_growth(growth[OURS])}.")
-    for n, ms in list(growth.get(LEAN, {}).items())[-1:]:
+        floor = times(rows, part)
+        for row in _of(rows, part).query("provider == @OURS").itertuples():
+            where = (
+                f"With {row.per_class} examples per class at N = {row.N:,}"
+                if part == "many positives"
+                else f"With a CrossBatchMemory of {row.M:,} and N = {row.N:,}"
+            )
+            said.append(
+                f"{where} a step takes {_short(row.median_ms)} ms, "
+                f"{row.median_ms / floor[FLOOR][row.N]:.2f} times the floor."
+            )
+    growth = times(rows, "growth").reindex(columns=[OURS, LEAN])
+    if growth[OURS].count() > 1:
+        said.append(f"The time of PNPLoss grows with {_growth(growth[OURS].dropna())}.")
+    for n, line in growth.dropna().tail(1).iterrows():
         said.append(
-            f"With `chunk_size=2048` a step takes {ms / growth[OURS][n]:.2f} times as long as "
+            f"With `chunk_size=2048` a step takes {line[LEAN] / line[OURS]:.2f} times as long as "
             f"without at N = {n:,}."
         )
     halves = times(rows, "small", "large", "largest", dtype="bfloat16")
-    if OURS in halves:
-        n = max(halves[OURS])
-        ours, floor = (_short(halves[p][n]) for p in (OURS, FLOOR))
+    for n, line in halves.reindex(columns=[OURS, FLOOR]).dropna().tail(1).iterrows():
         said.append(
-            f"Embeddings in bfloat16 are multiplied in float32: a step takes {ours} ms at N = "
-            f"{n:,}, the floor in bfloat16 {floor} ms."
+            "Embeddings in bfloat16 are multiplied in float32: a step takes "
+            f"{_short(line[OURS])} ms at N = {n:,}, the floor in bfloat16 {_short(line[FLOOR])} ms."
         )
-    for n, ms in times(rows, "trunk").get(TRUNK, {}).items():
-        share = times(rows, "trunk")[OURS][n] / ms
+    for n, line in times(rows, "trunk").reindex(columns=[OURS, TRUNK]).dropna().iterrows():
         said.append(
             f"Of a training step of a ResNet-50 (N = {n:,}, 224 x 224 pixels, bfloat16) PNPLoss is "
-            f"{100 * share:.2f} %."
+            f"{100 * line[OURS] / line[TRUNK]:.2f} %."
         )
     return said
 
 
-def _growth(values: dict[int, float]) -> str:
-    return (
-        f"N to the power of {exponent(values):.2f} from N = {min(values):,} to N = {max(values):,}"
-    )
+def _growth(values: pd.Series) -> str:
+    first, last = values.index.min(), values.index.max()
+    return f"N to the power of {exponent(values):.2f} from N = {first:,} to N = {last:,}"
 
 
-def _memory(rows: list[Row]) -> list[str]:
+def _memory(rows: pd.DataFrame) -> list[str]:
     """Peak memory over N, without and with a chunk_size, a table and a sentence each."""
     parts = []
     for part in ("memory", "memory, lean"):
-        found = [r for r in rows if _is(r, part)]
-        if not found:
+        found = _of(rows, part).drop_duplicates("N", keep="last")
+        if found.empty:
             continue
-        first = found[0]
-        chunk = f"`chunk_size={first['chunk_size']}`" if first["chunk_size"] else "no `chunk_size`"
-        peaks = {int(r["N"]): int(r["peak_bytes"]) for r in found}
-        cells = [f"{peak / 2**20:,.0f}" for peak in peaks.values()]
-        matrices = [f"{peak / (4 * n * n):.2f}" for n, peak in peaks.items()]
+        first, peaks = found.iloc[0], found.set_index("N").peak_bytes
+        lean = pd.notna(first.chunk_size)
+        chunk = f"`chunk_size={first.chunk_size:.0f}`" if lean else "no `chunk_size`"
+        table = pd.DataFrame(
+            {
+                "MiB": (peaks / 2**20).map("{:,.0f}".format),
+                "in N x N matrices": (peaks / (4 * peaks.index**2)).map("{:.2f}".format),
+            }
+        )
         parts += [
             f"Peak memory of a step of PNPLoss beyond the inputs, with {chunk} and embeddings of "
-            f"length {first['d']}:",
-            "\n".join(
-                [
-                    f"| N | {' | '.join(f'{n:,}' for n in peaks)} |",
-                    "|---" * (len(peaks) + 1) + "|",
-                    f"| MiB | {' | '.join(cells)} |",
-                    f"| in N x N matrices | {' | '.join(matrices)} |",
-                ]
-            ),
+            f"length {first.d}:",
+            markdown(table.rename("{:,}".format).T, "N"),
         ]
-        if len(peaks) > 1 and min(peaks.values()) > 0:
+        if len(peaks) > 1 and peaks.min() > 0:
             parts.append(f"It grows with {_growth(peaks)}.")
     return parts
 
 
-def _inside(rows: list[Row]) -> list[str]:
+def _inside(rows: pd.DataFrame) -> list[str]:
     """What the parts of the loss take, and what they would take if they were written otherwise."""
 
-    def compared(part: str, provider: str, other: str):
-        measured = times(rows, part)
-        others = measured.get(other, {})
-        for n, ms in measured.get(provider, {}).items():
-            if n in others:
-                yield n, _short(ms), _short(others[n])
+    def measured(part: str, *providers: str) -> Iterator[tuple]:
+        """(N, ms of each provider) where all were measured."""
+        for n, line in times(rows, part).reindex(columns=list(providers)).dropna().iterrows():
+            yield n, *line.map(_short)
+
+    def at(part: str, n: int) -> str:
+        row = _of(rows, part).query("N == @n").iloc[0]
+        return f"at N = {n:,} with {row.per_class} per class"
 
     said = []
     work = "Losses and gradient of given similarities take"
-    kernels = times(rows, "kernel")
-    for n, ms, other in compared("kernel", EAGER, COMPILED):
-        plain = f"{work} {ms} ms"
-        if n in kernels.get(TRITON, {}):
-            plain = f"{work} {_short(kernels[TRITON][n])} ms in Triton, {ms} ms in plain PyTorch"
+    triton = dict(measured("kernel", TRITON))
+    for n, ms, other in measured("kernel", EAGER, COMPILED):
+        plain = f"{triton[n]} ms in Triton, {ms} ms in plain PyTorch" if n in triton else f"{ms} ms"
         said.append(
-            f"{plain} at {_classes(rows, 'kernel', n)}; the same sums by `torch.compile` "
-            f"take {other} ms."
+            f"{work} {plain} {at('kernel', n)}; the same sums by `torch.compile` take {other} ms."
         )
-    for n, ms, other in compared("sigmoids", RATIOS, SINGLE):
+    for n, ms, other in measured("sigmoids", RATIOS, SINGLE):
         said.append(
-            f"{work} {ms} ms at {_classes(rows, 'sigmoids', n)} with sigmoids as ratios of "
-            f"exponentials, {other} ms with a sigmoid of each difference."
+            f"{work} {ms} ms {at('sigmoids', n)} with sigmoids as ratios of exponentials, "
+            f"{other} ms with a sigmoid of each difference."
         )
-    blocks = times(rows, "blocks")
-    for n in sorted({n for values in blocks.values() for n in values}):
-        sizes = [f"{_short(v[n])} in {p.rpartition(' of ')[2]}" for p, v in blocks.items()]
+    for n, line in times(rows, "blocks").iterrows():
+        sizes = [f"{_short(ms)} in {p.rpartition(' of ')[2]}" for p, ms in line.dropna().items()]
         said.append(
-            f"{work}, in milliseconds by size of the blocks of sigmoids, at "
-            f"{_classes(rows, 'blocks', n)}: {', '.join(sizes)}."
+            f"{work}, in milliseconds by size of the blocks of sigmoids, {at('blocks', n)}: "
+            f"{', '.join(sizes)}."
         )
-    for n, ms, other in compared("products", PRODUCT, TWO_PRODUCTS):
-        at_once = _short(times(rows, "products")[AT_ONCE][n])
+    for n, ms, at_once, other in measured("products", PRODUCT, AT_ONCE, TWO_PRODUCTS):
         said.append(
             f"A step takes {ms} ms at N = {n:,} where the gradient G of the similarities is "
             "multiplied as (G + G^T) z in squares that stay in the cache, "
@@ -540,37 +457,26 @@ def _inside(rows: list[Row]) -> list[str]:
     return said
 
 
-def _classes(rows: list[Row], part: str, n: int) -> str:
-    row = next(r for r in rows if _is(r, part) and int(r["N"]) == n)
-    return f"N = {n:,} with {row['per_class']} per class"
-
-
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: pd.DataFrame, path: Path) -> None:
     """Time and memory over N, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     measured = times(rows, "small", "large", "largest", "growth")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for provider in sorted(measured, key=lambda p: p not in (OURS, LEAN, FLOOR)):
-        points = sorted(measured[provider].items())
         ours = provider in (OURS, LEAN)
         style = {"linewidth": 2.4 if ours else 1.1, "alpha": 1.0 if ours else 0.7, "marker": "."}
         if provider == FLOOR:
             style |= {"color": "black", "linestyle": ":"}
-        left.plot(*zip(*points, strict=True), label=provider, **style)
+        left.plot(measured[provider].dropna(), label=provider, **style)
     left.set(xscale="log", yscale="log", xlabel="batch size N", ylabel="ms, forward and backward")
     left.legend(fontsize=7)
     for part, label in (("memory", OURS), ("memory, lean", f"{LEAN} (d = 128)")):
-        peaks = sorted((int(r["N"]), int(r["peak_bytes"]) / 2**20) for r in rows if _is(r, part))
-        if peaks:
-            right.plot(*zip(*peaks, strict=True), label=label, marker=".", linewidth=2.4)
-    sizes = sorted({int(r["N"]) for r in rows if r["part"].startswith("memory")})
-    if sizes:
-        one = [4 * n * n / 2**20 for n in sizes]
+        peaks = _of(rows, part).set_index("N").peak_bytes.sort_index() / 2**20
+        if len(peaks):
+            right.plot(peaks, label=label, marker=".", linewidth=2.4)
+    sizes = np.sort(_of(rows, "memory", "memory, lean").N.unique())
+    if len(sizes):
+        one = 4 * sizes**2 / 2**20
         right.plot(sizes, one, color="black", linestyle=":", label="one N x N matrix")
         right.legend(fontsize=7)
     right.set(xscale="log", yscale="log", xlabel="batch size N", ylabel="MiB beyond the inputs")

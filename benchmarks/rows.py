@@ -97,13 +97,16 @@ def machine(device: torch.device, script: str) -> dict[str, str | int]:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
+        return platform.processor() or platform.machine()
 
 
 def new_file(folder: Path, given: Path | None, device: torch.device, append: bool) -> Path:

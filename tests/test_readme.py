@@ -27,6 +27,7 @@ PAGES = [
 ]
 PICTURE = ROOT / ".ci" / "picture"
 REPORT = ROOT / "benchmarks" / "report.py"
+PAGES_OF_ROWS = REPORT.with_name("pages.py")
 TABLES = ROOT / "examples" / "powerful_benchmarker" / "results_table.py"
 NEEDS_FAISS = {"large_batches.md"}  # PML's testers do
 NEEDS_OTHERS = {"coming_from.md"}  # PNPLoss and SmoothAPLoss of PML, which PML 2.0 lacks
@@ -181,10 +182,18 @@ def test_the_entry_for_the_documentation_of_pml_describes_its_signature():
     assert images and all((DOCS / "upstream" / image).exists() for image in images)
 
 
+needs_pandas = pytest.mark.skipif(
+    importlib.util.find_spec("pandas") is None,
+    reason="the report needs pandas: pip install '.[benchmarks]'",
+)
+
+
+@needs_pandas
 def test_the_generated_parts_are_what_the_committed_rows_say():
     subprocess.run([sys.executable, str(REPORT), "--check"], check=True)
 
 
+@needs_pandas
 @pytest.mark.parametrize(
     ("page", "changed", "said"),
     [
@@ -202,7 +211,7 @@ def test_the_generated_parts_are_what_the_committed_rows_say():
 )
 def test_a_page_that_says_something_else_is_noticed(page, changed, said, tmp_path):
     pages = [README, *DOCS.glob("*.md")]
-    for path in (REPORT, TABLES, *pages, *REPORT.parent.rglob("*.csv")):
+    for path in (REPORT, PAGES_OF_ROWS, TABLES, *pages, *REPORT.parent.rglob("*.csv")):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

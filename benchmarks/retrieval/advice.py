@@ -6,11 +6,16 @@ classes, averaged over the splits that all losses of the cell have.
 """
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from study_rows import RESULTS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pages  # noqa: E402
 
 FOLDER = RESULTS / "grid"
 OURS = "PNP"
@@ -32,8 +37,7 @@ CHOICE = ["loss", "setting"]
 
 def read(folder: Path = FOLDER) -> pd.DataFrame:
     """All rows of the grid; `value` and `seen` are MAP@R in percent on test and validation."""
-    frames = [pd.read_csv(path) for path in sorted(folder.glob("*.csv"))]
-    return prepared(pd.concat(frames, ignore_index=True))
+    return prepared(pages.read(sorted(folder.glob("*.csv"))))
 
 
 def prepared(rows: pd.DataFrame) -> pd.DataFrame:
@@ -160,17 +164,7 @@ def _label_of(rows: pd.DataFrame, loss: str, setting: int) -> str:
 # --- the tables and the picture ---------------------------------------------------------------
 
 
-def markdown(table: pd.DataFrame, corner: str) -> str:
-    """A table whose cells are numbers with two digits, or text; the index is the first column."""
-
-    def cell(value) -> str:
-        if isinstance(value, str):
-            return value
-        return "" if pd.isna(value) else f"{value:.2f}"
-
-    lines = [[corner, *map(str, table.columns)], ["---"] * (table.shape[1] + 1)]
-    lines += [[str(i), *map(cell, row)] for i, row in zip(table.index, table.values, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+markdown = partial(pages.markdown, rule=" --- ")
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -261,12 +255,7 @@ def settings_table(rows: pd.DataFrame, dataset: str) -> str:
 
 def plot(rows: pd.DataFrame, path: Path, losses: tuple[str, ...] = ("PNP-Ds", "PNP-O")) -> None:
     """Draw MAP@R over the temperature: a column for each data set, a line for each training."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
-    from matplotlib import pyplot as plt
-
+    plt = pages.pyplot()
     rows = complete(rows)
     names = sorted(rows.dataset.unique())
     size = 3.4 * len(names), 3.2

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+from advice import OURS
+from pages import pyplot
+
 TITLES = {
     "clinc150": "CLINC150",
     "clinc150_transformer": "CLINC150, transformer",
@@ -10,43 +14,39 @@ TITLES = {
     "grocery": "Grocery 64",
 }
 OURS_COLOR, OTHERS_COLOR = "#c1272d", "#33588f"
-# {data set: {stage: {loss: (mean, half of its 95 % interval)}}}, in percent.
-Values = dict[str, dict[str, dict[str, tuple[float, float]]]]
 
 
-def plot(values: Values, order: Sequence[str], ours: str, path: Path) -> None:
+def plot(means: pd.DataFrame, stages: Sequence[str], order: Sequence[str], path: Path) -> None:
     """Draw a panel for each data set, with a line for each loss.
 
     Args:
-        values: what to draw; a hollow mark for the first stage, a filled one for the second.
+        means: of MAP@R in percent: `dataset`, `stage`, `loss`, `mean` and `half`, which is half of
+            the 95 % interval.
+        stages: a mark is hollow for the first of them, filled for the second.
         order: the losses, from the top down.
-        ours: what the names of this package's losses start with; they have a colour of their own.
         path: SVG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pml_pnp"  # the same rows, the same file
-    from matplotlib import pyplot as plt
-
-    size = 3.2 * len(values) + 1.5, 0.23 * len(order) + 1
-    figure, axes = plt.subplots(1, len(values), figsize=size, sharey=True, squeeze=False)
-    for axis, (dataset, stages) in zip(axes[0], values.items(), strict=True):
-        for stage, (name, of_loss) in enumerate(stages.items()):
-            for loss, (mean, half) in of_loss.items():
-                color = OURS_COLOR if loss.startswith(ours) else OTHERS_COLOR
+    plt = pyplot()
+    names = means.dataset.unique()
+    size = 3.2 * len(names) + 1.5, 0.23 * len(order) + 1
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    for axis, dataset in zip(axes[0], names, strict=True):
+        for filled, stage in enumerate(stages):
+            for row in means[(means.dataset == dataset) & (means.stage == stage)].itertuples():
+                color = OURS_COLOR if row.loss.startswith(OURS) else OTHERS_COLOR
                 axis.errorbar(
-                    mean,
-                    order.index(loss),
-                    xerr=half,
+                    row.mean,
+                    order.index(row.loss),
+                    xerr=row.half,
                     fmt="o",
                     markersize=4,
                     color=color,
-                    markerfacecolor=color if stage else "white",
+                    markerfacecolor=color if filled else "white",
                     linewidth=1,
                 )
             # In the legend alone.
-            axis.plot([], [], "o", color="black", fillstyle="full" if stage else "none", label=name)
+            style = "full" if filled else "none"
+            axis.plot([], [], "o", color="black", fillstyle=style, label=stage)
         axis.set_title(TITLES.get(dataset, dataset))
         axis.set_xlabel("MAP@R, %")
         axis.grid(alpha=0.3)

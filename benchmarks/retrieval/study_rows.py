@@ -21,6 +21,10 @@ import torch
 from fitting import Outcome
 from study_data import DataSet
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pages  # noqa: E402
+from rows import processor  # noqa: E402
+
 RESULTS = Path(__file__).parents[1] / "results" / "retrieval_study"
 PACKAGES = ("torch", "pytorch-metric-learning", "optuna")
 # What tells one run from another; the other columns are what came of it and where.
@@ -37,9 +41,8 @@ def read(path: Path) -> list[Row]:
     """All rows of a file; none if it is not there. A line cut short by a kill is left out."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [r for r in csv.DictReader(io.StringIO(whole, newline="")) if None not in r.values()]
+    rows = pages.read([path], dtype=str, keep_default_na=False)
+    return rows.dropna().to_dict("records")  # a line with fewer cells is not a row
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
@@ -126,7 +129,7 @@ def here(device: torch.device) -> dict[str, str]:
     root = Path(__file__).parents[2]
     name = script.resolve().relative_to(root) if root in script.resolve().parents else script.name
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores{_accelerator(device)}",
+        "machine": f"{processor()}, {os.cpu_count()} cores{_accelerator(device)}",
         "python": platform.python_version(),
         **{p: metadata.version(p) for p in PACKAGES},
         "pml_pnp": metadata.version("pml_pnp"),
@@ -137,11 +140,3 @@ def here(device: torch.device) -> dict[str, str]:
 
 def _accelerator(device: torch.device) -> str:
     return f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")

@@ -19,7 +19,6 @@ import logging
 import sys
 from pathlib import Path
 
-from results_table import about, rows_of, save
 from run import CONFIGS, UserError, explained, run
 
 from pml_pnp.benchmarker import command_line, prepare
@@ -44,8 +43,9 @@ NEEDS_PML_2 = ("smooth_ap",)
 def main() -> None:
     """Run the command line."""
     args = _parser().parse_args()
-    prepare(bayes_opt=False)
+    prepare(bayes_opt=False)  # before the imports that need what it looks for
     from parts import DATASETS
+    from results_table import rows_of, save
 
     wanted = _runnable(args.losses)
     DATASETS[args.dataset](args.dataset_root)  # a UserError if they cannot be read
@@ -125,6 +125,8 @@ def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) ->
     _run(train, args.verbose)
     _run([*common, "--evaluate", *test], args.verbose)
     _run([*common, "--evaluate_ensemble", *test], args.verbose)
+    from results_table import about
+
     done.write_text(json.dumps(about(args.dataset)), encoding="utf-8")
 
 

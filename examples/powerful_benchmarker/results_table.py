@@ -10,21 +10,24 @@ one. The rows go to results.csv in the folder, the plot to results.svg.
 
 import argparse
 import contextlib
-import csv
 import datetime
 import json
 import platform
 import re
 import shlex
 import sqlite3
-import statistics
 import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-METRICS = ("mean_average_precision_at_r", "precision_at_1", "r_precision")
-SHORT = {"mean_average_precision_at_r": "MAP@R", "precision_at_1": "P@1", "r_precision": "RP"}
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from pages import markdown, pyplot  # noqa: E402
+
+MAIN = "mean_average_precision_at_r"
+METRICS = {MAIN: "MAP@R, %", "precision_at_1": "P@1, %", "r_precision": "RP, %"}
 PACKAGES = ("torch", "pytorch-metric-learning", "pml_pnp")
 COLUMNS = ("dataset", "loss", "seed", "models", "epoch", *METRICS, *PACKAGES, "hardware", "date",
            "command")  # fmt: skip
@@ -50,9 +53,10 @@ def main() -> None:
 
 def save(folder: Path, rows: list[Row]) -> str:
     """Write rows and plot to a folder, and return the table."""
-    write(folder / "results.csv", rows)
-    plot(rows, folder / "results.svg")
-    return table(rows)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame.to_csv(folder / "results.csv", index=False, lineterminator="\n")
+    plot(frame, folder / "results.svg")
+    return table(frame)
 
 
 def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
@@ -72,7 +76,7 @@ def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
                 }
         for kind, record in found.items():
             if record is not None:
-                values = {m: record[f"{m}_level0"] for m in METRICS}
+                values = {m: float(record[f"{m}_level0"]) for m in METRICS}
                 row = {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"]}
                 yield {**row, **values, **how}
 
@@ -98,72 +102,31 @@ def about(dataset: str) -> dict[str, str]:
     }
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows to a CSV file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: each loss with mean and deviation, best first; one line of those not trained."""
+    of_loss = rows.groupby(["models", "loss"], sort=False)[list(METRICS)]
+    means, cells = of_loss.mean()[MAIN], of_loss.agg(_cell).rename(columns=METRICS)
+    best_first = means.sort_values(ascending=False, kind="stable").index
+    made = cells.reindex(best_first)
+    single = made.loc[FOLDS]
+    if ENSEMBLE in means:
+        single = single.assign(**{"MAP@R of the ensemble, %": made.loc[ENSEMBLE][METRICS[MAIN]]})
+    if UNTRAINED in means:
+        single = pd.concat([single, made.loc[UNTRAINED][:1].set_axis([UNTRAINED])])
+    return markdown(single, "loss")
 
 
-def read(path: Path) -> list[Row]:
-    """Read the rows of a CSV file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _cell(values: pd.Series) -> str:
+    return f"{100 * values.mean():.1f}" + f" ± {100 * values.std():.1f}" * (len(values) > 1)
 
 
-def summary(rows: list[Row], models: str, metric: str) -> dict[str, tuple[float, float, int]]:
-    """{loss: (mean, standard deviation, number)}, best first."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if row["models"] == models:
-            values.setdefault(str(row["loss"]), []).append(float(row[metric]))
-    result = {
-        loss: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v))
-        for loss, v in values.items()
-    }
-    return dict(sorted(result.items(), key=lambda x: -x[1][0]))
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: each loss with mean and deviation, best first."""
-    single = {m: summary(rows, FOLDS, m) for m in METRICS}
-    ensemble = summary(rows, ENSEMBLE, METRICS[0])
-    lines = [
-        "| loss | "
-        + " | ".join(f"{SHORT[m]}, %" for m in METRICS)
-        + " | MAP@R of the ensemble, % |",
-        "|---" * (len(METRICS) + 2) + "|",
-    ]
-    for loss in single[METRICS[0]]:
-        cells = [_cell(single[m][loss]) for m in METRICS]
-        cells.append(_cell(ensemble[loss]) if loss in ensemble else "")
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    untrained = {m: summary(rows, UNTRAINED, m) for m in METRICS}
-    if untrained[METRICS[0]]:
-        first = next(iter(untrained[METRICS[0]]))
-        cells = [_cell(untrained[m][first]) for m in METRICS]
-        lines.append("| untrained | " + " | ".join(cells) + " | |")
-    return "\n".join(lines)
-
-
-def _cell(value: tuple[float, float, int]) -> str:
-    mean, deviation, number = value
-    return f"{100 * mean:.1f}" + f" ± {100 * deviation:.1f}" * (number > 1)
-
-
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: pd.DataFrame, path: Path) -> None:
     """MAP@R of each loss, with its deviation."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    single = summary(rows, FOLDS, METRICS[0])
+    plt = pyplot()
+    values = rows[rows.models == FOLDS].groupby("loss", sort=False)[MAIN]
+    single = values.agg(["mean", "std"]).fillna(0).sort_values("mean", kind="stable")
     figure, axes = plt.subplots(figsize=(7, 0.4 * len(single) + 1), layout="constrained")
-    names = list(single)[::-1]
-    means, deviations = zip(*(single[n][:2] for n in names), strict=True)
-    axes.barh(names, means, xerr=deviations, capsize=3)
+    axes.barh(single.index, single["mean"], xerr=single["std"], capsize=3)
     axes.set(xlabel="MAP@R on unseen classes, mean and standard deviation")
     figure.savefig(path)
     plt.close(figure)

@@ -1,13 +1,12 @@
 """A run of benchmarks/measure.py over all of its parts, at sizes that take a moment."""
 
-import csv
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import needs_built_in
 
+pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
 pytestmark = needs_built_in  # beside which PNPLoss is measured
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,7 +27,7 @@ def measure():
 
 
 @pytest.fixture(scope="module")
-def rows(measure, tmp_path_factory):
+def rows(measure, report, tmp_path_factory):
     """Rows of every part but those for GPUs alone."""
     path = tmp_path_factory.mktemp("measure") / "rows.csv"
     parts = [part for part in measure.SIZES if part not in measure.ON_GPU_ALONE]
@@ -36,25 +35,28 @@ def rows(measure, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["measure.py", *arguments, "--output", str(path)])
         measure.main()
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return report.read([path])
 
 
 def test_every_part_runs_and_writes_full_rows(measure, rows):
-    assert {row["part"] for row in rows} == set(measure.SIZES) - set(measure.ON_GPU_ALONE)
-    assert {"SmoothAP", "SupAP", "RecallAtK", "SupConLoss"} <= {row["provider"] for row in rows}
-    for row in rows:
-        assert float(row["peak_bytes" if row["part"].startswith("memory") else "median_ms"]) > 0
-        assert row["hardware"] and row["torch"] and row["date"] and "measure.py" in row["command"]
+    assert {*rows.part} == set(measure.SIZES) - set(measure.ON_GPU_ALONE)
+    assert {"SmoothAP", "SupAP", "RecallAtK", "SupConLoss"} <= {*rows.provider}
+    assert (rows.peak_bytes.where(rows.part.str.startswith("memory"), rows.median_ms) > 0).all()
+    assert rows[["hardware", "torch", "date"]].notna().all(axis=None)
+    assert rows.command.str.contains("measure.py").all()
 
 
 @pytest.fixture(scope="module")
 def report():
-    return runpy.run_path(str(BENCHMARKS / "report.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import report
+
+        yield report
 
 
 def test_the_page_says_what_was_measured(measure, rows, report):
-    page = report["performance"](rows)
+    page = report.performance(rows)
     assert all(f"\n| {loss}" in page for loss in (*measure.PEERS, *measure.RESEARCH))
     for said in (
         "PNPLoss takes, in units of the floor",
@@ -74,18 +76,14 @@ def test_the_page_says_what_was_measured(measure, rows, report):
 
 
 def test_the_readme_shows_the_fastest_other_loss_of_pml(measure, rows, report):
-    times = [
-        float(row["median_ms"])
-        for row in rows
-        if row["part"] == "large" and row["provider"] in measure.PEERS
-    ]
-    table = report["summary"](rows)
+    times = rows[(rows.part == "large") & rows.provider.isin(measure.PEERS)].median_ms
+    table = report.summary(rows)
     assert f"| fastest other loss of PML | {min(times):.3g} |" in table
     assert table.count("\n| ") == 5
 
 
 def test_what_was_not_measured_is_not_mentioned(rows, report):
-    page = report["performance"]([row for row in rows if row["part"] in ("small", "memory")])
+    page = report.performance(rows[rows.part.isin(["small", "memory"])])
     assert "### Memory" in page and "chunk_size=2048" not in page
     assert "CrossBatchMemory" not in page and "### Inside" not in page
 

@@ -24,6 +24,7 @@ def ranks(monkeypatch):
 
 @pytest.fixture
 def report(monkeypatch):
+    pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
     monkeypatch.syspath_prepend(BENCHMARKS)
     import report
 

@@ -1,28 +1,29 @@
 """The tables of docs/retrieval.md: what the numbers are, and that the page has them."""
 
-import csv
 import json
 import math
 
+import pandas as pd
 import pytest
 import study_tables
+from pages import fill
 from scipy import stats
 
 
-def row(stage, loss, seed, value, setting="", **parameters):
+def row(stage, loss, seed, value, setting="", dataset="tiny", **parameters):
     return {
-        "dataset": "tiny",
+        "dataset": dataset,
         "stage": stage,
         "loss": loss,
         "setting": setting,
-        "seed": str(seed),
+        "seed": seed,
         "measured_on": "validation",
-        "map_at_r": str(value),
-        "precision_at_1": "0.9",
-        "r_precision": "0.8",
+        "map_at_r": value,
+        "precision_at_1": 0.9,
+        "r_precision": 0.8,
         "parameters": json.dumps(parameters),
-        "steps": "3",
-        "batch_size": "24",
+        "steps": 3,
+        "batch_size": 24,
         "machine": "a machine",
         "torch": "2.13.0",
         "pytorch-metric-learning": "2.9.0",
@@ -31,28 +32,35 @@ def row(stage, loss, seed, value, setting="", **parameters):
     }
 
 
+def made(part, rows, *more):
+    """A part of the page, of these rows."""
+    make = study_tables.PARTS.get(part) or getattr(study_tables, part)
+    return make(pd.DataFrame(rows), *more)
+
+
 def cells(table, loss):
     line = next(x for x in table.splitlines() if x.replace("*", "").startswith(f"| {loss} |"))
     return [x.strip() for x in line.strip("|").split("|")]
 
 
 def test_the_interval_is_students():
-    values = [0.1, 0.2, 0.4]
+    values = pd.Series([0.1, 0.2, 0.4])
     interval = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
     assert study_tables.half_width(values) == pytest.approx((interval[1] - interval[0]) / 2)
-    assert study_tables.half_width([0.1]) is None
+    assert math.isnan(study_tables.half_width(values[:1]))
 
 
 def test_losses_are_paired_by_seed():
-    ours = {"1": 0.50, "2": 0.60, "3": 0.70, "4": 0.99}
-    theirs = {"1": 0.49, "2": 0.57, "3": 0.68, "5": 0.0}
+    ours = pd.Series({1: 0.50, 2: 0.60, 3: 0.70, 4: 0.99})
+    theirs = pd.Series({1: 0.49, 2: 0.57, 3: 0.68, 5: 0.0})
     difference, half, p = study_tables.paired(ours, theirs)
     test = stats.ttest_1samp([0.01, 0.03, 0.02], 0)
     assert difference == pytest.approx(0.02)
     assert half == pytest.approx(test.confidence_interval(0.95).high - 0.02)
     assert p == pytest.approx(test.pvalue)
-    assert study_tables.paired(ours, {"1": 0.1}) is None
-    assert study_tables.paired({"1": 0.5, "2": 0.6}, {"1": 0.5, "2": 0.6}) == (0, 0, 1)
+    assert study_tables.paired(ours, theirs[:1]) is None
+    assert study_tables.paired(ours, ours) == (0, 0, 1)
+    assert study_tables.paired(ours + 1, ours)[1:] == (0, 0)
 
 
 def test_a_final_table_compares_with_the_best_peer():
@@ -60,7 +68,7 @@ def test_a_final_table_compares_with_the_best_peer():
     rows += [row("untuned", "SupCon", s, 0.4 + s / 50) for s in (1, 2, 3)]
     rows += [row("untuned", "Triplet", s, 0.1) for s in (1, 2, 3)]
     rows += [row("tuned", "SupCon", 1, 0.9)]
-    table = study_tables.final("untuned")(rows)
+    table = made("untuned", rows)
     assert "MAP@R minus that of SupCon" in table
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
     assert cells(table, "PNP-Ds")[1] == f"52.00 ± {half:.2f}"
@@ -75,71 +83,66 @@ def test_the_command_of_a_table_is_that_of_all_its_losses():
     begin = "python benchmarks/retrieval/run.py --dataset tiny"
     rows[0]["command"] = f"{begin} --device cuda --seeds 5 --stages tune tuned"
     rows[1]["command"] = f"{begin} --stages untuned --losses 'PNP-Ds, memory' --device cuda"
-    assert study_tables.conditions(rows).count("python") == 1
-    assert study_tables.conditions(rows).endswith(f", `{begin} --device cuda`")
+    text = made("conditions", rows)
+    assert text.count("python") == 1
+    assert text.endswith(f", `{begin} --device cuda`")
 
 
 def test_a_table_of_a_probe_says_how_many_seeds_its_losses_have():
     rows = [row("settings", "PNP-Ds", s, 0.5, "a") for s in (1, 2, 3)]
     rows += [row("settings", "PNP-Dq", 1, 0.5, "a")]
-    text = study_tables.conditions_of_probe(rows)
+    text = made("conditions_of_probe", rows)
     assert text.startswith("MAP@R in percent on validation, 1 to 3 seeds, 3 steps, on a machine, ")
     assert text.endswith("--dataset tiny --stages settings --probe-seeds 3`")
-    assert ", 3 seeds, " in study_tables.conditions_of_probe(rows[:3])
+    assert ", 3 seeds, " in made("conditions_of_probe", rows[:3])
 
 
 def test_the_command_of_other_splits_runs_them():
     rows = [row("splits", "PNP-Ds", 1, 0.5)]
-    assert study_tables.conditions(rows).endswith("--dataset tiny --stages splits`")
+    assert made("conditions", rows).endswith("--dataset tiny --stages splits`")
 
 
 def test_what_is_without_training_stands_beside_the_table():
     rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
-    assert "; without training MAP@R 25.00, precision@1 90.00," in study_tables.final("untuned")(
-        rows
-    )
+    assert "; without training MAP@R 25.00, precision@1 90.00," in made("untuned", rows)
 
 
 def test_the_summary_is_of_the_losses_that_ran_everywhere_best_first():
-    files = {
-        "clinc150": [
-            row("untuned", "PNP-Ds", 1, 0.5),
-            row("untuned", "SupCon", 1, 0.4),
-            row("untuned", "Triplet", 1, 0.3),
-            row("untuned", "ArcFace", 1, 0.35),
-        ],
-        "grocery": [
-            row("untuned", "PNP-Ds", 1, 0.5),
-            row("untuned", "SupCon", 1, 0.4),
-            row("untuned", "Triplet", 1, 0.72),
-        ],
+    values = {
+        "clinc150": {"PNP-Ds": 0.5, "SupCon": 0.4, "Triplet": 0.3, "ArcFace": 0.35},
+        "grocery": {"PNP-Ds": 0.5, "SupCon": 0.4, "Triplet": 0.72},
     }
-    header, _, *lines = study_tables.summary(files, "untuned").splitlines()
+    rows = [
+        row("untuned", loss, 1, value, dataset=dataset)
+        for dataset, of_loss in values.items()
+        for loss, value in of_loss.items()
+    ]
+    header, _, *lines = made("summary", rows, "untuned").splitlines()
     assert header == "| loss | CLINC150 | Grocery 64 | mean | least |"
     assert lines == [
         "| Triplet | -10.00 | +0.00 | -5.00 | -10.00 |",
         "| **PNP-Ds** | +10.00 | -22.00 | -6.00 | -22.00 |",
         "| SupCon | +0.00 | -32.00 | -16.00 | -32.00 |",
     ]
-    assert study_tables.summary(files, "tuned") == "No runs yet."
+    assert made("summary", rows, "tuned") == "No runs yet."
 
 
 def test_the_summary_leaves_out_what_lacks_a_seed():
     rows = [row("untuned", "SupCon", s, 0.4) for s in (1, 2)] + [row("untuned", "Circle", 1, 0.9)]
-    assert "Circle" not in study_tables.summary({"grocery": rows}, "untuned")
+    assert "Circle" not in made("summary", rows, "untuned")
 
 
 def test_few_losses_are_tuned_with_the_transformer_so_that_it_is_left_out():
-    rows = [row("tuned", "SupCon", 1, 0.4)]
-    files = {"clinc150": rows, "clinc150_transformer": rows}
-    assert study_tables.summary(files, "tuned").startswith("| loss | CLINC150 | mean |")
-    assert study_tables.summary(files, "untuned") == "No runs yet."
+    sets = ("clinc150", "clinc150_transformer")
+    rows = [row("tuned", "SupCon", 1, 0.4, dataset=dataset) for dataset in sets]
+    assert made("summary", rows, "tuned").startswith("| loss | CLINC150 | mean |")
+    assert made("summary", rows, "untuned") == "No runs yet."
 
 
 def test_a_sum_is_compared_with_its_part_seed_by_seed():
     both = [row("untuned", "PNP-Ds + Contrastive", s, 0.5 + s / 100) for s in (1, 2, 3)]
     alone = [row("untuned", "Contrastive", s, 0.4 + s / 50) for s in (1, 2, 3)]
-    _, _, line = study_tables.sums({"tiny": both + alone}).splitlines()
+    _, _, line = made("sums", both + alone).splitlines()
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
     p = stats.ttest_1samp([0.09, 0.08, 0.07], 0).pvalue
     assert line == (
@@ -149,13 +152,10 @@ def test_a_sum_is_compared_with_its_part_seed_by_seed():
 
 def test_the_picture_has_every_loss_and_is_the_same_for_the_same_rows(tmp_path):
     pytest.importorskip("matplotlib")
-    one = [row(stage, loss, s, 0.5) for stage, loss in FINAL for s in (1, 2)]
-    more = [row(stage, "Circle", s, 0.5) for stage in ("untuned", "tuned") for s in (1, 2)]
-    for name, rows in {"grocery": [*one, *more], "omniglot": one}.items():
-        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    more = [(stage, "Circle") for stage in ("untuned", "tuned")]
+    for name, runs in {"grocery": [*FINAL, *more], "omniglot": FINAL}.items():
+        rows = [row(*run, s, 0.5, dataset=name) for run in runs for s in (1, 2)]
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
     for name in ("one.svg", "other.svg"):
         study_tables.picture(tmp_path, tmp_path / name)
     text = (tmp_path / "one.svg").read_text()
@@ -169,56 +169,64 @@ FINAL = (("untuned", "PNP-Ds"), ("untuned", "SupCon"), ("tuned", "SupCon"))
 
 def test_what_is_without_training_on_one_split_does_not_stand_beside_others():
     rows = [row("splits", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
-    assert "without training" not in study_tables.final("splits")(rows)
+    assert "without training" not in made("splits", rows)
 
 
 def test_the_tuned_table_has_the_setting():
     rows = [row("tuned", "PNP-Ds", 1, 0.5, anneal=0.0512345, memory_size=1024)]
-    table = study_tables.final("tuned")(rows)
+    table = made("tuned", rows)
     assert cells(table, "PNP-Ds")[-1] == "anneal 0.0512, memory_size 1024"
 
 
 def test_trials_are_counted_and_the_first_is_the_default():
     rows = [row("tune", "PNP-Ds", 0, v, str(i)) for i, v in ((1, 0.3), (0, 0.2), (2, 0.1))]
-    assert cells(study_tables.trials(rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
+    assert cells(made("trials", rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
 
 
 def test_the_temperatures_are_columns():
     rows = [row("temperature", "PNP-Dq", s, 0.5, "alpha 4, 0.05") for s in (1, 2)]
     rows += [row("temperature", "PNP-Dq", 1, 0.4, "0.01")]
     rows += [row("temperature", "PNP-Dq auto 1/2", 1, 0.3, "0.25")]
-    table = study_tables.temperature(rows)
+    table = made("temperature", rows)
     assert "| loss | 0.01 | 0.05 | 0.25 σ |" in table
     assert cells(table, "PNP-Dq alpha 4") == ["PNP-Dq alpha 4", "", "50.00 ± 0.00", ""]
     assert cells(table, "PNP-Dq, of the batch") == ["PNP-Dq, of the batch", "", "", "30.00"]
 
 
 def test_no_rows_say_so():
-    assert all(make([]).startswith("No ") for make in study_tables.PARTS.values())
+    none = pd.DataFrame([row("", "", 1, 0)])[:0]
+    assert all(make(none).startswith("No ") for make in study_tables.PARTS.values())
 
 
-def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
-    rows = [row("untuned", "PNP-Ds", 1, 0.5)]
-    with (tmp_path / "tiny.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def test_only_what_stands_between_the_markers_is_made_anew(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.csv"
+    pd.DataFrame([row("untuned", "PNP-Ds", 1, 0.5)]).to_csv(path, index=False)
+    with path.open("a") as file:
         file.write("tiny,untuned,PNP-")  # a run that is being written
     text = "Before\n<!-- tiny untuned, of study_tables.py -->\nold\n<!-- end -->\nafter\n"
+    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)  # where no run is of more steps
     parts = study_tables.parts(tmp_path)
-    made = study_tables.page(text, parts)
-    assert made.startswith("Before\n")
-    assert made.endswith("<!-- end -->\nafter\n")
-    assert "old" not in made
-    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in made
-    assert study_tables.page(made, parts) == made
+    assert not any("longer" in name for name in parts)
+    new = fill(text, parts, "study_tables.py")
+    assert new.startswith("Before\n")
+    assert new.endswith("<!-- end -->\nafter\n")
+    assert "old" not in new
+    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in new
+    assert fill(new, parts, "study_tables.py") == new
+
+
+def test_a_run_that_two_processes_made_counts_once(tmp_path):
+    rows = [row("untuned", "PNP-Ds", s, 0.5) for s in (1, 2, 2)]
+    pd.DataFrame(rows).to_csv(tmp_path / "tiny.csv", index=False)
+    assert study_tables.read_all(tmp_path).seed.tolist() == [1, 2]
 
 
 def test_pnp_is_compared_with_smooth_ap_over_the_seeds_of_both():
     rows = [row("untuned", "SmoothAP", s, 0.5 + s / 100) for s in (1, 2, 3)]
     rows += [row("untuned", "PNP-O", s, 0.4 + s / 100) for s in (2, 3, 4)]
     rows += [row("temperature", "PNP-Ds", s, 0.9) for s in (1, 2, 3)]
-    table = study_tables.positives_before({"tiny": rows, "without": rows[3:]})
+    rows += [{**r, "dataset": "without"} for r in rows[3:]]
+    table = made("positives_before", rows)
     found = cells(table, "tiny")
     assert found[1:3] == ["52.00 ± 2.48", "-10.00 ± 0.00"]
     assert found[4:] == [""] * 4
@@ -231,7 +239,7 @@ def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
     values = {1: 0.62, 2: 0.64, 3: 0.63}
     rows += [row("temperature", "PNP-Ds auto 1/2", s, values[s], "0.25") for s in (1, 2, 3)]
     rows += [row("temperature", "PNP-Dq", s, 0.9, "alpha 4.0, 0.05") for s in (1, 2, 3)]
-    table = study_tables.anneal_of_the_batch({"tiny": rows})
+    table = made("anneal_of_the_batch", rows)
     found = cells(table, "tiny")
     assert found[1:4] == ["PNP-Ds", "0.05", "62.00 ± 2.48"]
     shares = dict(zip(study_tables.AUTO_SHARES, found[4::2], strict=True))
@@ -243,7 +251,7 @@ def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
 def test_settings_are_compared_with_the_default():
     rows = [row("settings", "PNP-Ds", s, 0.5 + s / 100, "include_self True") for s in (1, 2)]
     rows += [row("settings", "PNP-Dq", s, 0.51 + s / 50, "alpha 2.0") for s in (1, 2)]
-    table = study_tables.settings(rows)
+    table = made("settings", rows)
     assert cells(table, "PNP-Ds")[3:] == ["", ""]
     assert cells(table, "PNP-Dq")[3].startswith("+2.50 ± ")
 
@@ -266,7 +274,7 @@ def test_the_gradients_are_those_of_the_formulas():
 def test_larger_batches_are_compared_with_the_smallest():
     rows = [row("batch", "PNP-O", s, 0.5 + s / 100, "7 x 4") for s in (1, 2)]
     rows += [row("batch", "PNP-O", s, 0.51 + s / 50, "28 x 4") for s in (1, 2)]
-    table = study_tables.batch(rows)
+    table = made("batch", rows)
     assert "| 28 x 4 minus 7 x 4 | p |" in table
     assert "14 x 16 minus" not in table
     assert cells(table, "PNP-O")[3].startswith("+2.50 ± ")
@@ -276,7 +284,7 @@ def test_losses_on_coarse_labels_are_compared_with_the_one_that_blurs():
     rows = [row("coarse", "PNP-Iu", s, 0.5 + s / 100, "anneal 0.05") for s in (1, 2)]
     rows += [row("coarse", "PNP-Ds", s, 0.51 + s / 50, "anneal 0.05") for s in (1, 2)]
     rows += [row("coarse", "untrained", s, 0.6) for s in (1, 2)]
-    table = study_tables.coarse(rows)
+    table = made("coarse", rows)
     assert cells(table, "PNP-Ds, anneal 0.05")[4].startswith("+2.50 ± ")
     assert cells(table, "PNP-Iu, anneal 0.05")[4:] == ["", ""]
     assert table.index("untrained") < table.index("| PNP-Ds")
