@@ -118,12 +118,15 @@ def of_grid() -> dict[str, str]:
     """The parts that are made of the rows of the grid."""
     grid = advice.read()
     tables = {f"{x} grid": advice.settings_table(grid, x) for x in grid.dataset.unique()}
-    tables["by validation"] = advice.by_validation_table(grid)
-    tables["equal temperatures"] = advice.equal_temperatures_table(advice.complete(grid))
+    leading, complete = advice.everywhere(grid), advice.complete(grid)
+    tables["left out"] = advice.left_out_table(leading)
+    tables["left out of all losses"] = advice.left_out_table(complete)
+    tables["by validation"] = advice.by_validation_table(leading)
+    tables["equal temperatures"] = advice.equal_temperatures_table(complete)
     if any((RESULTS / "longer").glob("*.csv")):
         longer = advice.read(RESULTS / "longer")
         tables |= {f"{x} longer": advice.settings_table(longer, x) for x in longer.dataset.unique()}
-    return {"left out": advice.left_out_table(grid), **tables}
+    return tables
 
 
 def picture(folder: Path = RESULTS, path: Path = PICTURE) -> None:

@@ -65,7 +65,8 @@ def test_the_table_has_every_cell_mean_least_and_settings_best_first():
     own = grid()
     own["label"] = "at " + own.setting.astype(str)
     one_run_of_another = own[:1].assign(dataset="emoji_lite0")
-    lines = advice.left_out_table(pd.concat([own, one_run_of_another])).splitlines()
+    found = advice.complete(pd.concat([own, one_run_of_another]))
+    lines = advice.left_out_table(found).splitlines()
     table = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
     assert table[0][1:5] == [
         f"{x}, 100 steps" for x in ("clinc150", "grocery", "grocery_lite0", "omniglot")
@@ -163,6 +164,14 @@ def test_a_choice_that_did_not_run_everywhere_is_not_made():
     some = some[~((some.dataset == "grocery") & (some.loss == "PNP-Ds") & (some.setting == 1))]
     found = advice.means(some)
     assert advice.chosen_on(found, ["PNP-Ds"]) == ("PNP-Ds", 0)
+
+
+def test_losses_that_did_not_run_everywhere_are_not_compared():
+    own = grid()
+    lacks = (own.dataset == "grocery") & (own.loss == "Triplet") & (own.setting == 1)
+    found = advice.everywhere(own[~lacks], ("grocery", "omniglot"))
+    assert set(found.loss) == {"PNP-Ds", "SupCon"}
+    assert set(found.dataset) == {"grocery", "omniglot"}
 
 
 def test_every_data_set_of_the_study_belongs_to_some_data():
