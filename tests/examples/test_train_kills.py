@@ -1,0 +1,59 @@
+"""`train.py` killed at random moments ends as if nobody had touched it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kills import Program
+from torch.utils._pytree import tree_leaves
+
+from .test_train_resume import results
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+PHASES = {
+    "retrieval.training:Training.train": "epoch",
+    "retrieval.records:Records.__init__": "records",
+    "retrieval.records:Records.save": "records",
+    "retrieval.run_folder:RunFolder._save": "checkpoint",
+}
+
+
+def train(arguments):
+    from retrieval import commands
+
+    return commands.run("train", arguments, "train.py")
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.kills)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
+    quick, tmp_path, monkeypatch, strict_json, kills
+):
+    paths = [str(x) for x in (Path(__file__).parents[1], Path(__file__).parents[2] / "examples")]
+    monkeypatch.setenv("PYTHONPATH", ":".join([*paths, str(Path(__file__).parents[2])]))
+    program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path)
+    common = [*quick, "--output-dir", tmp_path, "--epochs", 2, "--resume-if-exists", "--name"]
+    program.measure([*common, "whole"])
+    assert set(program.counts) == {"start", "end", *PHASES.values()}
+    whole = tmp_path / "whole"
+
+    def check(number):
+        run = tmp_path / f"run{number}"
+        assert results(run, strict_json) == results(whole, strict_json)
+        for name in ("best.pt", "last.pt"):
+            assert parts(run / "checkpoints" / name) == parts(whole / "checkpoints" / name)
+        assert not list(run.rglob("*.tmp"))
+        shutil.rmtree(run)
+
+    done = program.kill(lambda number: [*common, f"run{number}"], kills, 4, check)
+    print(dict(done))
+    assert done.total() == kills
+
+
+def parts(path):
+    """Every number in a checkpoint but for seconds, and for what `results` compares."""
+    content = torch.load(path, weights_only=True)
+    for name in ("seconds", "records", "config"):
+        content.pop(name, None)
+    return [x.tolist() if isinstance(x, torch.Tensor) else x for x in tree_leaves(content)]
