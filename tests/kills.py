@@ -30,13 +30,16 @@ class Program:
         phases: `module:class.function` -> the name of the phase.
         ends: One of them, after which the phase is `END`.
         folder: For what the processes print, and for the phase that they are in.
+        imports: What the program imports late.
     """
 
-    def __init__(self, main: str, phases: dict[str, str], ends: str, folder: Path):
+    def __init__(
+        self, main: str, phases: dict[str, str], ends: str, folder: Path, imports: tuple[str, ...]
+    ):
         self.main, self.phases, self.ends, self.folder = main, phases, ends, folder
         self.context = multiprocessing.get_context("forkserver")
-        modules = {name.partition(":")[0] for name in (main, *phases)}
-        self.context.set_forkserver_preload([__name__, *sorted(modules)])
+        modules = [name.partition(":")[0] for name in (main, *phases)]
+        self.context.set_forkserver_preload([*imports, *modules])
         self.counts: dict[str, int] = {}
         self.seconds = 0.0
 

@@ -18,6 +18,13 @@ PHASES = {
     "retrieval.records:Records.save": "records",
     "retrieval.run_folder:RunFolder._save": "checkpoint",
 }
+IMPORTS = (
+    "record_keeper",
+    "retrieval.train",
+    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
+    "torch.utils.tensorboard.summary",
+)
 
 
 def train(arguments):
@@ -32,7 +39,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
 ):
     paths = [str(x) for x in (Path(__file__).parents[1], Path(__file__).parents[2] / "examples")]
     monkeypatch.setenv("PYTHONPATH", ":".join([*paths, str(Path(__file__).parents[2])]))
-    program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path)
+    program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path, IMPORTS)
     common = [*quick, "--output-dir", tmp_path, "--epochs", 2, "--resume-if-exists", "--name"]
     program.measure([*common, "whole"])
     assert set(program.counts) == {"start", "end", *PHASES.values()}
