@@ -30,7 +30,7 @@ CURVES = [
     "negatives_before_positive, in a batch",
 ]
 HOSTILE_CLASS = "<script>alert(1)<!--"
-HOSTILE_FILE = "\"><img src=x onerror='alert(1)'>.png"
+HOSTILE_FILE = "\"><img src=x\nonerror='alert(1)'>.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FRAME = {"right": 0x2E9E4F, "wrong": 0xD64541}
 MEGABYTES = 10**6
