@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,8 @@ import torch
 from damage import same
 from kills import Program
 
-from .test_runs import benchmark_flags, pytestmark, query, results  # noqa: F401
+from .test_runs import EXAMPLE, benchmark_flags, pytestmark, results  # noqa: F401
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "powerful_benchmarker"
 PHASES = {
     "pytorch_metric_learning.trainers:BaseTrainer.train": "epoch",
     "pytorch_metric_learning.utils.common_functions:save_dict_of_models": "checkpoint",
@@ -24,8 +24,6 @@ PHASES = {
 
 
 def run(arguments):
-    import sys
-
     import benchmark
 
     sys.argv[1:] = arguments
@@ -35,14 +33,8 @@ def run(arguments):
 @pytest.mark.kills
 def test_a_benchmark_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, monkeypatch):
     root = Path(__file__).parents[2]
-    paths = [
-        os.environ.get("PYTHONPATH", ""),
-        str(root / "tests"),
-        str(EXAMPLE.parent),
-        str(EXAMPLE),
-        str(root),
-    ]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    paths = map(str, (root / "tests", EXAMPLE.parent, EXAMPLE, root))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     imports = ("pml_pnp.losses", "retrieval.data", "parts", "benchmark")
     program = Program(f"{__name__}:run", PHASES, next(iter(PHASES)), tmp_path, imports)
     program.measure(benchmark_flags(tmp_path / "whole", 2))
@@ -56,7 +48,6 @@ def test_a_benchmark_killed_at_random_moments_ends_as_one_that_was_not(tmp_path,
             assert same(*(torch.load(x, weights_only=True) for x in (again, path)))
         shutil.rmtree(folder)
 
-    kills = int(os.environ.get("KILLS", 100))
+    kills = int(os.environ.get("KILLS", 100))  # each takes about half a run
     done = program.kill(lambda x: benchmark_flags(tmp_path / str(x), 2), kills, 4, check)
-    print(dict(done))
     assert done.total() == kills

@@ -1,5 +1,6 @@
 """`train.py` killed at random moments ends as if nobody had touched it."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def train(arguments):
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     quick, tmp_path, monkeypatch, strict_json, kills
 ):
-    paths = [str(x) for x in (Path(__file__).parents[1], Path(__file__).parents[2] / "examples")]
-    monkeypatch.setenv("PYTHONPATH", ":".join([*paths, str(Path(__file__).parents[2])]))
+    root = Path(__file__).parents[2]
+    paths = map(str, (root / "tests", root / "examples", root))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path, IMPORTS)
     common = [*quick, "--output-dir", tmp_path, "--epochs", 2, "--resume-if-exists", "--name"]
     program.measure([*common, "whole"])
@@ -54,7 +56,6 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
         shutil.rmtree(run)
 
     done = program.kill(lambda number: [*common, f"run{number}"], kills, 4, check)
-    print(dict(done))
     assert done.total() == kills
 
 
