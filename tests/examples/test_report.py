@@ -489,8 +489,10 @@ def test_sheet_of_a_run_without_networks_is_refused(copied, report, tmp_path, ca
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_images_that_moved_are_found_with_data_root(copied, report, images, tmp_path, capsys):
-    config = json.loads((copied / "config.json").read_text())
+def test_images_that_moved_are_found_with_data_root(
+    copied, report, images, tmp_path, capsys, strict_json
+):
+    config = strict_json(copied / "config.json")
     config["data_root"] = str(tmp_path / "gone")
     (copied / "config.json").write_text(json.dumps(config))
     before = (copied / "report.html").read_bytes()

@@ -442,11 +442,11 @@ def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, m
 
 
 def test_a_finished_run_whose_images_are_gone_is_finished(
-    run_and_images, main, quick, tmp_path, capsys
+    run_and_images, main, quick, tmp_path, capsys, strict_json
 ):
     """The command line that started it says why there is no report, and succeeds."""
     shutil.copytree(run_and_images / "run", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = strict_json(tmp_path / "run" / "config.json")
     config["data_root"] = str(tmp_path / "gone")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     again = [x for x in quick if x != "--no-report"]
