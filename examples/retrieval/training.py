@@ -268,6 +268,11 @@ class Training:
         """Take the checkpoint's place, or evaluate the untrained net and save the first one."""
         epoch = 0
         if checkpoint is not None:
+            if missing := {*self.state, "records"} - checkpoint.keys():
+                raise UserError(
+                    "the checkpoint last.pt does not fit this program; another version of it may "
+                    f"have written it (no {min(missing)!r})"
+                )
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
             self.always_zero = epoch == 0  # unknown of what was trained before

@@ -192,14 +192,18 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     [
         ("schedulers", "(no 'trunk_scheduler_by_iteration')"),
         ("loss", "Missing key(s) in state_dict: "),
+        ("records", "(no 'records')"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_path, state, reason):
     run = shutil.copytree(whole("proxies")[1] / "after the second epoch", tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     checkpoint = torch.load(last, weights_only=True)
-    content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
-    content[state] = {f"old_{name}": x for name, x in content[state].items()}
+    if state == "records":
+        del checkpoint["records"]
+    else:
+        content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
+        content[state] = {f"old_{name}": x for name, x in content[state].items()}
     torch.save(checkpoint, last)
     before = last.read_bytes()
     assert main("--resume", run) == 2
