@@ -22,6 +22,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes very long, unless it is asked for."""
+    if "kills" not in config.option.markexpr:
+        kept = [x for x in items if "kills" not in x.keywords]
+        config.hook.pytest_deselected(items=[x for x in items if "kills" in x.keywords])
+        items[:] = kept
+
+
 @pytest.fixture
 def device():
     return DEVICE

@@ -29,12 +29,13 @@ def run(argv: list[str]) -> None:
 
 def explained(command: str, function: Callable[[], None]) -> None:
     """Call a function, and exit with a message if something it needs is not there."""
+    from pml_pnp.benchmarker.checkpoints import DamagedCheckpoint
     from pml_pnp.benchmarker.command_line import UnknownConfig
     from pml_pnp.benchmarker.requirements import MissingPackage
 
     try:
         function()
-    except (MissingPackage, UnknownConfig, UserError) as error:
+    except (DamagedCheckpoint, MissingPackage, UnknownConfig, UserError) as error:
         sys.exit(f"{command}: error: {error}")
 
 

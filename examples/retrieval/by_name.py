@@ -31,7 +31,7 @@ def parse_arguments(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{flag}: expected name=value, got {pair!r}")
         try:
             arguments[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: too deep
             arguments[key] = text
     return arguments
 

@@ -39,7 +39,7 @@ class Run:
     def __init__(self, path: str):
         folder = RunFolder.existing(path)
         self.path = str(folder.path)
-        config = {**EARLIER, **folder.read_json(CONFIG)}
+        config = {**EARLIER, **folder.read_config()}
         missing = sorted({"dataset", "loss", "loss_args", "seed", "data"} - config.keys())
         if missing:
             raise UserError(f"{path}/{CONFIG} is not of this program: no {missing[0]}")

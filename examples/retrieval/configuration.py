@@ -35,7 +35,7 @@ from .errors import UserError
 from .image_list import OTHER_ROOT, ImageList
 from .metrics import RECALL_AT
 from .processes import DEVICES, world_size
-from .run_folder import CONFIG, RunFolder, is_unfilled, taken
+from .run_folder import CHECKSUM, CONFIG, RunFolder, is_unfilled, taken
 from .trunks import IMAGE_SIZES, LITE, SMALL
 
 DEFAULTS: dict[str, Any] = {
@@ -114,7 +114,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: PAPER_TRUNK for name in (*PML_DATASETS, *BENCHMARK_SETS)},
 }
 # What config.json of a run holds beside the settings.
-RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges")
+RECORDED = ("world_size", "versions", "data", "split", "pixel_ranges", CHECKSUM)
 # What may differ when a run continues; everything else would make it another run.
 RESUMABLE = ("epochs", "device", "workers", "threads", "data_root", "skip_verify", "grad_cache")
 
@@ -450,7 +450,7 @@ def of_run(run: RunFolder) -> dict[str, Any]:
     Raises:
         UserError: If it lacks anything that this program writes.
     """
-    config = {**EARLIER, **run.read_json(CONFIG)}
+    config = {**EARLIER, **run.read_config()}
     file = run.path / CONFIG
     other = sorted({"dataset", "loss", "world_size", "data", "versions"} - config.keys())
     if other:

@@ -6,7 +6,6 @@ import io
 import math
 import os
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from .image_tree import (
     SAME_AS,
     Found,
     Skipped,
+    opened_zip,
     read_trees,
     read_zip,
     summary,
@@ -605,7 +605,10 @@ def _read_grocery(name: str, stem: str, data_root: str | None, skipped: list[Ski
             images = {str(x.path): x.content for x in read_zip(place, 0, left_out)}
         else:
             continue
-        rows = list(csv.DictReader(io.StringIO(table)))
+        try:
+            rows = list(csv.DictReader(io.StringIO(table)))
+        except csv.Error as error:
+            raise UserError(f"cannot read labels.csv in {place}: {error}") from error
         if not rows or not {"path", "fine"} <= rows[0].keys():
             raise UserError(f"{name}: expected labels.csv with columns path and fine in {folder}")
         samples = _listed(rows, images, place, left_out, skipped)
@@ -821,8 +824,5 @@ def _samples(trees: Sequence[Sequence[Found]], levels: int) -> list[list[Sample]
 
 
 def _text_in_zip(path: Path, name: str) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name).decode() if name in archive.namelist() else ""
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with opened_zip(path) as archive:
+        return archive.read(name).decode() if name in archive.namelist() else ""

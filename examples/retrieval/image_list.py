@@ -13,7 +13,7 @@ import numpy as np
 from .data import RetrievalSplits, Sample
 from .errors import UserError
 from .processes import say
-from .run_folder import CONFIG, RunFolder
+from .run_folder import RunFolder
 
 FILE = "images.csv"
 OTHER_ROOT = "name the folder of the run's images, of a csv the table, with --data-root"
@@ -118,7 +118,7 @@ class ImageList:
             say(f"warning: {told}")
 
     def _check_numbers(self, run: RunFolder) -> None:
-        before, now = run.read_json(CONFIG)["data"], self.splits.summary()
+        before, now = run.read_config()["data"], self.splits.summary()
         if before != now:
             raise UserError(
                 f"the images in {self.root} are not those of the run {run.path}: were {before}, "

@@ -5,7 +5,8 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 
 from PIL import Image
@@ -30,6 +31,9 @@ IGNORED_FOLDERS = (
 HIDDEN_FOLDER = "a hidden folder"
 RUNS = "a folder of this program's runs"
 NO_FILE = "a pipe, socket or device"
+# What a zip may hold, unpacked: images hardly shrink in it, what is made to fill a memory does.
+ALWAYS_HELD = 2**30  # bytes
+TIMES_THE_ZIP = 100
 NO_FORMAT = "not a format that Pillow opens"
 WITHOUT_IMAGE = "a class folder without an image that can be used"
 SAME_AS = "the same as another: {}"
@@ -83,9 +87,26 @@ def read_zip(
     Raises:
         UserError: If it cannot be read.
     """
+    with opened_zip(file) as archive:
+        return _Members(archive, file, levels, skipped, top).found
+
+
+@contextmanager
+def opened_zip(file: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip whose members can all be read into memory.
+
+    Raises:
+        UserError: If it cannot be read, or holds far more than its own size.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
-            return _Members(archive, file, levels, skipped, top).found
+            size = sum(x.file_size for x in archive.infolist())  # zipfile reads no more of any
+            if size > max(ALWAYS_HELD, TIMES_THE_ZIP * file.stat().st_size):
+                raise UserError(
+                    f"cannot read {file}: unpacked it would have {size:,} bytes, more than "
+                    f"{TIMES_THE_ZIP} times its own size; unpack it yourself if that is right"
+                )
+            yield archive
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {file}: {error}") from error
 

@@ -15,6 +15,7 @@ from .embeddings import embed_samples
 from .errors import UserError
 from .image_tree import Skipped, read_trees
 from .network import load_best
+from .processes import say
 from .run_folder import RunFolder
 
 
@@ -95,9 +96,15 @@ class Index:
         path = self.run.path / self.name
         if not path.is_file():
             return [], np.empty((0, 0), np.float32)
-        with np.load(path) as stored:
-            columns = (stored[field.name].tolist() for field in dataclasses.fields(File))
-            return [File(*row) for row in zip(*columns, strict=True)], stored["embeddings"]
+        try:
+            with np.load(path) as stored:  # which looks at checksums, and unpickles nothing
+                columns = (stored[field.name].tolist() for field in dataclasses.fields(File))
+                return [File(*row) for row in zip(*columns, strict=True)], stored["embeddings"]
+        except Exception as error:  # in many ways, and it can be made again
+            say(
+                f"warning: {path} is damaged ({type(error).__name__}): every image is embedded anew"
+            )
+            return [], np.empty((0, 0), np.float32)
 
     def _write(self) -> None:
         columns = {

@@ -12,7 +12,7 @@ from .embeddings import embed_samples
 from .errors import UserError
 from .prepare import Prepare
 from .processes import find_device, say
-from .run_folder import CONFIG, RunFolder
+from .run_folder import RunFolder
 from .seeding import seed_everything
 from .trunks import IMAGE_SIZES, LITE, SMALL, SmallTransform, Trunk, build_trunk
 
@@ -88,8 +88,8 @@ def load_best(path: str | PathLike[str]) -> Trained:
         UserError: If there is no run, or it has not saved a network yet.
     """
     run = RunFolder.existing(path)
-    config = {**run.read_json(CONFIG), "pretrained": False}
-    best = run.load_checkpoint("best.pt")
+    config = {**run.read_config(), "pretrained": False}
+    best = run.load_best()
     if best is None:
         raise UserError(f"{path} holds no checkpoints/best.pt yet")
     trunk = build(config)

@@ -5,7 +5,6 @@ process and many, and with and without a memory, so that the curves of several r
 """
 
 import csv
-import math
 import os
 import socket
 import sqlite3
@@ -14,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_metric_learning.testers import BaseTester
 from pytorch_metric_learning.trainers import BaseTrainer
 from pytorch_metric_learning.utils import logging_presets
 
 from .data import RetrievalSplits
-from .disk import replace, write_csv, writing
+from .disk import writing
 from .metrics import PRIMARY_METRIC
 from .processes import unwrap
 from .run_folder import RunFolder
@@ -33,12 +33,12 @@ EPOCH = "epoch"  # a column of what is recorded once per epoch
 class Records:
     """PML's hooks for one run: they record, evaluate and tell when to stop."""
 
-    def __init__(self, run: RunFolder, tester: BaseTester, epoch: int, iterations_per_epoch: int):
-        """Continue the records of a run where `epoch` ended."""
+    def __init__(self, run: RunFolder, tester: BaseTester, files: dict[str, torch.Tensor]):
+        """Continue the records of a run from the `files` of its checkpoint."""
         self.run = run
         self.tester = tester
-        with writing(run.logs, run.logs / DATABASE):
-            cut(run.logs, epoch, iterations_per_epoch)
+        with writing(run.logs):
+            restore(run.logs, files)
         self.curves = Curves(run.tensorboard)
         with writing(run.logs, run.logs / DATABASE):
             replay(run.logs, self.curves)
@@ -73,6 +73,14 @@ class Records:
     def best_epoch(self) -> int:
         """The epoch with the best validation so far."""
         return self.hooks.get_best_epoch_and_accuracy(self.tester, "val")[0]
+
+    def files(self) -> dict[str, torch.Tensor]:
+        """The files as they are, for a checkpoint."""
+        return {
+            path.name: torch.from_numpy(np.fromfile(path, np.uint8))
+            for path in sorted(self.run.logs.iterdir())
+            if path.suffix == ".csv" or path.name == DATABASE
+        }
 
     def close(self) -> None:
         """Finish the files."""
@@ -154,23 +162,17 @@ def statistics(module: torch.nn.Module) -> dict[str, float]:
 # --- the files of record-keeper -------------------------------------------------------------
 
 
-def cut(logs: Path, epoch: int, iterations_per_epoch: int) -> None:
-    """Remove what was recorded after `epoch` ended, since it will be recorded again."""
+def restore(logs: Path, files: dict[str, torch.Tensor]) -> None:
+    """Write what `Records.files` returned.
 
-    def last_step(columns: list[str]) -> int:
-        # Accuracies are recorded once per epoch, the rest by iterations counted from 0.
-        return epoch if EPOCH in columns else epoch * iterations_per_epoch - 1
-
-    for path in logs.glob("*.csv"):
-        rows = _rows_up_to(last_step, path)
-        replace(path, lambda new, rows=rows: write_csv(new, rows))
-    if (logs / DATABASE).is_file():
-        for name, columns in _tables(logs):
-            with sqlite3.connect(logs / DATABASE) as connection:
-                connection.execute(
-                    f"DELETE FROM [{name}] WHERE [{STEP}] > ?", (last_step(columns),)
-                )
-            connection.close()
+    What was recorded since will be recorded again, and what was damaged since counts for nothing.
+    """
+    logs.mkdir(exist_ok=True)
+    # A journal that a kill left would be applied to the database.
+    for path in [*logs.glob("*.csv"), *logs.glob(f"{DATABASE}*")]:
+        path.unlink()
+    for name, content in files.items():
+        (logs / name).write_bytes(content.numpy().tobytes())
 
 
 def replay(logs: Path, curves: Curves) -> None:
@@ -196,36 +198,17 @@ def read(logs: Path, files: str, column: str) -> list[tuple[int, float]]:
         column: Its name.
     """
     for path in sorted(logs.glob(f"{files}.csv")):
-        header: list[str] = []
+        header: list[str] = []  # a new one may stand anywhere
         values = []
-        for row in _rows_up_to(lambda _: math.inf, path):
-            if row[0] == STEP:
-                header = row
-            elif column in header:
-                values.append((int(row[0]), float(row[header.index(column)])))
+        with path.open(newline="") as file:
+            for row in csv.reader(file):
+                if row and row[0] == STEP:
+                    header = row
+                elif column in header and len(row) == len(header):  # not cut off by a full disk
+                    values.append((int(row[0]), float(row[header.index(column)])))
         if values:
             return values
     return []
-
-
-def _rows_up_to(last_step: Callable[[list[str]], int], path: Path) -> list[list[str]]:
-    """Rows of a record-keeper CSV, in which a new header may stand anywhere.
-
-    A full disk leaves a row or a header that is cut off.
-    """
-    kept: list[list[str]] = []
-    header: list[str] = []
-    kept_header: list[str] = []
-    with path.open(newline="") as file:
-        for row in csv.reader(file):
-            if row and row[0] == STEP:
-                header = row
-            elif row and len(row) == len(header) and int(row[0]) <= last_step(header):
-                if header != kept_header:
-                    kept.append(header)
-                    kept_header = header
-                kept.append(row)
-    return kept
 
 
 def _tables(logs: Path) -> list[tuple[str, list[str]]]:

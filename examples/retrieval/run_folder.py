@@ -6,9 +6,11 @@ import os
 import random
 import socket
 import textwrap
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,8 +22,13 @@ from .errors import UserError
 from .processes import say, unwrap
 
 CONFIG = "config.json"
+CHECKSUM = "crc32"  # of a JSON file's other content, in its last line
+LAST = "last.pt"
+PREVIOUS = "previous.pt"
+BEST = "best.pt"
 LOCK = "lock"
 LOG = "log.txt"
+MENDED_BY = "remove it, and --resume writes it again from the checkpoint"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -34,6 +41,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.log = path / LOG
+        self.last_is_whole = False  # as far as is known
 
     @classmethod
     def create(
@@ -68,7 +76,7 @@ class RunFolder:
     @staticmethod
     def is_at(path: Path) -> bool:
         """Whether there is a run, which can be continued."""
-        return (path / CONFIG).is_file()
+        return (path / CONFIG).is_file() or (RunFolder(path).checkpoints / LAST).is_file()
 
     @classmethod
     def existing(cls, path: str) -> "RunFolder":
@@ -85,7 +93,8 @@ class RunFolder:
         return run
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write strict JSON, whole or not at all."""
+        """Write strict JSON with its checksum, whole or not at all."""
+        content = {**content, CHECKSUM: _checksum(content)}
         text = json.dumps(content, indent=2, allow_nan=False)
         replace(self.path / name, lambda path: path.write_text(text + "\n"))
 
@@ -107,29 +116,57 @@ class RunFolder:
         )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file of this run, None if it is not there."""
+        """The content of a JSON file of this run, None if it is not there.
+
+        Raises:
+            UserError: If it cannot be read, or does not have the checksum that is in it.
+        """
         path = self.path / name
         try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+            content = json.loads(path.read_text()) if path.is_file() else None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"cannot read {path}: {error}; {MENDED_BY}") from error
+        if content and CHECKSUM in content and content.pop(CHECKSUM) != _checksum(content):
+            raise UserError(
+                f"{path} is not as it was written: if it was changed on purpose, remove its line "
+                f'"{CHECKSUM}"; if it was damaged, {MENDED_BY}'
+            )
+        return content
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings, from `config.json` or, if that was removed, from the last checkpoint."""
+        config = self.read_json(CONFIG)
+        if config is None:
+            checkpoint = self.load_checkpoint() or {}
+            if "config" not in checkpoint:
+                raise UserError(f"{self.path} holds neither {CONFIG} nor a checkpoint with it")
+            config = json.loads(checkpoint["config"])
+        return config
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write `last.pt`, which holds everything, and then `best.pt`, a copy of its best part."""
+        """Write `last.pt`, which holds everything, and then `best.pt`, a copy of its best part.
+
+        The `last.pt` before it becomes `previous.pt`.
+        """
         with writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
-        self._save("last.pt", state)
-        self.save_best(state)
+        self._save(LAST, state)
+        self.last_is_whole = True
+        if state["best"] and state["best"]["epoch"] == state["epoch"]:
+            self.save_best(state)
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Write `best.pt` if the epoch that has just ended is the best one."""
-        if state["best"] and state["best"]["epoch"] == state["epoch"]:
-            self._save("best.pt", state["best"])
+        """Write `best.pt`."""
+        self._save(BEST, state["best"])
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
         def write(path: Path) -> None:
             with path.open("wb") as file:  # of a file that it opens itself, torch hides the reason
                 torch.save(content, file)
+            if name == LAST and self.last_is_whole:
+                os.replace(self.checkpoints / LAST, self.checkpoints / PREVIOUS)
 
         replace(self.checkpoints / name, write)
 
@@ -138,11 +175,49 @@ class RunFolder:
         for folder in (self.path, self.logs, self.checkpoints):
             remove_incomplete(folder)
 
-    def load_checkpoint(self, name: str = "last.pt") -> dict[str, Any] | None:
-        """What `save_checkpoint` wrote last, None before the first time."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """What `save_checkpoint` wrote last, None before the first time.
+
+        If that is damaged, the one before.
+        """
+        try:
+            last = self._load(LAST)
+            self.last_is_whole = last is not None
+        except UserError as error:
+            last = None
+            try:
+                previous = self._load(PREVIOUS)
+            except UserError:
+                previous = None
+            if previous is None:
+                raise UserError(
+                    f"{error}; there is no {PREVIOUS} that can be read: start the run anew, under "
+                    "another --name"
+                ) from error
+            say(f"warning: {error}; {PREVIOUS} is used, of epoch {previous['epoch']}")
+        else:
+            # A kill came between the renaming of the one and of the other.
+            previous = None if last else self._load(PREVIOUS)
+        return last or previous
+
+    def load_best(self) -> dict[str, Any] | None:
+        """The best epoch and its weights, None before the first epoch has ended."""
+        try:
+            return self._load(BEST)
+        except UserError as error:
+            checkpoint = self.load_checkpoint()
+            if not checkpoint or not checkpoint["best"]:
+                raise
+            say(f"warning: {error}; what {LAST} holds of it is used")
+            return checkpoint["best"]
+
+    def _load(self, name: str) -> dict[str, Any] | None:
         path = self.checkpoints / name
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:
+                _check_archive(file)
+                file.seek(0)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -152,6 +227,23 @@ class RunFolder:
                 f"cannot read the checkpoint {path}: it is damaged, or not of this program "
                 f"({type(error).__name__})"
             ) from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Compare what `torch.save` wrote with its checksums, at which `torch.load` does not look.
+
+    Raises:
+        Exception: Of many types, if it is damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if any(x.compress_type != zipfile.ZIP_STORED for x in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, as torch.save never does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
 
 
 def is_unfilled(path: Path) -> bool:
@@ -192,7 +284,7 @@ class RunLock:
         try:
             self.lock.acquire()
         except Timeout as error:
-            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            holder = path.read_text(errors="replace").strip() or "another process"
             raise UserError(
                 f"{run.path} is in use by {holder}; a run can be continued when that has ended"
             ) from error

@@ -19,6 +19,8 @@ _show_warning = warnings.showwarning
 _log: Path | None = None
 _kept: list[str] = []  # said before there was a log
 _exit_code = 0
+# A name of a file must not steer the terminal that it is shown on.
+CONTROL = {x: f"\\x{x:02x}" for x in (*range(32), *range(127, 160)) if chr(x) not in "\t\n"}
 UNREAD = 141  # 128 and the number of SIGPIPE, as a shell says it
 UNWRITTEN = 1
 
@@ -53,7 +55,7 @@ def write(line: str, stream: TextIO) -> None:
     """Print above any progress bar; nothing from when it cannot be written any more."""
     global _exit_code
     encoding = stream.encoding or "utf-8"  # which not every file name can be written in
-    line = line.encode(encoding, "backslashreplace").decode(encoding)
+    line = line.translate(CONTROL).encode(encoding, "backslashreplace").decode(encoding)
     try:
         tqdm.tqdm.write(line, file=stream)
         stream.flush()  # a kill, or who reads along, comes at any time
@@ -83,7 +85,7 @@ def log(text: str) -> None:
         _kept.append(text)
         return
     with writing(_log), _log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text + "\n")
+        file.write(text.translate(CONTROL) + "\n")
 
 
 def log_if_possible(text: str) -> None:

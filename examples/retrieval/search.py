@@ -66,8 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         sheet.write(args.sheet, _pictured(queries, found))
     for query, neighbors in zip(queries, found, strict=True):
-        say(query, *(f"{i:4}  {x.similarity:.4f}  {x.name}" for i, x in enumerate(neighbors, 1)))
+        say(_line(query))
+        say(*(_line(f"{i:4}  {x.similarity:.4f}  {x.name}") for i, x in enumerate(neighbors, 1)))
     return 0
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", "\\n")  # in the name of a file
 
 
 def _queries(path: Path) -> list[str]:

@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = run.load_checkpoint() if run else None
         if run and _is_finished(run, config):
             say(f"{run.path} is finished; nothing to train", "")
+            if not (run.path / CONFIG).exists():  # removed since it was damaged
+                on_rank_zero(lambda: run.write_json(CONFIG, config))
             _show(run.read_json(METRICS))
             if with_report and on_rank_zero(lambda: _report_is_due(run)):
                 try:

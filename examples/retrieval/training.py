@@ -1,5 +1,6 @@
 """Everything that PML's trainer is made of, and what happens when an epoch ends."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -267,11 +268,17 @@ class Training:
         """Take the checkpoint's place, or evaluate the untrained net and save the first one."""
         epoch = 0
         if checkpoint is not None:
+            if missing := {*self.state, "records"} - checkpoint.keys():
+                raise UserError(
+                    "the checkpoint last.pt does not fit this program; another version of it may "
+                    f"have written it (no {min(missing)!r})"
+                )
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
             self.always_zero = epoch == 0  # unknown of what was trained before
-            on_rank_zero(lambda: self.run.save_best(self.state))  # a kill may have come before it
-        on_rank_zero(lambda: self._open_records(epoch))
+            if self.state["best"]:  # a kill may have come before it was written
+                on_rank_zero(lambda: self.run.save_best(self.state))
+        on_rank_zero(lambda: self._open_records(checkpoint["records"] if checkpoint else {}))
         if checkpoint is None:
             self.state["untrained"] = on_rank_zero(self.test)
             self._save()
@@ -322,8 +329,8 @@ class Training:
         if rank() == 0:
             self.records.close()
 
-    def _open_records(self, epoch: int) -> None:
-        self.records = Records(self.run, self.tester, epoch, self.trainer.iterations_per_epoch)
+    def _open_records(self, files: dict[str, torch.Tensor]) -> None:
+        self.records = Records(self.run, self.tester, files)
         self.evaluate = self.records.evaluation(self.splits, self.config["patience"])
 
     def _end_of_iteration(self, trainer: RetrievalTrainer) -> None:
@@ -391,6 +398,12 @@ class Training:
         own = gather(own_state(self.trainer))
         on_rank_zero(
             lambda: self.run.save_checkpoint(
-                {**self.state, "shared": shared_state(self.trainer), "own": own}
+                {
+                    **self.state,
+                    "shared": shared_state(self.trainer),
+                    "own": own,
+                    "config": json.dumps(self.config),
+                    "records": self.records.files(),
+                }
             )
         )

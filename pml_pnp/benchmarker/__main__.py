@@ -10,11 +10,12 @@ All of its own flags are taken, and:
 
 import sys
 
+from pml_pnp.benchmarker.checkpoints import DamagedCheckpoint
 from pml_pnp.benchmarker.command_line import UnknownConfig, main
 from pml_pnp.benchmarker.requirements import MissingPackage
 
 if __name__ == "__main__":
     try:
         main()
-    except (MissingPackage, UnknownConfig) as error:
+    except (DamagedCheckpoint, MissingPackage, UnknownConfig) as error:
         sys.exit(f"python -m pml_pnp.benchmarker: error: {error}")

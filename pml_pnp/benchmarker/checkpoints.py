@@ -4,22 +4,27 @@ At the end of an epoch PML writes what was recorded, then the files of the check
 each time deleting those of the epoch before (save_models_and_eval and save_models of its
 HookContainer, the same in 0.9.92 and 2.9). What is missing when pb resumes begins anew, with no
 more than a line in the log: a run killed among these goes on with a new optimizer, or without its
-best model.
+best model. What is damaged is loaded all the same: torch does not look at checksums.
 """
 
 import logging
 import os
 import re
+import zipfile
 from pathlib import Path
 
 UNRECORDED = "unrecorded"
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A file of a checkpoint is not as it was written; the message says what to do."""
 
 
 def hook_container(base: type) -> type:
     """A HookContainer that counts a checkpoint once it is fully written and its epoch recorded.
 
     The one before is kept until then. Files of a later epoch than the last recorded one are set
-    aside when training is resumed, and the epoch done again.
+    aside when training is resumed, and the epoch done again. What is left is checked.
     """
     from pytorch_metric_learning.utils import common_functions as c_f
 
@@ -67,6 +72,8 @@ def hook_container(base: type) -> type:
                 # Where nothing is recorded, of later epochs it has been lost since.
                 if epoch == self._first_epoch if last is None else epoch > max(0, last):
                     _set_aside(path)
+                elif match:
+                    check(path)
             return super().load_latest_saved_models(trainer, model_folder, *args, **kwargs)
 
         def _saved(self, trainer) -> list[dict]:
@@ -86,16 +93,54 @@ def api_parser(base: type) -> type:
     """An API parser of pb that counts as trained what was loaded.
 
     By itself pb counts files, before those of an unrecorded epoch are set aside
-    (folder_creator.py:39, base_api_parser.py:135).
+    (folder_creator.py:39, base_api_parser.py:135). It loads what is damaged.
     """
 
     class Parser(base):
+        def eval_model(self, *args, load_model=False, **kwargs):
+            if load_model:
+                check_best(self.model_folder)
+            return super().eval_model(*args, load_model=load_model, **kwargs)
+
+        def eval_ensemble(self):
+            for paths in self.get_sub_experiment_dir_paths().values():
+                check_best(paths["models"])
+            return super().eval_ensemble()
+
         def should_train(self, num_epochs, split_scheme_name):
             if self.args.resume_training == "latest":
                 self.latest_sub_experiment_epochs[split_scheme_name] = self.epoch - 1
             return super().should_train(num_epochs, split_scheme_name)
 
     return Parser
+
+
+def check_best(folder: str) -> None:
+    """Check the models that pb evaluates."""
+    for part in ("trunk", "embedder"):
+        for path in Path(folder).glob(f"{part}_best*.pth"):
+            check(path)
+
+
+def check(path: Path) -> None:
+    """Compare a file with its checksums, and see that loading it runs no code from it.
+
+    Raises:
+        DamagedCheckpoint: It is not as `torch.save` wrote it.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # in many ways
+        raise DamagedCheckpoint(
+            f"{path} is damaged, or was not written by this program ({type(error).__name__}); if "
+            "its run was killed and not resumed, --resume_training latest does the epoch again; "
+            f"if it was, remove the folder {path.parents[1]}, and that trains the fold anew"
+        ) from error
 
 
 def _set_aside(path: Path) -> None:

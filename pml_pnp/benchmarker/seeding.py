@@ -1,7 +1,7 @@
 """Seeds for powerful-benchmarker, which has none.
 
-Every fold and every epoch begin with a seed of their own, so that a run that was killed and resumed
-goes on as the one that was not.
+Every fold, epoch and evaluation begins with a seed of its own, so that a run that was killed and
+resumed goes on as the one that was not.
 """
 
 import copy
@@ -35,6 +35,12 @@ def seed_runs(api_parser, seed: int) -> None:
         def set_models_optimizers_losses(self):
             seed_everything(*seeds, self.curr_split_count)
             super().set_models_optimizers_losses()
+
+        def eval_model(self, epoch, *args, **kwargs):
+            # An untrained model is drawn here; pb skips evaluations that came before a kill.
+            if isinstance(epoch, int):  # not of the ensemble, where it is a name
+                seed_everything(*seeds, self.curr_split_count, epoch + 1, 0)
+            return super().eval_model(epoch, *args, **kwargs)
 
         def get_trainer(self, **kwargs):
             trainer = super().get_trainer(**kwargs)

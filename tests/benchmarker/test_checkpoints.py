@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from damage import Code, damaged, same
 from pytorch_metric_learning import losses, samplers, testers, trainers
 from pytorch_metric_learning.utils import accuracy_calculator, logging_presets
 
-from pml_pnp.benchmarker import adapters, requirements, seeding
+from pml_pnp.benchmarker import adapters, checkpoints, requirements, seeding
 
 EPOCHS = 3
 
@@ -129,6 +130,52 @@ def test_only_unrecorded_checkpoints_are_set_aside_and_none_is_lost(tmp_path, ho
     aside = {path.name for path in (models / "unrecorded").iterdir()}
     assert aside == {"trunk_9.pth", "trunk_best9.pth", "trunk_optimizer_9.pth"}
     assert {path.name for path in models.glob("*.pth")} == before - aside
+
+
+def test_damaged_files_are_named_and_never_loaded(tmp_path, hook_container):
+    run(tmp_path, hook_container)
+    torch.save(Code(tmp_path / "run by a checkpoint"), tmp_path / "code")
+    files = sorted((tmp_path / "models").glob("*.pth"))
+    assert len(files) >= 4  # of the last epoch and the best one, of model and optimizer
+    for path in files:
+        content, whole = path.read_bytes(), torch.load(path, weights_only=True)
+        for wrong in [*damaged(content, 100 // len(files)), (tmp_path / "code").read_bytes()]:
+            path.write_bytes(wrong)
+            try:
+                checkpoints.check(path)
+                assert same(torch.load(path, weights_only=True), whole)  # such as of a date
+            except checkpoints.DamagedCheckpoint as error:
+                assert f"{path} is damaged" in str(error) and f"folder {tmp_path}," in str(error)
+        with pytest.raises(checkpoints.DamagedCheckpoint, match=path.name):
+            set_up(tmp_path, hook_container)
+        path.write_bytes(content)
+    assert not (tmp_path / "run by a checkpoint").exists()
+    assert set_up(tmp_path, hook_container)[2] == EPOCHS + 1
+
+
+def test_damaged_models_are_not_evaluated(tmp_path):
+    class Parser:
+        model_folder = tmp_path
+
+        def eval_model(self, name, load_model):
+            return name
+
+        def eval_ensemble(self):
+            return "ensemble"
+
+        def get_sub_experiment_dir_paths(self):
+            return {"fold": {"models": str(tmp_path)}}
+
+    parser = checkpoints.api_parser(Parser)()
+    torch.save({"weight": torch.zeros(9)}, tmp_path / "embedder_best3.pth")
+    assert parser.eval_model("trained", load_model=True) == "trained"
+    assert parser.eval_ensemble() == "ensemble"
+    content = (tmp_path / "embedder_best3.pth").read_bytes()
+    (tmp_path / "embedder_best3.pth").write_bytes(content[:-50])
+    assert parser.eval_model("untrained", load_model=False) == "untrained"
+    for evaluate in (lambda: parser.eval_model("trained", load_model=True), parser.eval_ensemble):
+        with pytest.raises(checkpoints.DamagedCheckpoint, match="embedder_best3.pth is damaged"):
+            evaluate()
 
 
 def test_without_records_nothing_is_touched(tmp_path, hook_container):

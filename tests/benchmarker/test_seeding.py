@@ -31,6 +31,22 @@ def test_seeds_are_of_everything_and_differ_in_each_part():
     assert len(seen) == 5
 
 
+def test_an_evaluation_draws_the_same_model_whatever_came_before():
+    class Evaluates:
+        args = types.SimpleNamespace(experiment_name="trial")
+        curr_split_count = 1
+
+        def eval_model(self, epoch, name):
+            return draws()
+
+    parser = Evaluates()
+    seed_runs(parser, 0)
+    whole = [parser.eval_model(epoch, "untrained") for epoch in (-1, 0)]
+    torch.rand(17)
+    assert parser.eval_model(0, "untrained") == whole[1] != whole[0]
+    parser.eval_model("trained", "trained")  # of the ensemble
+
+
 class Parser:
     """Of powerful-benchmarker's API parsers, what is seeded."""
 

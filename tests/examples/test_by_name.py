@@ -18,6 +18,17 @@ def test_arguments_become_python_values():
     }
 
 
+@pytest.mark.parametrize(
+    "text", ["__import__('os').system('touch x')", "(" * 10**5, "-" * 10**5 + "1"]
+)
+def test_arguments_are_values_and_never_run(tmp_path, monkeypatch, text):
+    from retrieval.by_name import parse_arguments
+
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments("--loss-args", [f"x={text}"]) == {"x": text}
+    assert not any(tmp_path.iterdir())
+
+
 def test_classes_and_embedding_size_are_filled_in():
     from retrieval.by_name import build_loss
 

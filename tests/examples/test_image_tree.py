@@ -243,6 +243,25 @@ def test_zip_leads_nowhere_else(tmp_path):
     assert [x.reason for x in skipped] == ["a link in a zip", "a hidden folder"]
 
 
+def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    from retrieval import image_tree
+    from retrieval.data import load_splits
+    from retrieval.errors import UserError
+
+    folder = tmp_path / "omniglot-small"
+    folder.mkdir()
+    for name in ("images_background_small1", "images_background_small2"):
+        with zipfile.ZipFile(folder / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a/b/0.png", bytes(10**6))
+    with zipfile.ZipFile(tmp_path / "grocery64.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.csv", "path,fine\n" + " " * 10**6)
+    assert len(image_tree.read_zip(folder / "images_background_small1.zip", 2, [])) == 1
+    monkeypatch.setattr(image_tree, "ALWAYS_HELD", 10**5)
+    for dataset in ("omniglot", "grocery"):
+        with pytest.raises(UserError, match="zip: unpacked it would have 1,000,0[01]0 bytes, more"):
+            load_splits(dataset, str(tmp_path), 0.2, 0)
+
+
 def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
     from retrieval.image_tree import read_zip
 

@@ -30,7 +30,7 @@ CURVES = [
     "negatives_before_positive, in a batch",
 ]
 HOSTILE_CLASS = "<script>alert(1)<!--"
-HOSTILE_FILE = "\"><img src=x onerror='alert(1)'>.png"
+HOSTILE_FILE = "\"><img src=x\nonerror='alert(1)'>.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FRAME = {"right": 0x2E9E4F, "wrong": 0xD64541}
 MEGABYTES = 10**6
@@ -489,8 +489,10 @@ def test_sheet_of_a_run_without_networks_is_refused(copied, report, tmp_path, ca
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_images_that_moved_are_found_with_data_root(copied, report, images, tmp_path, capsys):
-    config = json.loads((copied / "config.json").read_text())
+def test_images_that_moved_are_found_with_data_root(
+    copied, report, images, tmp_path, capsys, strict_json
+):
+    config = strict_json(copied / "config.json")
     config["data_root"] = str(tmp_path / "gone")
     (copied / "config.json").write_text(json.dumps(config))
     before = (copied / "report.html").read_bytes()

@@ -303,6 +303,27 @@ def test_very_large_images_are_named_once(tmp_path, monkeypatch):
     assert "Warning" not in done.stderr
 
 
+def test_image_that_would_fill_the_memory_is_left_out(tmp_path, monkeypatch, capsys):
+    write_classes(tmp_path, "abcd")
+    bomb = tmp_path / "b" / "bomb.png"
+    write(bomb, png_of(image(size=(50, 50))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    splits = load("folder", tmp_path)
+    assert f"cannot read the image {bomb}: Image size (2500 pixels)" in capsys.readouterr().out
+    names = [s.name for x in (splits.train, splits.val, splits.test) for s in x.samples]
+    assert names and str(bomb) not in names
+
+
+@pytest.mark.parametrize("dataset", ["csv", "grocery"])
+def test_endless_field_of_a_table_is_named(tmp_path, dataset):
+    from retrieval.errors import UserError
+
+    file = tmp_path / "labels.csv"
+    write(file, f"path,label,fine,split\n{'x' * 200_000},a,0,train\n")
+    with pytest.raises(UserError, match="cannot read .*labels.csv.*: field larger than field"):
+        load(dataset, file if dataset == "csv" else tmp_path)
+
+
 def test_too_few_images_after_cleaning_is_an_error(tmp_path):
     from retrieval.errors import UserError
 

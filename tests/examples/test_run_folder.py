@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import Code, damaged, same
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 FULL = Path("/dev/full")
@@ -60,7 +61,8 @@ def test_run_in_use_is_refused_and_free_again_when_its_process_is_killed(
 
 
 def test_lock_is_released_after_an_error(run, main, capsys):
-    (run / "checkpoints" / "last.pt").write_bytes(b"garbage")
+    for name in ("last.pt", "previous.pt"):
+        (run / "checkpoints" / name).write_bytes(b"garbage")
     for _ in range(2):
         assert main("--resume", run, "--epochs", 2) == 2
         assert "cannot read the checkpoint" in capsys.readouterr().err
@@ -86,6 +88,103 @@ def fail_with(number):
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+# --- damaged files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.kills)])
+def test_for_a_damaged_checkpoint_the_one_before_is_used(run, capsys, tmp_path, number):
+    """Or the best epoch that the last one holds; never what is damaged, and no code is run."""
+    from retrieval.errors import UserError
+    from retrieval.run_folder import RunFolder
+
+    files = {name: run / "checkpoints" / f"{name}.pt" for name in ("last", "previous", "best")}
+    whole = {name: torch.load(path, weights_only=True) for name, path in files.items()}
+    assert whole["previous"]["epoch"] == 0 and whole["last"]["epoch"] == 1
+    torch.save({"epoch": Code(tmp_path / "run by a checkpoint")}, tmp_path / "code")
+    load = {"last": RunFolder.load_checkpoint, "best": RunFolder.load_best}
+    instead = {
+        "last": (whole["previous"], "previous.pt is used, of epoch 0"),
+        "best": (whole["last"]["best"], "what last.pt holds of it is used"),
+    }
+    for name in load:
+        content = files[name].read_bytes()
+        for i, wrong in enumerate([(tmp_path / "code").read_bytes(), *damaged(content, number)]):
+            files[name].write_bytes(wrong)
+            found, out = load[name](RunFolder(run)), capsys.readouterr().out
+            expected, told = instead[name] if out else (whole[name], "")
+            assert same(found, expected) and told in out
+            if out:
+                assert f"warning: cannot read the checkpoint {files[name]}: it is damaged" in out
+            assert out or i  # a few bits, such as those of a date, mean nothing
+        files[name].write_bytes(content)
+    assert not (tmp_path / "run by a checkpoint").exists()
+    for name in ("last", "previous"):
+        files[name].write_bytes(files[name].read_bytes()[:1000])
+    with pytest.raises(UserError, match="last.pt: it is damaged.*: start the run anew, under"):
+        RunFolder(run).load_checkpoint()
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(run):
+    from retrieval.run_folder import RunFolder
+
+    last = run / "checkpoints" / "last.pt"
+    for epoch in (1, 2):  # damaged once more each time
+        last.write_bytes(last.read_bytes()[:-100])
+        folder = RunFolder(run)
+        state = folder.load_checkpoint()
+        assert state["epoch"] == epoch - 1
+        folder.save_checkpoint({**state, "epoch": epoch})
+        folder.save_checkpoint({**state, "epoch": epoch + 1})
+    last.unlink()  # a kill came between the renaming of the one and of the other
+    assert RunFolder(run).load_checkpoint()["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_a_damaged_json_file_is_named_and_written_again(run, main, capsys, name, strict_json):
+    from retrieval.errors import UserError
+    from retrieval.run_folder import RunFolder
+
+    path, folder = run / name, RunFolder(run)
+    content, read = path.read_bytes(), folder.read_json(name)
+    named = 0
+    for wrong in damaged(content):
+        path.write_bytes(wrong)
+        try:
+            assert folder.read_json(name) == read
+        except UserError as error:
+            named += 1
+            assert str(path) in str(error) and "remove it, and --resume writes it" in str(error)
+    assert named > 80
+    path.write_bytes(content.replace(b'"epoch', b'"epodh', 1))
+    assert main("--resume", run) == 2
+    assert f"{path} is not as it was written: if it was changed on" in capsys.readouterr().err
+    path.unlink()
+    assert main("--resume", run, "--epochs", 1, "--no-report") == 0
+    assert strict_json(path).keys() == read.keys()
+    if name == "metrics.json":
+        again = folder.read_json(name)
+        assert {**again, "seconds": 0} == {**read, "seconds": 0}
+
+
+def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):
+    from retrieval import image_list
+    from retrieval.errors import UserError
+    from retrieval.run_folder import RunFolder
+
+    folder, path = RunFolder(run), run / image_list.FILE
+    images = image_list.ImageList.__new__(image_list.ImageList)
+    images.root, images.entries = "images", image_list._read(folder)
+    refused = 0
+    for wrong in damaged(path.read_bytes()):
+        path.write_bytes(wrong)
+        try:
+            images.check(folder, accept_changed_files=False)
+            assert image_list._read(folder) == images.entries
+        except UserError:
+            refused += 1
+    assert refused > 80
 
 
 # --- the disk -------------------------------------------------------------------------------

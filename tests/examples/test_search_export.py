@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import Code
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -106,6 +107,28 @@ def test_index_of_other_weights_is_another(command, run, folder, tmp_path, capsy
     torch.save(best, other / "checkpoints" / "best.pt")
     assert command("search", other, query, "--index", folder) == 0
     assert capsys.readouterr().out.count("48 embedded now") == 2
+
+
+def test_a_damaged_index_is_made_anew_and_runs_no_code(command, run, folder, tmp_path, capsys):
+    assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+    found = capsys.readouterr().out.splitlines()[1:]
+    (index,) = (run / "index").iterdir()
+    content = bytearray(index.read_bytes())
+    content[200] ^= 1
+    pickled = np.array([Code(tmp_path / "run by an index")])
+    for damage in (lambda: index.write_bytes(content), lambda: np.savez(index, name=pickled)):
+        damage()
+        assert command("search", run, folder / "7" / "00.png", "--index", folder) == 0
+        warning, _, *again = capsys.readouterr().out.splitlines()
+        assert warning.startswith(f"warning: {index} is damaged (") and again == found
+    assert not (tmp_path / "run by an index").exists()
+
+
+def test_names_of_files_do_not_steer_the_terminal(command, run, folder, capsys):
+    (folder / "7" / "00.png").rename(folder / "7" / "\x1b[2Ja\nb.png")
+    assert command("search", run, folder / "7" / "01.png", "--index", folder, "-k", 48) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2Ja\\nb.png" in out and "\x1b" not in out
 
 
 def test_files_that_are_no_images_are_named_every_time(command, run, folder, capsys):

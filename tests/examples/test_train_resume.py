@@ -192,14 +192,18 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
     [
         ("schedulers", "(no 'trunk_scheduler_by_iteration')"),
         ("loss", "Missing key(s) in state_dict: "),
+        ("records", "(no 'records')"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_path, state, reason):
     run = shutil.copytree(whole("proxies")[1] / "after the second epoch", tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     checkpoint = torch.load(last, weights_only=True)
-    content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
-    content[state] = {f"old_{name}": x for name, x in content[state].items()}
+    if state == "records":
+        del checkpoint["records"]
+    else:
+        content = checkpoint["shared"] if state == "schedulers" else checkpoint["own"][0]
+        content[state] = {f"old_{name}": x for name, x in content[state].items()}
     torch.save(checkpoint, last)
     before = last.read_bytes()
     assert main("--resume", run) == 2
@@ -442,11 +446,11 @@ def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, m
 
 
 def test_a_finished_run_whose_images_are_gone_is_finished(
-    run_and_images, main, quick, tmp_path, capsys
+    run_and_images, main, quick, tmp_path, capsys, strict_json
 ):
     """The command line that started it says why there is no report, and succeeds."""
     shutil.copytree(run_and_images / "run", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = strict_json(tmp_path / "run" / "config.json")
     config["data_root"] = str(tmp_path / "gone")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     again = [x for x in quick if x != "--no-report"]
@@ -465,11 +469,33 @@ def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsy
     assert f"cannot read {run / 'images.csv'}: " in capsys.readouterr().err
 
 
-def test_resume_names_a_damaged_checkpoint(run, main, capsys):
-    (run / "checkpoints" / "last.pt").write_bytes(b"garbage")
+def test_what_was_damaged_is_no_part_of_the_end(whole, main, curves, capsys, strict_json):
+    """The checkpoint, its settings and all records, with a journal that SQLite would apply."""
+    run, copies = whole("default")
+    continued = shutil.copytree(copies / "after the second epoch", copies / "damaged")
+    last = continued / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of a weight
+    last.write_bytes(content)
+    for path in (continued / "logs").iterdir():
+        path.write_bytes(path.read_bytes()[:-7].replace(b"0", b"1"))
+    (continued / "logs" / "logs.db-journal").write_bytes(b"journal" * 999)
+    (continued / "config.json").unlink()
+    assert main("--resume", continued) == 0
+    out = capsys.readouterr().out
+    assert f"cannot read the checkpoint {last}: it is damaged" in out
+    assert "previous.pt is used, of epoch 1" in out
+    assert results(continued, strict_json) == results(run, strict_json)
+    assert curves(continued) == curves(run)
+    assert best(continued) == best(run)
+
+
+def test_resume_names_damaged_checkpoints(run, main, capsys):
+    for name in ("last.pt", "previous.pt"):
+        (run / "checkpoints" / name).write_bytes(b"garbage")
     assert main("--resume", run) == 2
     err = capsys.readouterr().err
-    assert "last.pt: it is damaged, or not of this program (UnpicklingError)\n" in err
+    assert "last.pt: it is damaged, or not of this program (BadZipFile); there is no " in err
     assert "weights_only" not in err
 
 

@@ -1,0 +1,67 @@
+"""`train.py` killed at random moments ends as if nobody had touched it."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from damage import same
+from kills import Program
+
+from .test_train_resume import results
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+PHASES = {
+    "retrieval.training:Training.train": "epoch",
+    "retrieval.records:Records.__init__": "records",
+    "retrieval.records:Records.save": "records",
+    "retrieval.run_folder:RunFolder._save": "checkpoint",
+}
+IMPORTS = (
+    "record_keeper",
+    "retrieval.train",
+    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
+    "torch.utils.tensorboard.summary",
+)
+
+
+def train(arguments):
+    from retrieval import commands
+
+    return commands.run("train", arguments, "train.py")
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.kills)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
+    quick, tmp_path, monkeypatch, strict_json, kills
+):
+    root = Path(__file__).parents[2]
+    paths = map(str, (root / "tests", root / "examples", root))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path, IMPORTS)
+    common = [*quick, "--output-dir", tmp_path, "--epochs", 2, "--resume-if-exists", "--name"]
+    program.measure([*common, "whole"])
+    assert set(program.counts) == {"start", "end", *PHASES.values()}
+    whole = tmp_path / "whole"
+
+    def check(number):
+        run = tmp_path / f"run{number}"
+        assert results(run, strict_json) == results(whole, strict_json)
+        for name in ("best.pt", "last.pt"):
+            assert same(*(numbers(x / "checkpoints" / name) for x in (run, whole)))
+        assert not list(run.rglob("*.tmp"))
+        shutil.rmtree(run)
+
+    done = program.kill(lambda number: [*common, f"run{number}"], kills, 4, check)
+    assert done.total() == kills
+
+
+def numbers(path):
+    """Every number in a checkpoint but for seconds, and for what `results` compares."""
+    content = torch.load(path, weights_only=True)
+    for name in ("seconds", "records", "config"):
+        content.pop(name, None)
+    return content
