@@ -543,3 +543,182 @@ def test_value_and_gradients_of_the_loss_are_the_formula(case):
             continue
         atol = (EXACT[dtype] + 30 * relative) * added + floor
         assert_near(g, w, EXACT[leaf.dtype], atol)
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(CALLS, INSIDE, st.sampled_from([None, 1, 3, 20]), st.sampled_from([1, 2]))
+def test_order_names_chunks_and_threads_change_nothing_but_rounding(case, inside, chunks, threads):
+    case = case._replace(
+        dtype=torch.float64,
+        ref_dtype=None,
+        rows="random",
+        layout="contiguous",
+        references=case.references if case.references == "others" else "none",
+        labels=case.labels._replace(dtype=torch.int64, ref_dtype=None, with_nan=False),
+        reducer="nothing",
+    )
+    leaves, make, (positive, _) = case.arguments()
+    x, labels, indices, z, ref_labels = make(*leaves)
+    n, m = positive.shape
+    g = torch.Generator().manual_seed(case.seed)
+    order = torch.randperm(n, generator=g)
+    ref_order = order if z is None else torch.randperm(m, generator=g)
+    places = [o.argsort() for o in (order, ref_order)]
+    new_labels, new_ref_labels = labels, ref_labels
+    if labels is not None:
+        names, ids = torch.cat([labels, labels if z is None else ref_labels]).unique(return_inverse=True)
+        renamed = torch.randperm(len(names), generator=g)[ids] - 3.5
+        new_labels, new_ref_labels = renamed[:n][order], None if z is None else renamed[n:][ref_order]
+    if indices is not None:
+        kinds = (0, 1, 0, 1) if len(indices) == 4 else (0, 1, 1)
+        new_indices = tuple(places[k][i.long()] for k, i in zip(kinds, indices, strict=True))
+    new = x[order], new_labels, indices and new_indices, None if z is None else z[ref_order], new_ref_labels
+    cotangent, found = torch.rand(n, generator=g, dtype=x.dtype), []
+    for arguments, changes, way, number in (
+        ((x, labels, indices, z, ref_labels), {}, OUTSIDE, 1),
+        (new, {"chunk_size": chunks}, inside, threads),
+    ):
+        given_x = arguments[0].requires_grad_()
+        torch.set_num_threads(number)
+        with way.patched(n, m):
+            part = case.loss_func(**changes)(*arguments)["loss"]
+            at = order if arguments is new else torch.arange(n)
+            dense = given_x.sum(dim=1) * 0  # connected, also if there are no elements
+            if part["indices"] is not None:
+                dense[part["indices"]] = part["losses"]
+            (grad,) = torch.autograd.grad(dense, given_x, cotangent[at])
+        torch.set_num_threads(1)
+        back = at.argsort()
+        found.append((dense.detach()[back], grad[back]))
+    distance = case.loss_func().distance
+    s = getattr(distance, "distance", distance)(x, x if z is None else z).detach()
+    eps = torch.finfo(x.dtype).eps
+    error, steep = rounding(case.distance, s, x.detach(), x.detach() if z is None else z, eps)
+    relative = 1e-9 + 3 * error / case.settings.anneal
+    (value, grad), (new_value, new_grad) = found
+    assert_near(new_value, value, relative)
+    floor = 32 * eps * case.settings.steepest(m) * max(n, m) ** 2 * steep
+    largest = float(grad.abs().max()) if n else 0
+    assert_near(new_grad, grad, 0, 100 * relative * largest + floor)
+
+
+# --- bad input
+
+
+def _with(values, place, value):
+    return [*values[:place], value, *values[place + 1 :]]
+
+
+def _index(bad):
+    """Replace an index by one that is `bad(size)`."""
+
+    def change(args, g, n, m):
+        indices = [i.long() for i in args[2]]
+        sizes = (n, m, n, m) if len(indices) == 4 else (n, m, m)
+        place = int(torch.randint(0, len(indices), (1,), generator=g))
+        if len(indices[place]) == 0:
+            at = range(len(indices)) if len(indices) == 3 else [place // 2 * 2, place // 2 * 2 + 1]
+            for i in at:
+                indices[i] = torch.zeros(1, dtype=torch.int64)
+        indices[place] = indices[place].clone()
+        row = int(torch.randint(0, len(indices[place]), (1,), generator=g))
+        indices[place][row] = bad(sizes[place])
+        return _with(args, 2, tuple(indices))
+
+    return change
+
+
+def _at(place, change):
+    """Replace an argument by `change(argument)`."""
+    return lambda args, g, n, m: _with(args, place, change(args[place]))
+
+
+def _of_tuple(change):
+    return lambda args, g, n, m: _with(args, 2, change([i.long() for i in args[2]]))
+
+
+# What is changed, by which arguments it takes to be given, the error and what it names.
+X, LABELS_, INDICES, REF, REF_LABELS = range(5)
+BAD = {
+    "a list of rows": ((), _at(0, lambda x: x.tolist()), TypeError, "embeddings must be a tensor"),
+    "integers": ((), _at(0, lambda x: x.long()), TypeError, "embeddings must be floating point"),
+    "complex": ((), _at(0, lambda x: x * 1j), TypeError, "embeddings must be floating point"),
+    "a row": ((), _at(0, lambda x: x[0]), ValueError, "embeddings must have shape"),
+    "three dimensions": ((), _at(0, lambda x: x[None]), ValueError, "embeddings must have shape"),
+    "a row less": ((1,), _at(0, lambda x: x[1:]), ValueError, "labels must have shape"),
+    "a label more": ((1,), _at(1, lambda y: torch.cat([y, y[:1]])), ValueError, "labels must have"),
+    "column of labels": ((1,), _at(1, lambda y: y[:, None]), ValueError, "labels must have shape"),
+    "complex labels": ((1,), _at(1, lambda y: y * 1j), TypeError, "labels must be real"),
+    "list of labels": ((1,), _at(1, lambda y: y.tolist()), TypeError, "labels must be a tensor"),
+    "index too large": ((2,), _index(lambda size: size), ValueError, "must hold indices from 0 to"),
+    "huge index": ((2,), _index(lambda _: 2**62), ValueError, f"indices from 0 to .*, got {2**62}"),
+    "negative index": ((2,), _index(lambda size: -1), ValueError, "indices from 0 to .*, got -1"),
+    "indices of floats": ((2,), _of_tuple(lambda t: [torch.ones(1)] * 3), TypeError, "got torch.float32"),
+    "mask as indices": ((2,), _of_tuple(lambda t: [torch.ones(1).bool()] * 3), TypeError, "got torch.bool"),
+    "an index more": ((2,), _of_tuple(lambda t: _with(t, 1, torch.cat([t[1], t[1][:1] * 0, t[1].new_zeros(1)]))), ValueError, "as many anchors as positives"),
+    "two tensors": ((2,), _of_tuple(lambda t: t[:2]), ValueError, "must be 3 or 4"),
+    "five tensors": ((2,), _of_tuple(lambda t: [*t, t[0], t[0]][:5]), ValueError, "must be 3 or 4"),
+    "a matrix of indices": ((2,), _of_tuple(lambda t: _with(t, 0, t[0][None])), ValueError, "one-dimensional"),
+    "number as tuple": ((), _at(2, lambda _: 3), TypeError, "indices_tuple must be 3 or 4"),
+    "narrower references": ((3,), _at(3, lambda z: z[:, 1:]), ValueError, "ref_emb must have the embedding size"),
+    "references of integers": ((3,), _at(3, lambda z: z.long()), TypeError, "ref_emb must be floating"),
+    "a reference label less": ((4,), _at(4, lambda y: y[1:]), ValueError, "ref_labels must have shape"),
+    "reference labels alone": ((4,), _at(3, lambda _: None), ValueError, "ref_labels needs ref_emb"),
+}  # fmt: skip
+SETTINGS_ = {
+    "anneal": [0, -1.0, float("nan"), float("inf"), "1", None, True, 1j, 1e-31, 1e31],
+    "alpha": [0, -1.0, float("nan"), 1e31],
+    "b": [0, -1.0, float("inf"), 1e-31],
+    "variant": ["D", 3, None],
+    "include_self": [1, None],
+    "chunk_size": [0, -1, 1.5, True],
+}
+
+
+@settings(max_examples=EXAMPLES)
+@given(CALLS, st.sampled_from([*BAD, *((k, v) for k in SETTINGS_ for v in SETTINGS_[k])]))
+def test_bad_input_is_named_and_leaves_the_loss_as_it_was(case, bad):
+    needed, change, error, message = ((), None, (TypeError, ValueError), None)
+    if isinstance(bad, str):
+        needed, change, error, message = BAD[bad]
+    case = case._replace(
+        n=max(2, case.n % 40), m=max(2, case.m % 40), dtype=torch.float32,
+        ref_dtype=None, layout="contiguous", distance="cosine",
+        labels=case.labels._replace(dtype=torch.int64, ref_dtype=None),
+    )  # fmt: skip
+    if 3 in needed or 4 in needed:
+        case = case._replace(references="others", indices=None)
+    if 2 in needed:
+        is_pairs = case.seed % 2 == 0
+        case = case._replace(
+            indices=Tuple(is_pairs, 5, case.seed % 3, [torch.int64] * 4, False, True)
+        )
+    elif 1 in needed:
+        case = case._replace(indices=None)
+    leaves, make, _ = case.arguments()
+    args = [*make(*leaves)]
+    loss_func = case.loss_func(reducer=reducers.SumReducer())
+    n, m = len(args[0]), len(args[0] if args[3] is None else args[3])
+
+    def value_and_gradient():
+        x = args[0].detach().requires_grad_()
+        z = x if args[3] is args[0] else args[3]
+        value = loss_func(x, args[1], args[2], z, args[4])
+        return value.detach(), *torch.autograd.grad(value, x)
+
+    before = value_and_gradient()
+    state = dict(vars(loss_func))
+    if change is None:
+        name, value = bad
+        was = getattr(loss_func, name)
+        setattr(loss_func, name, value)
+        with pytest.raises(error, match=f"{name} must be .*, got "):
+            loss_func(*args)
+        setattr(loss_func, name, was)
+    else:
+        g = torch.Generator().manual_seed(case.seed)
+        with pytest.raises(error, match=f"{message}.*") as raised:
+            loss_func(*change(args, g, n, m))
+        assert ", got " in str(raised.value)
+    assert vars(loss_func).keys() == state.keys()
+    assert all(torch.equal(a, b) for a, b in zip(before, value_and_gradient(), strict=True))
