@@ -54,7 +54,7 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         labels: (N,). The queue keeps integers as int64 and floating point labels as float64.
         indices_tuple: pairs or triplets in addition to those of the miner or, without a miner, to
             all pairs. Anchors are rows of the batch, positives and negatives rows of
-            `embedding_memory`.
+            `embedding_memory` that are filled once the batch is enqueued.
         enqueue_mask: (N,), bool. The rows where it is true are enqueued and are not queries, the
             others are queries and are not enqueued. Not together with `indices_tuple`.
         ref_labels: must be None. PML's `DistributedLossWrapper` without a process group passes its
@@ -236,9 +236,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         if indices_tuple is not None:
             if enqueue_mask is not None:
                 raise ValueError("expected indices_tuple or enqueue_mask, got both")
-            check_inputs(
-                embeddings, labels, indices_tuple, self.embedding_memory, self.label_memory
-            )
+            size = self.memory_size if self.has_been_filled else self.queue_idx + len(embeddings)
+            rows, row_labels = self.embedding_memory[:size], self.label_memory[:size]
+            check_inputs(embeddings, labels, indices_tuple, rows, row_labels)
         if enqueue_mask is not None:
             check_enqueue_mask(enqueue_mask, len(embeddings))
         self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))

@@ -30,7 +30,9 @@ settings.register_profile(
     "quick", max_examples=60, derandomize=True, database=None, deadline=None,
     suppress_health_check=SLOW,
 )  # fmt: skip
-settings.register_profile("thorough", settings.get_profile("quick"), max_examples=4000, derandomize=False)
+settings.register_profile(
+    "thorough", settings.get_profile("quick"), max_examples=4000, derandomize=False
+)
 settings.load_profile("quick")
 
 

@@ -1,6 +1,6 @@
 """The formula of `reference` on matrices in float64, which autograd differentiates.
 
-Every (query, positive) pair has a row of M sigmoids, so that it also serves for batches of hundreds.
+Every pair of a query and a positive has a row of M sigmoids: it serves for batches of hundreds.
 Where they are few, the loops of `reference` are run beside it.
 """
 
@@ -30,9 +30,7 @@ def steepest(variant, alpha, b, m):
     return {"Iu": 1 + math.log1p(m), "Ib": min(1 / b, m), "Dq": alpha}.get(variant, 1)
 
 
-def pnp_losses(
-    s, positive, negative, own, *, variant, alpha, b, anneal, k=1, include_self=True
-):
+def pnp_losses(s, positive, negative, own, *, variant, alpha, b, anneal, k=1, include_self=True):
     """L (N,) and which queries count (N,), from s (N, M), masks (N, M) and own (N,).
 
     The masks do not hold the query itself.
@@ -48,7 +46,9 @@ def pnp_losses(
     number = (positive.sum(dim=1) + include_self).clamp(min=1)
     losses = s.new_zeros(len(s)).index_add(0, a, f(variant, r, alpha, b)) / number
     if x.numel() <= FEW:
-        of_rows = ([set(row.nonzero().flatten().tolist()) for row in mask] for mask in (positive, negative))
+        of_rows = (
+            [set(row.nonzero().flatten().tolist()) for row in mask] for mask in (positive, negative)
+        )
         want = reference.pnp_losses(
             s.tolist(), *of_rows, own.tolist(), variant=variant, alpha=alpha, b=b, anneal=anneal,
             k=k, include_self=include_self,

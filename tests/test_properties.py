@@ -1,23 +1,24 @@
 """The loss for random input of every kind, against the formula in float64.
 
-`python -m pytest tests/test_properties.py --hypothesis-profile=thorough` tries thousands of examples
-of each property. An example draws small numbers and names, and a seed for the rest, so that it is
-cheap and short to read.
+`python -m pytest tests/test_properties.py --hypothesis-profile=thorough` tries thousands of
+examples of each property. An example draws small numbers and names, and a seed for the rest, so
+that it is cheap and short to read.
 """
 
 import contextlib
+import copy
 import os
-from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import oracle
 import pytest
 import torch
-from helpers import DISTANCES, sets_from_tuple
+from helpers import DISTANCES
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning import distances, reducers
+from pytorch_metric_learning import reducers
+from queue_model import Queue
 
 from pml_pnp import GradCache, PNPLoss, losses
 from pml_pnp.functional import pnp_loss
@@ -318,7 +319,9 @@ class Tuple(NamedTuple):
 
     def make(self, n, m, generator):
         sizes = [n, m, n, m] if self.is_pairs else [n, m, m]
-        lengths = [self.length] * 2 + [self.other_length] * 2 if self.is_pairs else [self.length] * 3
+        lengths = (
+            [self.length] * 2 + [self.other_length] * 2 if self.is_pairs else [self.length] * 3
+        )
         if n * m == 0:
             return [torch.tensor([])] * len(sizes)  # float32, as some miners return it
         made = []
@@ -449,7 +452,9 @@ CALLS = st.builds(
     Call,
     n=SIZES,
     m=SIZES,
-    references=st.sampled_from(["none"] * 4 + ["others"] * 3 + ["batch", "batch with other labels", "reversed"]),
+    references=st.sampled_from(
+        ["none"] * 4 + ["others"] * 3 + ["batch", "batch with other labels", "reversed"]
+    ),
     ref_layout=st.sampled_from([*LAYOUTS]),
     ref_dtype=st.sampled_from([None, None, *DTYPES]),
     labels=LABELS,
@@ -566,13 +571,24 @@ def test_order_names_chunks_and_threads_change_nothing_but_rounding(case, inside
     places = [o.argsort() for o in (order, ref_order)]
     new_labels, new_ref_labels = labels, ref_labels
     if labels is not None:
-        names, ids = torch.cat([labels, labels if z is None else ref_labels]).unique(return_inverse=True)
+        names, ids = torch.cat([labels, labels if z is None else ref_labels]).unique(
+            return_inverse=True
+        )
         renamed = torch.randperm(len(names), generator=g)[ids] - 3.5
-        new_labels, new_ref_labels = renamed[:n][order], None if z is None else renamed[n:][ref_order]
+        new_labels, new_ref_labels = (
+            renamed[:n][order],
+            None if z is None else renamed[n:][ref_order],
+        )
     if indices is not None:
         kinds = (0, 1, 0, 1) if len(indices) == 4 else (0, 1, 1)
         new_indices = tuple(places[k][i.long()] for k, i in zip(kinds, indices, strict=True))
-    new = x[order], new_labels, indices and new_indices, None if z is None else z[ref_order], new_ref_labels
+    new = (
+        x[order],
+        new_labels,
+        indices and new_indices,
+        None if z is None else z[ref_order],
+        new_ref_labels,
+    )
     cotangent, found = torch.rand(n, generator=g, dtype=x.dtype), []
     for arguments, changes, way, number in (
         ((x, labels, indices, z, ref_labels), {}, OUTSIDE, 1),
@@ -637,8 +653,7 @@ def _of_tuple(change):
     return lambda args, g, n, m: _with(args, 2, change([i.long() for i in args[2]]))
 
 
-# What is changed, by which arguments it takes to be given, the error and what it names.
-X, LABELS_, INDICES, REF, REF_LABELS = range(5)
+# The arguments that it needs, what is changed, the error and what that names.
 BAD = {
     "a list of rows": ((), _at(0, lambda x: x.tolist()), TypeError, "embeddings must be a tensor"),
     "integers": ((), _at(0, lambda x: x.long()), TypeError, "embeddings must be floating point"),
@@ -653,18 +668,58 @@ BAD = {
     "index too large": ((2,), _index(lambda size: size), ValueError, "must hold indices from 0 to"),
     "huge index": ((2,), _index(lambda _: 2**62), ValueError, f"indices from 0 to .*, got {2**62}"),
     "negative index": ((2,), _index(lambda size: -1), ValueError, "indices from 0 to .*, got -1"),
-    "indices of floats": ((2,), _of_tuple(lambda t: [torch.ones(1)] * 3), TypeError, "got torch.float32"),
-    "mask as indices": ((2,), _of_tuple(lambda t: [torch.ones(1).bool()] * 3), TypeError, "got torch.bool"),
-    "an index more": ((2,), _of_tuple(lambda t: _with(t, 1, torch.cat([t[1], t[1][:1] * 0, t[1].new_zeros(1)]))), ValueError, "as many anchors as positives"),
+    "indices of floats": (
+        (),
+        _at(2, lambda _: [torch.ones(1)] * 3),
+        TypeError,
+        "of indices, got torch.float32",
+    ),
+    "mask as indices": (
+        (),
+        _at(2, lambda _: [torch.ones(1) > 0] * 3),
+        TypeError,
+        "of indices, got torch.bool",
+    ),
+    "an index more": (
+        (2,),
+        _of_tuple(lambda t: _with(t, 1, torch.zeros(150).long())),
+        ValueError,
+        "as many anchors as",
+    ),
     "two tensors": ((2,), _of_tuple(lambda t: t[:2]), ValueError, "must be 3 or 4"),
     "five tensors": ((2,), _of_tuple(lambda t: [*t, t[0], t[0]][:5]), ValueError, "must be 3 or 4"),
-    "a matrix of indices": ((2,), _of_tuple(lambda t: _with(t, 0, t[0][None])), ValueError, "one-dimensional"),
+    "a matrix of indices": (
+        (2,),
+        _of_tuple(lambda t: _with(t, 0, t[0][None])),
+        ValueError,
+        "one-dimensional",
+    ),
     "number as tuple": ((), _at(2, lambda _: 3), TypeError, "indices_tuple must be 3 or 4"),
-    "narrower references": ((3,), _at(3, lambda z: z[:, 1:]), ValueError, "ref_emb must have the embedding size"),
-    "references of integers": ((3,), _at(3, lambda z: z.long()), TypeError, "ref_emb must be floating"),
-    "a reference label less": ((4,), _at(4, lambda y: y[1:]), ValueError, "ref_labels must have shape"),
-    "reference labels alone": ((4,), _at(3, lambda _: None), ValueError, "ref_labels needs ref_emb"),
-}  # fmt: skip
+    "narrower references": (
+        (3,),
+        _at(3, lambda z: z[:, 1:]),
+        ValueError,
+        "ref_emb must have the embedding size",
+    ),
+    "references of integers": (
+        (3,),
+        _at(3, lambda z: z.long()),
+        TypeError,
+        "ref_emb must be floating",
+    ),
+    "a reference label less": (
+        (4,),
+        _at(4, lambda y: y[1:]),
+        ValueError,
+        "ref_labels must have shape",
+    ),
+    "reference labels alone": (
+        (4,),
+        _at(3, lambda _: None),
+        ValueError,
+        "ref_labels needs ref_emb",
+    ),
+}
 SETTINGS_ = {
     "anneal": [0, -1.0, float("nan"), float("inf"), "1", None, True, 1j, 1e-31, 1e31],
     "alpha": [0, -1.0, float("nan"), 1e31],
@@ -722,3 +777,117 @@ def test_bad_input_is_named_and_leaves_the_loss_as_it_was(case, bad):
         assert ", got " in str(raised.value)
     assert vars(loss_func).keys() == state.keys()
     assert all(torch.equal(a, b) for a, b in zip(before, value_and_gradient(), strict=True))
+
+
+# --- a queue of references, and a batch embedded in chunks
+
+
+class Step(NamedTuple):
+    n: int
+    enqueued: str
+    classes: int
+    label_dtype: torch.dtype
+    pairs: bool | None  # a tuple of pairs, of triplets, or none
+    collect: bool
+
+
+STEPS = st.builds(
+    Step,
+    n=st.sampled_from([3, 0, 1, 2, 5, 8, 13]),
+    enqueued=st.sampled_from(["all", "all", "all", "some", "none"]),
+    classes=st.sampled_from([2, 1, 5]),
+    label_dtype=st.sampled_from([torch.int64, torch.uint8, torch.int32, torch.float16]),
+    pairs=st.sampled_from([None, None, True, False]),
+    collect=st.booleans(),
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.lists(STEPS, min_size=1, max_size=6),
+    st.integers(1, 30),
+    st.sampled_from(["cosine", "dot", "l1", "snr"]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from([None, None, 1, 4]),
+    SETTINGS,
+    SEEDS,
+)
+def test_a_memory_ranks_a_batch_among_the_rows_that_were_enqueued(
+    steps, size, distance, reducer, chunk_size, chosen, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    chosen = chosen._replace(anneal=max(1e-3, chosen.anneal))
+    distance = DISTANCES[distance]()
+    loss_func = PNPLoss(
+        distance=distance, reducer=REDUCERS[reducer](), chunk_size=chunk_size, **chosen.of_loss()
+    )
+    memory, queue = losses.CrossBatchMemory(loss_func, 8, size), Queue(size)
+    values, wanted, leaves, wide = [], [], [], []
+    for step in steps:
+        x = torch.randn(step.n, 8, generator=g, dtype=torch.float64)
+        labels = torch.randint(0, step.classes, (step.n,), generator=g)
+        mask = None if step.enqueued == "all" else torch.rand(step.n, generator=g) < 0.5
+        mask = mask & False if step.enqueued == "none" else mask
+        number = step.n if mask is None else int(mask.sum())
+        pairs, filled = None, min(size, queue.length + number)
+        if mask is None and step.pairs is not None and step.n:
+            limits = (step.n, filled, step.n, filled) if step.pairs else (step.n, filled, filled)
+            pairs = tuple(torch.randint(0, limit, (4,), generator=g) for limit in limits)
+        leaves.append(x.clone().requires_grad_())
+        arguments = leaves[-1], labels.to(step.label_dtype), pairs, mask
+        if number > size:
+            leaves.pop()
+            with pytest.raises(ValueError, match=f"at most memory_size, {size}, .* got {number}"):
+                memory(*arguments)
+            continue
+        if pairs is not None and filled < size:  # an index of a row that is still empty
+            before = copy.deepcopy(memory.state_dict())
+            bad = (*pairs[:-1], pairs[-1] * 0 + filled)
+            with pytest.raises(ValueError, match=f"from 0 to {filled - 1}, got {filled}"):
+                memory(leaves[-1], labels, bad)
+            torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+        values.append(memory(*arguments))
+        wide.append(x.clone().requires_grad_())
+        if mask is None:
+            queries, of_queries, places = wide[-1], labels, queue.put(x, labels)
+        else:
+            queue.put(x[mask], labels[mask])
+            queries, of_queries, places = wide[-1][~mask], labels[~mask], None
+        want = queue.losses(distance, queries, of_queries, places, pairs, **chosen.of_formula())
+        wanted.append(want.sum() if reducer == "sum" else want.sum() / max(1, len(want)))
+        assert memory.queue_idx == queue.position
+        assert memory.has_been_filled == (queue.length == size)
+        assert torch.equal(memory.embedding_memory[: queue.length], queue.rows[: queue.length])
+        assert torch.equal(memory.label_memory[: queue.length], queue.labels[: queue.length])
+        assert_near(values[-1].detach(), wanted[-1].detach(), 1e-8)
+    if not values:
+        return
+    grads = torch.autograd.grad(sum(values), leaves, allow_unused=True)  # one backward for all
+    found = torch.autograd.grad(sum(wanted), wide, allow_unused=True)
+    for grad, want in zip(grads, found, strict=True):
+        grad, want = (torch.zeros(1) if x is None else x for x in (grad, want))
+        assert_near(
+            grad, want, 1e-8, 1e-9 * (1 + want.abs().max()) / chosen.anneal if want.numel() else 0
+        )
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(SIZES, st.sampled_from([1, 2, 3, 7, 64, 600]), LABELS, SETTINGS, SEEDS)
+def test_chunks_of_a_model_give_the_step_of_the_whole_batch(n, chunk_size, kind, chosen, seed):
+    g = torch.Generator().manual_seed(seed)
+    chunk_size = max(chunk_size, n // 20)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8)
+    ).double()
+    x = torch.randn(n, 4, generator=g, dtype=torch.float64)
+    labels = kind.make(n, None, g)[0]
+    chosen = chosen._replace(anneal=max(0.01, chosen.anneal))
+    found = []
+    for embed in (model, GradCache(model, chunk_size)):
+        loss = PNPLoss(**chosen.of_loss())(embed(x), labels)
+        found.append((loss.detach(), torch.autograd.grad(loss, [*model.parameters()])))
+    (value, grads), (new_value, new_grads) = found
+    assert_near(new_value, value, 1e-9)
+    for grad, new in zip(grads, new_grads, strict=True):
+        assert_near(new, grad, 0, 1e-9 * (grad.abs().max() + chosen.steepest(n)))
