@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 # Neither writes a database of examples.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
-    "quick", max_examples=60, derandomize=True, database=None, deadline=None,
+    "quick", max_examples=40, derandomize=True, database=None, deadline=None,
     suppress_health_check=SLOW,
 )  # fmt: skip
 settings.register_profile(
