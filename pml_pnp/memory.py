@@ -54,7 +54,7 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         labels: (N,). The queue keeps integers as int64 and floating point labels as float64.
         indices_tuple: pairs or triplets in addition to those of the miner or, without a miner, to
             all pairs. Anchors are rows of the batch, positives and negatives rows of
-            `embedding_memory`.
+            `embedding_memory` that are filled once the batch is enqueued.
         enqueue_mask: (N,), bool. The rows where it is true are enqueued and are not queries, the
             others are queries and are not enqueued. Not together with `indices_tuple`.
         ref_labels: must be None. PML's `DistributedLossWrapper` without a process group passes its
@@ -236,9 +236,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         if indices_tuple is not None:
             if enqueue_mask is not None:
                 raise ValueError("expected indices_tuple or enqueue_mask, got both")
-            check_inputs(
-                embeddings, labels, indices_tuple, self.embedding_memory, self.label_memory
-            )
+            size = self.memory_size if self.has_been_filled else self.queue_idx + len(embeddings)
+            rows, row_labels = self.embedding_memory[:size], self.label_memory[:size]
+            check_inputs(embeddings, labels, indices_tuple, rows, row_labels)
         if enqueue_mask is not None:
             check_enqueue_mask(enqueue_mask, len(embeddings))
         self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))
@@ -256,8 +256,10 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         labels = plain(labels)
         is_floating = labels.is_floating_point() or self.label_memory.is_floating_point()
         dtype = torch.float64 if is_floating else torch.int64
-        self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
-        self.label_memory = self.label_memory.to(embeddings.device, dtype)
+        # What inference mode makes could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
+            self.label_memory = self.label_memory.to(embeddings.device, dtype)
         return labels.to(embeddings.device, dtype)
 
 
@@ -276,10 +278,11 @@ def _reads(loss, embeddings: Tensor) -> bool:
 
 
 def _before_loading(memory: CrossBatchMemory, state_dict: dict, prefix: str, *_) -> None:
-    """Adapt the dtype of the labels, and let the queue start anew if its position is missing."""
-    labels = state_dict.get(prefix + "label_memory")
-    if labels is None:
+    """Adapt the dtypes of the queue, and let it start anew if its position is missing."""
+    labels, rows = (state_dict.get(prefix + x) for x in ("label_memory", "embedding_memory"))
+    if labels is None or rows is None:
         return
+    memory.embedding_memory = memory.embedding_memory.to(rows.dtype)  # float64 is not rounded
     dtype = torch.float64 if labels.is_floating_point() else torch.int64
     memory.label_memory = memory.label_memory.to(dtype)
     if prefix + "_extra_state" not in state_dict:

@@ -15,11 +15,25 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import DEVICE, DTYPES
+from hypothesis import HealthCheck, settings
 
 from pml_pnp.ops import eager
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+# The properties of tests/test_properties.py and tests/test_stateful.py: the same few examples at
+# every run, or with --hypothesis-profile=thorough many others, chosen by --hypothesis-seed.
+# Neither writes a database of examples.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "quick", max_examples=40, derandomize=True, database=None, deadline=None,
+    suppress_health_check=SLOW,
+)  # fmt: skip
+settings.register_profile(
+    "thorough", settings.get_profile("quick"), max_examples=4000, derandomize=False
+)
+settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(config, items):

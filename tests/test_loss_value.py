@@ -43,22 +43,6 @@ def test_queries_without_a_second_positive_give_no_element(device):
     )
 
 
-def test_include_self_false_leaves_the_query_out():
-    x = torch.tensor([[1.0, 0], [0.6, 0.8], [0.99, 0.1]], dtype=torch.float64)
-    y = torch.tensor([0, 0, 1])
-    with_self, without = (PNPLoss(anneal=0.1, include_self=i)(x, y).item() for i in (True, False))
-    assert without == pytest.approx(expected_mean(x, y, anneal=0.1, include_self=False))
-    assert with_self < without  # the query stands before the negatives, its mate behind
-
-
-def test_order_of_the_batch_does_not_matter(device):
-    x, y = batch(dtype=torch.float64, device=device)
-    order = torch.randperm(len(x), device=device)
-    torch.testing.assert_close(
-        PNPLoss(variant="Dq")(x, y), PNPLoss(variant="Dq")(x[order], y[order])
-    )
-
-
 @pytest.mark.parametrize("kind", ["labels", "tuple", "references"])
 def test_same_input_gives_the_same_bits(kind, device):
     x, y = batch(n=64, device=device)
@@ -79,22 +63,6 @@ def test_labels_may_be_on_another_device_or_of_another_dtype(device):
     want = PNPLoss()(x, y)
     for labels in (y.cpu(), y.float(), y.int()):
         assert torch.equal(PNPLoss()(x, labels), want)
-
-
-def test_labels_that_are_nan_are_in_no_class():
-    x, y = batch(n=12)
-    labels = y.float()
-    labels[4:7] = float("nan")
-    lone = y.clone()
-    lone[4:7] = torch.arange(100, 103)
-    torch.testing.assert_close(PNPLoss()(x, labels), PNPLoss()(x, lone))
-    ref, ref_y = batch(n=9)
-    ref_labels = ref_y.double()
-    ref_labels[2] = float("nan")
-    got = PNPLoss()(x, labels, None, ref, ref_labels)
-    torch.testing.assert_close(
-        got, PNPLoss()(x, lone, None, ref, ref_y.masked_fill(ref_labels.isnan(), -1))
-    )
 
 
 def test_embeddings_are_left_alone(device):

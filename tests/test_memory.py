@@ -140,6 +140,15 @@ def test_a_batch_of_the_size_of_the_memory_fills_it(device):
             ValueError,
             r"indices_tuple\[1\] must hold indices from 0 to 39, got 40",
         ),
+        (  # a row that is still empty
+            {
+                "x": torch.zeros(6, 8),
+                "y": torch.zeros(6),
+                "tuple_": (torch.tensor([0]), torch.tensor([30]), torch.tensor([0])),
+            },
+            ValueError,
+            r"indices_tuple\[1\] must hold indices from 0 to 29, got 30",
+        ),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(change, error, message):
@@ -212,18 +221,26 @@ needs_hook = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
-@pytest.mark.parametrize("floating", [False, pytest.param(True, marks=needs_hook)])
-def test_a_resumed_run_goes_on_with_its_memory(calls, floating):
+@pytest.mark.parametrize(
+    ("floating", "dtype"),
+    [
+        (False, torch.float32),
+        pytest.param(True, torch.float32, marks=needs_hook),
+        pytest.param(False, torch.float64, marks=needs_hook),
+    ],
+)
+def test_a_resumed_run_goes_on_with_its_memory(calls, floating, dtype):
     ours = memory()
-    batches = [batch(n=12) for _ in range(calls + 3)]
-    batches = [(x, y + 0.5 if floating else y) for x, y in batches]
+    batches = [batch(n=12, dtype=dtype) for _ in range(calls + 3)]
+    batches = [(x / 3, y + 0.5 if floating else y) for x, y in batches]
     for x, y in batches[:calls]:
         ours(x, y)
     resumed = torch.nn.ModuleList([torch.nn.Linear(2, 2), memory()])
     resumed.load_state_dict(saved(torch.nn.ModuleList([torch.nn.Linear(2, 2), ours])))
     assert resumed[1].has_been_filled == (calls == 4)
     for x, y in batches[calls:]:
-        torch.testing.assert_close(value_and_grad(resumed[1], x, y), value_and_grad(ours, x, y))
+        got, want = value_and_grad(resumed[1], x, y), value_and_grad(ours, x, y)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert resumed[1].queue_idx == ours.queue_idx
     torch.testing.assert_close(resumed[1].state_dict(), ours.state_dict())
 
@@ -288,6 +305,15 @@ def test_copies_are_independent(copied):
     state = memory().state_dict()
     other.load_state_dict(state)
     assert other.queue_idx == 0 and ours.queue_idx == 24
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    ours, plain = memory(), memory()
+    x, y = batch(dtype=torch.float64)
+    with torch.inference_mode():
+        ours(x, y / 2)  # makes the queue float64, and its labels too
+    plain(x, y / 2)
+    torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
 
 
 # --- several calls before a backward --------------------------------------------------------

@@ -105,8 +105,14 @@ def assert_reduced(reducer_name, result, losses, y):
         assert result.item() == pytest.approx(reduce(losses, y), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("distance_name", DISTANCES)
-@pytest.mark.parametrize("miner_name", [None, *MINERS])
+# tests/test_properties.py has all distances with tuples and reducers.
+@pytest.mark.parametrize(
+    ("miner_name", "distance_name"),
+    [
+        *((None, name) for name in DISTANCES),
+        *((name, d) for name in MINERS for d in ("cosine", "lp")),
+    ],
+)
 def test_miner_distance_and_every_reducer_work_together(miner_name, distance_name, device):
     distance = DISTANCES[distance_name]().to(device)
     x, y = batch(device=device)

@@ -119,32 +119,6 @@ def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
     assert peaks[1] < n * n / 2 < peaks[0]  # of a mask alone: n * n
 
 
-@pytest.mark.parametrize("is_inverted", [True, False])
-@pytest.mark.parametrize("labels", ["batch", "references", "masks"])
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_both_ways_to_a_sigmoid_agree(dtype, include_self, labels, is_inverted, monkeypatch):
-    """As a ratio of exponentials, and one by one where these would not fit into the dtype."""
-    s = torch.randn(6, 6 if labels == "batch" else 9, dtype=dtype)
-    given = {
-        "batch": {"labels": torch.tensor([0, 0, 1, 1, 1, 2])},
-        "references": {"labels": torch.arange(6) % 4, "ref_labels": torch.arange(9) % 3},
-        "masks": {"positive_mask": s > 0.5, "negative_mask": s < 0.2},
-    }[labels]
-    if include_self and labels != "batch":
-        given["self_similarity"] = torch.randn(6, dtype=dtype)
-    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
-    cotangent, results = torch.randn(6, dtype=dtype), []
-    for largest in (eager.LARGEST_RANGE[dtype], -1.0):
-        monkeypatch.setitem(eager.LARGEST_RANGE, dtype, largest)
-        v = s.clone().requires_grad_()
-        losses, _ = pnp_loss(
-            v, **given, variant="Ds", anneal=0.2, include_self=include_self, is_inverted=is_inverted
-        )
-        results.append([losses.detach(), *torch.autograd.grad(losses, v, cotangent)])
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("share", [0.97, 1.03])
 def test_value_at_the_widest_range_of_similarities(dtype, share, monkeypatch):

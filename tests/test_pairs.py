@@ -69,45 +69,6 @@ def test_in_a_memory_the_query_is_where_it_was_put():
     assert got[2] == [True, True, True, False, True, True]  # label 0 has its own copy alone
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float16, torch.float64], ids=str)
-def test_labels_of_any_dtype(dtype):
-    got = sets(Relation.from_labels(LABELS.to(dtype), REF_LABELS, None), len(REF_LABELS))
-    assert got == expected(*sets_from_labels(LABELS, REF_LABELS))
-    assert batch_with_itself(LABELS.to(dtype)) == expected(*sets_from_labels(LABELS))
-
-
-def test_bool_and_negative_labels():
-    labels = torch.tensor([True, False, True])
-    assert batch_with_itself(labels) == expected(*sets_from_labels(labels))
-    assert batch_with_itself(LABELS - 5) == expected(*sets_from_labels(LABELS))
-
-
-def test_fractions_are_not_rounded():
-    labels = torch.tensor([0.2, 0.7, 0.2, 1.0])
-    assert batch_with_itself(labels) == expected(*sets_from_labels(labels))
-    refs = torch.tensor([0.7, 0.0, 1.0, 1.2])
-    got = sets(Relation.from_labels(labels, refs, None), 4)
-    assert got == expected(*sets_from_labels(labels, refs))
-
-
-def test_a_nan_label_equals_no_label():
-    labels, refs = LABELS.double(), REF_LABELS.double()
-    labels[[0, 4]] = refs[[1, 2]] = float("nan")
-    got = sets(Relation.from_labels(labels, refs, None), len(refs))
-    assert got == expected(*sets_from_labels(labels, refs))
-    positives, negatives = sets_from_labels(labels)
-    for a in (0, 4):  # NaN is not equal to itself, but the query is no negative of its own
-        negatives[a] -= {a}
-    assert batch_with_itself(labels) == expected(positives, negatives)
-
-
-@pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 3), (2, 0)])
-def test_no_queries_or_no_references(n, m):
-    labels, refs = torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long)
-    got = sets(Relation.from_labels(labels, refs, None), m)
-    assert got == expected(*sets_from_labels(labels, refs))
-
-
 # --- masks
 
 
@@ -159,21 +120,6 @@ def test_a_tuple_says_who_is_what_for_the_queries_of_a_block(kind, rows):
     m = len(REF_LABELS)
     got = sets(from_tuple(indices, rows, len(LABELS), m), m)
     assert got == expected(positives, negatives)
-
-
-def test_repeated_pairs_and_pairs_of_a_query_with_itself_are_no_pairs_more():
-    indices = tuple(
-        torch.tensor(i, dtype=torch.int32)
-        for i in ([0, 0, 1, 2], [1, 1, 1, 0], [0, 0, 2, 2, 2], [2, 2, 1, 1, 2])
-    )
-    relation = from_tuple(indices, slice(0, 3), 3, 3, is_own_reference=True)
-    assert sets(relation, 3) == ([{1}, set(), {0}], [{2}, set(), {1}], [True, False, True])
-
-
-def test_an_empty_tuple_leaves_nothing_to_rank():
-    empty = (torch.tensor([]),) * 3  # float32, as some miners return it
-    got = sets(from_tuple(empty, slice(0, 2), 2, 3), 3)
-    assert got == expected([set()] * 2, [set()] * 2)
 
 
 # --- some queries of a batch

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import VARIANTS, batch
+from helpers import batch
 from pytorch_metric_learning import distances, reducers
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 
@@ -51,7 +51,7 @@ def values(loss_func, *args):
 @pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("kind", ["batch", "references"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["Iu", "Dq"])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_value_and_gradients_are_those_by_the_distance(
     name, variant, kind, include_self, chunk_size, monkeypatch

@@ -1,0 +1,893 @@
+"""The loss for random input of every kind, against the formula in float64.
+
+`python -m pytest tests/test_properties.py --hypothesis-profile=thorough` tries thousands of
+examples of each property. An example draws small numbers and names, and a seed for the rest, so
+that it is cheap and short to read.
+"""
+
+import contextlib
+import copy
+import os
+from typing import NamedTuple
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from helpers import DISTANCES
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning import reducers
+from queue_model import Queue
+
+from pml_pnp import GradCache, PNPLoss, losses
+from pml_pnp.functional import pnp_loss
+from pml_pnp.ops import dispatch, eager, product
+
+try:
+    from pml_pnp.ops import triton
+except ImportError:
+    triton = None
+
+EXAMPLES = settings.default.max_examples
+SEEDS = st.integers(0, 2**32 - 1)
+# Most batches are small; some lie on either side of every size at which the operations change.
+SIZES = st.sampled_from([*range(13)] * 8 + [*range(13, 41)] + [127, 128, 129, 511, 512, 513, 600])
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Relative error of a result of this dtype, beside that of the similarities.
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
+# Absolute error: below, numbers of the dtype, or those it was computed in, lose their digits.
+TINY = {torch.float64: 1e-290, torch.float32: 1e-35, torch.float16: 6e-8, torch.bfloat16: 1e-35}
+
+
+def assert_near(got, want, rtol, atol=0.0):
+    """Compare with float64 values; what overflows the dtype of `got` may be infinite."""
+    assert got.shape == want.shape
+    largest, got, tiny = 0.99 * torch.finfo(got.dtype).max, got.double(), TINY[got.dtype]
+    overflows = (want.abs() > largest) & (got.abs() > largest) & (got.sign() == want.sign())
+    error, bound = (got - want).abs(), rtol * want.abs() + atol + tiny
+    wrong = ~((error <= bound) | overflows)
+    assert not wrong.any(), f"{got[wrong][:5]} instead of {want[wrong][:5]}, {error / bound}"
+
+
+# --- what examples are made of
+
+CALLABLES = {
+    "O": lambda r: r * 1,
+    "Iu": lambda r: (1 + r) * torch.log1p(r),
+    "Ds": torch.log1p,
+    "Dq": lambda r: -torch.expm1(-4 * torch.log1p(r)),
+}
+
+
+class Settings(NamedTuple):
+    """Hyperparameters; if `is_callable`, the variant is given as a function."""
+
+    variant: str
+    is_callable: bool
+    alpha: float
+    b: float
+    anneal: float
+    include_self: bool
+
+    def of_loss(self):
+        kwargs = self._asdict()
+        if kwargs.pop("is_callable"):
+            kwargs["variant"] = CALLABLES.get(self.variant, self.variant)
+        return kwargs
+
+    def of_formula(self):
+        kwargs = self._asdict()
+        if kwargs.pop("is_callable") and self.variant == "Dq":
+            kwargs["alpha"] = 4
+        return kwargs
+
+    def steepest(self, m):
+        kwargs = self.of_formula()
+        return oracle.steepest(self.variant, kwargs["alpha"], self.b, m) / self.anneal
+
+
+SETTINGS = st.builds(
+    Settings,
+    variant=st.sampled_from(["O", "Iu", "Ib", "Ds", "Dq"]),
+    is_callable=st.sampled_from([False, False, False, True]),
+    alpha=st.sampled_from([0.5, 1, 4, 8]),
+    b=st.sampled_from([0.3, 2, 10]),
+    anneal=st.sampled_from([0.01, 0.1, 0.3, 1.0] * 3 + [10.0**e for e in range(-6, 7)]),
+    include_self=st.booleans(),
+)
+
+
+class Inside(NamedTuple):
+    """Sizes and ways of computing, on which no result depends."""
+
+    block: int
+    few: int
+    is_ratio: bool
+    tile: int
+    references: int
+
+    @contextlib.contextmanager
+    def patched(self, n, m, kernel="eager"):
+        """Not so small that a large example has hundreds of blocks."""
+        ranges = eager.LARGEST_RANGE if self.is_ratio else dict.fromkeys(eager.LARGEST_RANGE, -1.0)
+        with (
+            mock.patch.multiple(
+                eager,
+                CPU_BLOCK=max(self.block, n * m // 10),
+                FEW_SIGMOIDS=self.few,
+                LARGEST_RANGE=ranges,
+            ),
+            mock.patch.multiple(
+                product,
+                CPU_TILE=max(self.tile, n // 10),
+                REFERENCES_BLOCK=max(self.references, n * m // 10),
+            ),
+            mock.patch.dict(os.environ, {dispatch.KERNEL_VARIABLE: kernel}),
+        ):
+            yield
+
+
+OUTSIDE = Inside(eager.CPU_BLOCK, eager.FEW_SIGMOIDS, True, product.CPU_TILE, 2**25)  # as it is
+INSIDE = st.one_of(
+    st.just(OUTSIDE),
+    st.builds(
+        Inside,
+        block=st.sampled_from([1, 30, 1000]),
+        few=st.sampled_from([0, 2**13]),
+        is_ratio=st.booleans(),
+        tile=st.sampled_from([1, 5, 512]),
+        references=st.sampled_from([1, 30, 2**25]),
+    ),
+)
+
+
+def _values():
+    """Distinct labels of every dtype, extremes first."""
+    values = {torch.bool: torch.tensor([True, False]), torch.uint8: torch.arange(256).byte()}
+    for signed in (torch.int8, torch.int16, torch.int32, torch.int64):
+        info = torch.iinfo(signed)
+        few = [info.min, info.max, 0, -1, info.max - 1, info.min + 1, *range(1, 100)]
+        values[signed] = torch.tensor(few, dtype=signed)
+        unsigned = getattr(torch, "u" + str(signed).removeprefix("torch."))
+        values.setdefault(unsigned, values[signed].view(unsigned))
+    for floating in DTYPES:
+        few = torch.tensor([-float("inf"), float("inf"), *range(-99, 100)], dtype=floating) / 2
+        values[floating] = torch.cat([few, 1 + few.new_tensor([torch.finfo(floating).eps])])
+    return values
+
+
+VALUES = _values()
+
+
+class Labels(NamedTuple):
+    """Labels of n queries and m references."""
+
+    per_class: int
+    equal_sizes: bool
+    dtype: torch.dtype
+    ref_dtype: torch.dtype | None
+    with_nan: bool
+
+    def make(self, n, m, generator):
+        """Labels, those of references, and which pairs (N, M) are equal; `m` None: the batch."""
+        total = n + (m or 0)
+        # A large batch of few classes takes hundreds of sigmoids for each similarity.
+        classes = max(1, total // min(self.per_class, 1000 if total < 150 else 5))
+        ids = torch.randint(0, classes, (total,), generator=generator)
+        if self.equal_sizes:
+            ids = torch.arange(total) % classes
+        table = VALUES[self.dtype]
+        tables = [table, table]
+        if self.ref_dtype is not None and m is not None:  # values that both dtypes have
+            small = torch.arange(2 if torch.bool in (self.dtype, self.ref_dtype) else 100)
+            tables = [small.to(self.dtype), small.to(self.ref_dtype)]
+        ids = ids % len(tables[0])
+        is_nan = self.with_nan & (torch.arange(total) % 3 == 1)
+        parts = [slice(0, n), slice(0, n) if m is None else slice(n, total)]
+        made, nans = [], []
+        for table, part in zip(tables, parts, strict=True):
+            made.append(_take(table, ids[part]))
+            nans.append(is_nan[part] & table.is_floating_point())
+            if table.is_floating_point():
+                made[-1].masked_fill_(nans[-1], float("nan"))
+        equal = ids[parts[0]].unsqueeze(1) == ids[parts[1]]
+        return *made, equal & ~nans[0].unsqueeze(1) & ~nans[1]
+
+
+def _take(table, ids):
+    """table[ids], also for unsigned types, which cannot be indexed."""
+    if table.is_floating_point() or table.dtype in (torch.bool, torch.uint8):
+        return table[ids]
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[table.itemsize]
+    return table.view(signed)[ids].view(table.dtype)
+
+
+LABELS = st.builds(
+    Labels,
+    per_class=st.sampled_from([2, 4, 3, 1, 8, 30, 1000]),
+    equal_sizes=st.booleans(),
+    dtype=st.sampled_from([torch.int64, torch.int64, *VALUES]),
+    ref_dtype=st.sampled_from([None, None, *VALUES]),
+    with_nan=st.booleans(),
+)
+
+
+# --- the loss of a similarity matrix, which is given without rounding
+
+
+class Matrix(NamedTuple):
+    n: int
+    m: int
+    by: str
+    labels: Labels
+    spread: float
+    with_ties: bool
+    dtype: torch.dtype
+    is_inverted: bool
+    with_own: bool
+    settings: Settings
+    inside: Inside
+    with_triton: bool
+    seed: int
+
+
+MATRICES = st.builds(
+    Matrix,
+    n=SIZES,
+    m=SIZES,
+    by=st.sampled_from(["batch", "references", "masks"]),
+    labels=LABELS,
+    spread=st.sampled_from([0.3, 0.01, 1.0, 100.0, 1e15]),
+    with_ties=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    is_inverted=st.booleans(),
+    with_own=st.booleans(),
+    settings=SETTINGS,
+    inside=INSIDE,
+    with_triton=st.sampled_from([False] * 9 + [True]),
+    seed=SEEDS,
+)
+
+
+@settings(max_examples=EXAMPLES * 2)
+@given(MATRICES)
+def test_losses_and_gradients_of_a_matrix_are_the_formula(case):
+    g = torch.Generator().manual_seed(case.seed)
+    n, m = case.n, case.n if case.by == "batch" else case.m
+    s = torch.randn(n, m, generator=g)
+    if case.with_ties:
+        s = s.round()
+    s = (s * min(case.spread, 1e3 if case.dtype == torch.float16 else 1e15)).to(case.dtype)
+    own, cotangent = s.new_empty(n), s.new_empty(n)
+    for x in (own, cotangent):
+        x.normal_(generator=g)
+    own = own * min(case.spread, 1e3)
+    if case.by == "masks":
+        positive = torch.rand(n, m, generator=g) < 1 / min(case.labels.per_class, max(1, m / 4))
+        negative = torch.rand(n, m, generator=g) < 0.6  # some are both, some neither
+        args = {"positive_mask": positive, "negative_mask": negative}
+    else:
+        labels, ref_labels, positive = case.labels.make(n, None if case.by == "batch" else m, g)
+        negative = ~positive
+        args = {"labels": labels}
+        if case.by == "batch":
+            positive, negative = (x.clone().fill_diagonal_(False) for x in (positive, negative))
+        else:
+            args["ref_labels"] = ref_labels
+    has_own = case.by != "batch" or case.with_own
+    s.requires_grad_(), own.requires_grad_()
+    wide, wide_own = (x.detach().double().requires_grad_() for x in (s, own))
+    k = 1 if case.is_inverted else -1
+    want, want_counted = oracle.pnp_losses(
+        wide, positive, negative, wide_own if has_own else wide.diagonal(), k=k,
+        **case.settings.of_formula(),
+    )  # fmt: skip
+    with_triton = triton and case.with_triton and s.dtype != torch.float64 and s.numel() < 200
+    with case.inside.patched(n, m, "triton" if with_triton else "eager"):
+        losses_, counted = pnp_loss(
+            s, **args, self_similarity=own if has_own else None, is_inverted=case.is_inverted,
+            **case.settings.of_loss(),
+        )  # fmt: skip
+        got = torch.autograd.grad(losses_, (s, own), cotangent, allow_unused=True)
+    assert losses_.dtype == case.dtype and torch.equal(counted, want_counted)
+    assert_near(losses_.detach(), want.detach(), EXACT[case.dtype])
+    wanted = torch.autograd.grad(want, (wide, wide_own), cotangent.double(), allow_unused=True)
+    # A sigmoid near 1 has a derivative, y (1 - y), with the absolute error of y.
+    eps = torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+    floor = 4 * eps * max(1, m) * case.settings.steepest(m) * cotangent.abs().double()
+    of_rows = got[0] if got[0] is not None else torch.zeros_like(s)
+    want_rows = wanted[0] if wanted[0] is not None else torch.zeros_like(wide)
+    row = want_rows.abs().amax(dim=1, keepdim=True) if m else 0
+    assert_near(of_rows, want_rows, EXACT[case.dtype], floor.unsqueeze(1) + EXACT[case.dtype] * row)
+    if has_own and case.settings.include_self:
+        assert_near(got[1], wanted[1], EXACT[case.dtype], floor)
+
+
+# --- PNPLoss
+
+
+class Tuple(NamedTuple):
+    """`indices_tuple`: random indices, also repeated ones and pairs of a row with itself."""
+
+    is_pairs: bool
+    length: int
+    other_length: int
+    dtypes: list  # of its tensors
+    is_strided: bool
+    with_labels: bool
+
+    def make(self, n, m, generator):
+        sizes = [n, m, n, m] if self.is_pairs else [n, m, m]
+        lengths = (
+            [self.length] * 2 + [self.other_length] * 2 if self.is_pairs else [self.length] * 3
+        )
+        if n * m == 0:
+            return [torch.tensor([])] * len(sizes)  # float32, as some miners return it
+        made = []
+        for size, length, dtype in zip(sizes, lengths, self.dtypes, strict=False):
+            fits = size - 1 <= torch.iinfo(dtype).max
+            indices = torch.randint(0, size, (length,), generator=generator)
+            made.append(indices.to(dtype if fits else torch.int64))
+        if self.is_strided:
+            made = [torch.stack([i, i], dim=1)[:, 0] for i in made]
+        return tuple(made)
+
+
+INDEX_DTYPES = [d for d in VALUES if not d.is_floating_point and d != torch.bool]
+TUPLES = st.builds(
+    Tuple,
+    is_pairs=st.booleans(),
+    length=st.sampled_from([5, 0, 1, 20, 100]),
+    other_length=st.sampled_from([5, 0, 1, 20, 100]),
+    dtypes=st.lists(st.sampled_from([torch.int64, *INDEX_DTYPES]), min_size=4, max_size=4),
+    is_strided=st.booleans(),
+    with_labels=st.booleans(),
+)
+# The shape of a leaf, and how embeddings (n, 8) are made of it.
+LAYOUTS = {
+    "contiguous": (lambda n: (n, 8), lambda x, n: x),
+    "transposed": (lambda n: (8, n), lambda x, n: x.T),
+    "strided": (lambda n: (n, 16), lambda x, n: x[:, ::2]),
+    "expanded": (lambda n: (1, 8), lambda x, n: x.expand(n, -1)),
+    "of a graph": (lambda n: (n, 8), lambda x, n: x * 2),
+}
+REDUCERS = {
+    "mean": reducers.MeanReducer,
+    "mean of elements": lambda: reducers.MeanReducer(collect_stats=True),
+    "sum": reducers.SumReducer,
+    "divisor": reducers.DivisorReducer,
+    "per anchor": reducers.PerAnchorReducer,
+    "nothing": reducers.DoNothingReducer,
+}
+PRODUCTS = {"cosine": 1, "batched cosine": 1, "dot": 2, "user's own, learning": 2}
+
+
+class Call(NamedTuple):
+    n: int
+    m: int  # of other references
+    references: str
+    ref_layout: str
+    ref_dtype: torch.dtype | None
+    labels: Labels
+    indices: Tuple | None
+    layout: str
+    dtype: torch.dtype
+    scale: float
+    rows: str  # what is special about the first rows
+    distance: str
+    reducer: str
+    chunk_size: int | None
+    collect_stats: bool
+    threads: int
+    settings: Settings
+    inside: Inside
+    seed: int
+
+    def arguments(self):
+        """Leaves, a function of leaves that makes the arguments of a call, and the two masks."""
+        g = torch.Generator().manual_seed(self.seed)
+        n, has_others = self.n, self.references == "others"
+        m = self.m if has_others else n
+        labels, ref_labels, equal = self.labels.make(n, m if has_others else None, g)
+        shapes = LAYOUTS[self.layout][0](n), LAYOUTS[self.ref_layout][0](m)
+        leaf, other = (self.scale * (torch.randn(s, generator=g) + 0.5) for s in shapes)
+        rows = leaf.T if self.layout == "transposed" else leaf
+        if self.rows == "equal":
+            rows[1:2] = rows[:1].clone()
+        elif self.distance != "snr":  # which divides by the variance of a row
+            rows[:1] *= {"zero": 0.0, "tiny": 1e-30}.get(self.rows, 1)
+        leaves = [leaf.to(self.dtype), other.to(self.ref_dtype or self.dtype)]
+        if self.references == "reversed":
+            flipped = torch.arange(n - 1, -1, -1)
+            ref_labels, equal = _take(labels, flipped), equal[:, flipped]
+        if self.references == "batch":
+            ref_labels = labels
+        if self.references == "batch with other labels":
+            ref_labels = labels.clone()
+        indices = None
+        if self.indices is not None:
+            indices = self.indices.make(n, m, g)
+            if not self.indices.with_labels:
+                labels = ref_labels = None
+        is_own = self.references in ("none", "batch") or (
+            self.references == "batch with other labels" and labels is None
+        )
+
+        def make(leaf, other):
+            x = LAYOUTS[self.layout][1](leaf, n)
+            references = {
+                "none": lambda: None,
+                "reversed": lambda: x.flip(0),
+                "others": lambda: LAYOUTS[self.ref_layout][1](other, m),
+            }.get(self.references, lambda: x)()
+            return x, labels, indices, references, ref_labels if references is not None else None
+
+        masks = [equal, ~equal]
+        if indices is not None:
+            a, p, *rest = (i.long() for i in indices)
+            masks = torch.zeros(2, n, m, dtype=torch.bool)
+            masks[0, a, p] = True
+            masks[1, rest[0] if len(rest) == 2 else a, rest[-1]] = True
+        if is_own:
+            masks = [mask.clone().fill_diagonal_(False) for mask in masks]
+        return leaves, make, masks
+
+    def loss_func(self, **changes):
+        distance = DISTANCES[self.distance]
+        torch.manual_seed(self.seed)
+        return PNPLoss(
+            **{
+                "distance": distance(),
+                "reducer": REDUCERS[self.reducer](),
+                "chunk_size": self.chunk_size,
+                "collect_stats": self.collect_stats,
+                **self.settings.of_loss(),
+                **changes,
+            }
+        )
+
+
+CALLS = st.builds(
+    Call,
+    n=SIZES,
+    m=SIZES,
+    references=st.sampled_from(
+        ["none"] * 4 + ["others"] * 3 + ["batch", "batch with other labels", "reversed"]
+    ),
+    ref_layout=st.sampled_from([*LAYOUTS]),
+    ref_dtype=st.sampled_from([None, None, *DTYPES]),
+    labels=LABELS,
+    indices=st.one_of(st.none(), TUPLES),
+    layout=st.sampled_from([*LAYOUTS]),
+    dtype=st.sampled_from([torch.float64, *DTYPES]),
+    scale=st.sampled_from([1.0, 0.01, 100.0]),
+    rows=st.sampled_from(["random"] * 4 + ["equal", "zero", "tiny"]),
+    distance=st.sampled_from(["cosine"] * 4 + ["dot"] * 2 + [*DISTANCES]),
+    reducer=st.sampled_from(["mean"] * 4 + [*REDUCERS]),
+    chunk_size=st.sampled_from([None, None, None, 1, 2, 5, 30, 128, 700]),
+    collect_stats=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    settings=SETTINGS,
+    inside=INSIDE,
+    seed=SEEDS,
+)
+
+
+def rounding(name, s, x, z, eps):
+    """Error of similarities that are computed with this epsilon, and how steep they are."""
+    lengths = [v.norm(dim=1).clamp(min=1e-12) for v in (x, z)]
+    steep = 2 / min([1.0, *(float(v.min()) for v in lengths if len(v))])
+    longest = max([1.0, *(float(v.max()) for v in lengths if len(v))])
+    largest = float(s.abs().max()) if s.numel() else 0
+    error = 50 * eps * {"cosine": 1, "batched cosine": 1}.get(name, max(1.0, largest, longest**2))
+    if name in ("lp", "batched lp", "lp squared, not normalized"):
+        error += 1e-7 * max(1.0, largest)  # |x|^2 + |z|^2 - 2 x z cancels
+    if name == "snr":
+        return error * 100, steep * 100 * max(1.0, largest)
+    return error, steep * longest * (1 if name in ("cosine", "batched cosine") else 4)
+
+
+@settings(max_examples=EXAMPLES * 2)
+@given(CALLS)
+def test_value_and_gradients_of_the_loss_are_the_formula(case):
+    leaves, make, (positive, negative) = case.arguments()
+    name, dtype = case.distance, torch.promote_types(case.dtype, torch.float32)
+    n, m = positive.shape
+    is_product, eps = name in PRODUCTS, torch.finfo(dtype).eps
+    if dtype != torch.float64 and not is_product and max(n, m) > 25:
+        return  # torch.cdist then has half of the digits
+    leaves = [x.requires_grad_() for x in leaves]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    loss_func = case.loss_func()
+    distance = getattr(loss_func.distance, "distance", loss_func.distance)
+    x, _, _, z, _ = make(*wide)
+    s = distance(x, x if z is None else z)
+    s.retain_grad() if s.requires_grad else None
+    want, counted = oracle.pnp_losses(
+        s, positive, negative, distance(x, x).diagonal(), k=1 if distance.is_inverted else -1,
+        **case.settings.of_formula(),
+    )  # fmt: skip
+    want = want[counted]
+    torch.set_num_threads(case.threads)
+    with case.inside.patched(n, m):
+        got = loss_func(*make(*leaves))
+        cotangent = torch.rand(len(want), generator=torch.Generator().manual_seed(case.seed))
+        if case.reducer == "nothing":
+            got = got["loss"]["losses"]
+            assert (len(want) == 0 and got == 0) or got.dtype == dtype
+            got, want = (got * cotangent).sum(), (want * cotangent).sum()
+        else:
+            want = want.sum() if case.reducer == "sum" else want.sum() / max(1, len(want))
+            assert got.dtype == case.dtype
+        grads = torch.autograd.grad(got, leaves, allow_unused=True)
+    torch.set_num_threads(1)
+    assert got.isfinite()
+    is_expanded = "expanded" in (case.layout, case.ref_layout)
+    for g in grads:
+        # A half overflows to infinity, and the sum of two of them is NaN.
+        is_sum = g is not None and g.itemsize == 2 and is_expanded
+        assert g is None or is_sum or not g.isnan().any()
+    error, steep = rounding(name, s.detach(), x.detach(), (x if z is None else z).detach(), eps)
+    relative = error / case.settings.anneal
+    if relative > 0.02:
+        event("too cold for this dtype")
+        return
+    assert_near(got.detach(), want.detach(), EXACT[got.dtype] + 3 * relative)
+    if "lp" in name and (is_expanded or case.rows != "random"):
+        return  # at a distance of zero it has no slope
+    wanted = torch.autograd.grad(want, [s, *wide], allow_unused=True)
+    of_s = wanted[0].abs() if wanted[0] is not None else torch.zeros(n, m)
+    # What is added up in the gradient of a row, where it may cancel.
+    added = max(float(of_s.sum(dim=i).max()) if n * m else 0.0 for i in (0, 1)) * steep
+    added *= max(n, m) if is_expanded else 1
+    floor = 32 * eps * case.settings.steepest(m) * max(n, m) ** 2 * steep
+    for g, w, leaf in zip(grads, wanted[1:], leaves, strict=True):
+        if w is None or g is None:
+            assert (w is None or w.eq(0).all()) and (g is None or g.eq(0).all())
+            continue
+        # An expanded leaf adds up rows that are rounded to its own dtype.
+        exact = EXACT[leaf.dtype] if is_expanded else EXACT[dtype]
+        atol = (exact + 30 * relative) * added + floor
+        assert_near(g, w, EXACT[leaf.dtype], atol)
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(CALLS, INSIDE, st.sampled_from([None, 1, 3, 20]), st.sampled_from([1, 2]))
+def test_order_names_chunks_and_threads_change_nothing_but_rounding(case, inside, chunks, threads):
+    case = case._replace(
+        dtype=torch.float64,
+        ref_dtype=None,
+        rows="random",
+        layout="contiguous",
+        references=case.references if case.references == "others" else "none",
+        labels=case.labels._replace(dtype=torch.int64, ref_dtype=None, with_nan=False),
+        reducer="nothing",
+    )
+    leaves, make, (positive, _) = case.arguments()
+    x, labels, indices, z, ref_labels = make(*leaves)
+    n, m = positive.shape
+    g = torch.Generator().manual_seed(case.seed)
+    order = torch.randperm(n, generator=g)
+    ref_order = order if z is None else torch.randperm(m, generator=g)
+    places = [o.argsort() for o in (order, ref_order)]
+    new_labels, new_ref_labels = labels, ref_labels
+    if labels is not None:
+        names, ids = torch.cat([labels, labels if z is None else ref_labels]).unique(
+            return_inverse=True
+        )
+        renamed = torch.randperm(len(names), generator=g)[ids] - 3.5
+        new_labels, new_ref_labels = (
+            renamed[:n][order],
+            None if z is None else renamed[n:][ref_order],
+        )
+    if indices is not None:
+        kinds = (0, 1, 0, 1) if len(indices) == 4 else (0, 1, 1)
+        new_indices = tuple(places[k][i.long()] for k, i in zip(kinds, indices, strict=True))
+    new = (
+        x[order],
+        new_labels,
+        indices and new_indices,
+        None if z is None else z[ref_order],
+        new_ref_labels,
+    )
+    cotangent, found = torch.rand(n, generator=g, dtype=x.dtype), []
+    for arguments, changes, way, number in (
+        ((x, labels, indices, z, ref_labels), {}, OUTSIDE, 1),
+        (new, {"chunk_size": chunks}, inside, threads),
+    ):
+        given_x = arguments[0].requires_grad_()
+        torch.set_num_threads(number)
+        with way.patched(n, m):
+            part = case.loss_func(**changes)(*arguments)["loss"]
+            at = order if arguments is new else torch.arange(n)
+            dense = given_x.sum(dim=1) * 0  # connected, also if there are no elements
+            if part["indices"] is not None:
+                dense[part["indices"]] = part["losses"]
+            (grad,) = torch.autograd.grad(dense, given_x, cotangent[at])
+        torch.set_num_threads(1)
+        back = at.argsort()
+        found.append((dense.detach()[back], grad[back]))
+    distance = case.loss_func().distance
+    s = getattr(distance, "distance", distance)(x, x if z is None else z).detach()
+    eps = torch.finfo(x.dtype).eps
+    error, steep = rounding(case.distance, s, x.detach(), x.detach() if z is None else z, eps)
+    relative = 1e-9 + 3 * error / case.settings.anneal
+    (value, grad), (new_value, new_grad) = found
+    assert_near(new_value, value, relative)
+    floor = 32 * eps * case.settings.steepest(m) * max(n, m) ** 2 * steep
+    largest = float(grad.abs().max()) if n else 0
+    assert_near(new_grad, grad, 0, 100 * relative * largest + floor)
+
+
+# --- bad input
+
+
+def _with(values, place, value):
+    return [*values[:place], value, *values[place + 1 :]]
+
+
+def _index(bad):
+    """Replace an index by one that is `bad(size)`."""
+
+    def change(args, g, n, m):
+        indices = [i.long() for i in args[2]]
+        sizes = (n, m, n, m) if len(indices) == 4 else (n, m, m)
+        place = int(torch.randint(0, len(indices), (1,), generator=g))
+        if len(indices[place]) == 0:
+            at = range(len(indices)) if len(indices) == 3 else [place // 2 * 2, place // 2 * 2 + 1]
+            for i in at:
+                indices[i] = torch.zeros(1, dtype=torch.int64)
+        indices[place] = indices[place].clone()
+        row = int(torch.randint(0, len(indices[place]), (1,), generator=g))
+        indices[place][row] = bad(sizes[place])
+        return _with(args, 2, tuple(indices))
+
+    return change
+
+
+def _at(place, change):
+    """Replace an argument by `change(argument)`."""
+    return lambda args, g, n, m: _with(args, place, change(args[place]))
+
+
+def _of_tuple(change):
+    return lambda args, g, n, m: _with(args, 2, change([i.long() for i in args[2]]))
+
+
+# The arguments that it needs, what is changed, the error and what that names.
+BAD = {
+    "a list of rows": ((), _at(0, lambda x: x.tolist()), TypeError, "embeddings must be a tensor"),
+    "integers": ((), _at(0, lambda x: x.long()), TypeError, "embeddings must be floating point"),
+    "complex": ((), _at(0, lambda x: x * 1j), TypeError, "embeddings must be floating point"),
+    "a row": ((), _at(0, lambda x: x[0]), ValueError, "embeddings must have shape"),
+    "three dimensions": ((), _at(0, lambda x: x[None]), ValueError, "embeddings must have shape"),
+    "a row less": ((1,), _at(0, lambda x: x[1:]), ValueError, "labels must have shape"),
+    "a label more": ((1,), _at(1, lambda y: torch.cat([y, y[:1]])), ValueError, "labels must have"),
+    "column of labels": ((1,), _at(1, lambda y: y[:, None]), ValueError, "labels must have shape"),
+    "complex labels": ((1,), _at(1, lambda y: y * 1j), TypeError, "labels must be real"),
+    "list of labels": ((1,), _at(1, lambda y: y.tolist()), TypeError, "labels must be a tensor"),
+    "index too large": ((2,), _index(lambda size: size), ValueError, "must hold indices from 0 to"),
+    "huge index": ((2,), _index(lambda _: 2**62), ValueError, f"indices from 0 to .*, got {2**62}"),
+    "negative index": ((2,), _index(lambda size: -1), ValueError, "indices from 0 to .*, got -1"),
+    "indices of floats": (
+        (),
+        _at(2, lambda _: [torch.ones(1)] * 3),
+        TypeError,
+        "of indices, got torch.float32",
+    ),
+    "mask as indices": (
+        (),
+        _at(2, lambda _: [torch.ones(1) > 0] * 3),
+        TypeError,
+        "of indices, got torch.bool",
+    ),
+    "an index more": (
+        (2,),
+        _of_tuple(lambda t: _with(t, 1, torch.zeros(150).long())),
+        ValueError,
+        "as many anchors as",
+    ),
+    "two tensors": ((2,), _of_tuple(lambda t: t[:2]), ValueError, "must be 3 or 4"),
+    "five tensors": ((2,), _of_tuple(lambda t: [*t, t[0], t[0]][:5]), ValueError, "must be 3 or 4"),
+    "a matrix of indices": (
+        (2,),
+        _of_tuple(lambda t: _with(t, 0, t[0][None])),
+        ValueError,
+        "one-dimensional",
+    ),
+    "number as tuple": ((), _at(2, lambda _: 3), TypeError, "indices_tuple must be 3 or 4"),
+    "narrower references": (
+        (3,),
+        _at(3, lambda z: z[:, 1:]),
+        ValueError,
+        "ref_emb must have the embedding size",
+    ),
+    "references of integers": (
+        (3,),
+        _at(3, lambda z: z.long()),
+        TypeError,
+        "ref_emb must be floating",
+    ),
+    "a reference label less": (
+        (4,),
+        _at(4, lambda y: y[1:]),
+        ValueError,
+        "ref_labels must have shape",
+    ),
+    "reference labels alone": (
+        (4,),
+        _at(3, lambda _: None),
+        ValueError,
+        "ref_labels needs ref_emb",
+    ),
+}
+BAD_SETTINGS = {
+    "anneal": [0, -1.0, float("nan"), float("inf"), "1", None, True, 1j, 1e-31, 1e31],
+    "alpha": [0, -1.0, float("nan"), 1e31],
+    "b": [0, -1.0, float("inf"), 1e-31],
+    "variant": ["D", 3, None],
+    "include_self": [1, None],
+    "chunk_size": [0, -1, 1.5, True],
+}
+
+
+@settings(max_examples=EXAMPLES)
+@given(CALLS, st.sampled_from([*BAD, *((k, v) for k in BAD_SETTINGS for v in BAD_SETTINGS[k])]))
+def test_bad_input_is_named_and_leaves_the_loss_as_it_was(case, bad):
+    needed, change, error, message = ((), None, (TypeError, ValueError), None)
+    if isinstance(bad, str):
+        needed, change, error, message = BAD[bad]
+    case = case._replace(
+        n=max(2, case.n % 40), m=max(2, case.m % 40), dtype=torch.float32,
+        ref_dtype=None, layout="contiguous", distance="cosine",
+        labels=case.labels._replace(dtype=torch.int64, ref_dtype=None),
+    )  # fmt: skip
+    if 3 in needed or 4 in needed:
+        case = case._replace(references="others", indices=None)
+    if 2 in needed:
+        is_pairs = case.seed % 2 == 0
+        case = case._replace(
+            indices=Tuple(is_pairs, 5, case.seed % 3, [torch.int64] * 4, False, True)
+        )
+    elif 1 in needed:
+        case = case._replace(indices=None)
+    leaves, make, _ = case.arguments()
+    args = [*make(*leaves)]
+    loss_func = case.loss_func(reducer=reducers.SumReducer())
+    n, m = len(args[0]), len(args[0] if args[3] is None else args[3])
+
+    def value_and_gradient():
+        x = args[0].detach().requires_grad_()
+        z = x if args[3] is args[0] else args[3]
+        value = loss_func(x, args[1], args[2], z, args[4])
+        return value.detach(), *torch.autograd.grad(value, x)
+
+    before = value_and_gradient()
+    state = dict(vars(loss_func))
+    if change is None:
+        name, value = bad
+        was = getattr(loss_func, name)
+        setattr(loss_func, name, value)
+        with pytest.raises(error, match=f"{name} must be .*, got "):
+            loss_func(*args)
+        setattr(loss_func, name, was)
+    else:
+        g = torch.Generator().manual_seed(case.seed)
+        with pytest.raises(error, match=f"{message}.*") as raised:
+            loss_func(*change(args, g, n, m))
+        assert ", got " in str(raised.value)
+    assert vars(loss_func).keys() == state.keys()
+    assert all(torch.equal(a, b) for a, b in zip(before, value_and_gradient(), strict=True))
+
+
+# --- a queue of references, and a batch embedded in chunks
+
+
+class Step(NamedTuple):
+    n: int
+    enqueued: str
+    classes: int
+    label_dtype: torch.dtype
+    pairs: bool | None  # a tuple of pairs, of triplets, or none
+
+
+STEPS = st.builds(
+    Step,
+    n=st.sampled_from([3, 0, 1, 2, 5, 8, 13]),
+    enqueued=st.sampled_from(["all", "all", "all", "some", "none"]),
+    classes=st.sampled_from([2, 1, 5]),
+    label_dtype=st.sampled_from([torch.int64, torch.uint8, torch.int32, torch.float16]),
+    pairs=st.sampled_from([None, None, True, False]),
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.lists(STEPS, min_size=1, max_size=6),
+    st.integers(1, 30),
+    st.sampled_from(["cosine", "dot", "l1", "snr"]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from([None, None, 1, 4]),
+    SETTINGS,
+    SEEDS,
+)
+def test_a_memory_ranks_a_batch_among_the_rows_that_were_enqueued(
+    steps, size, distance, reducer, chunk_size, chosen, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    chosen = chosen._replace(anneal=max(1e-3, chosen.anneal))
+    distance = DISTANCES[distance]()
+    loss_func = PNPLoss(
+        distance=distance, reducer=REDUCERS[reducer](), chunk_size=chunk_size, **chosen.of_loss()
+    )
+    memory, queue = losses.CrossBatchMemory(loss_func, 8, size), Queue(size)
+    values, wanted, leaves, wide = [], [], [], []
+    for step in steps:
+        x = torch.randn(step.n, 8, generator=g, dtype=torch.float64)
+        labels = torch.randint(0, step.classes, (step.n,), generator=g)
+        mask = None if step.enqueued == "all" else torch.rand(step.n, generator=g) < 0.5
+        mask = mask & False if step.enqueued == "none" else mask
+        number = step.n if mask is None else int(mask.sum())
+        pairs, filled = None, min(size, queue.length + number)
+        if mask is None and step.pairs is not None and step.n:
+            limits = (step.n, filled, step.n, filled) if step.pairs else (step.n, filled, filled)
+            pairs = tuple(torch.randint(0, limit, (4,), generator=g) for limit in limits)
+        leaves.append(x.clone().requires_grad_())
+        arguments = leaves[-1], labels.to(step.label_dtype), pairs, mask
+        if number > size:
+            leaves.pop()
+            with pytest.raises(ValueError, match=f"at most memory_size, {size}, .* got {number}"):
+                memory(*arguments)
+            continue
+        if pairs is not None and filled < size:  # an index of a row that is still empty
+            before = copy.deepcopy(memory.state_dict())
+            bad = (*pairs[:-1], pairs[-1] * 0 + filled)
+            with pytest.raises(ValueError, match=f"from 0 to {filled - 1}, got {filled}"):
+                memory(leaves[-1], labels, bad)
+            torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+        values.append(memory(*arguments))
+        wide.append(x.clone().requires_grad_())
+        if mask is None:
+            queries, of_queries, places = wide[-1], labels, queue.put(x, labels)
+        else:
+            queue.put(x[mask], labels[mask])
+            queries, of_queries, places = wide[-1][~mask], labels[~mask], None
+        want = queue.losses(distance, queries, of_queries, places, pairs, **chosen.of_formula())
+        wanted.append(want.sum() if reducer == "sum" else want.sum() / max(1, len(want)))
+        assert memory.queue_idx == queue.position
+        assert memory.has_been_filled == (queue.length == size)
+        assert torch.equal(memory.embedding_memory[: queue.length], queue.rows[: queue.length])
+        assert torch.equal(memory.label_memory[: queue.length], queue.labels[: queue.length])
+        assert_near(values[-1].detach(), wanted[-1].detach(), 1e-8)
+    if not values:
+        return
+    grads = torch.autograd.grad(sum(values), leaves, allow_unused=True)  # one backward for all
+    found = torch.autograd.grad(sum(wanted), wide, allow_unused=True)
+    for grad, want in zip(grads, found, strict=True):
+        grad, want = (torch.zeros(1) if x is None else x for x in (grad, want))
+        assert_near(
+            grad, want, 1e-8, 1e-9 * (1 + want.abs().max()) / chosen.anneal if want.numel() else 0
+        )
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(SIZES, st.sampled_from([1, 2, 3, 7, 64, 600]), LABELS, SETTINGS, SEEDS)
+def test_chunks_of_a_model_give_the_step_of_the_whole_batch(n, chunk_size, kind, chosen, seed):
+    g = torch.Generator().manual_seed(seed)
+    chunk_size = max(chunk_size, n // 20)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8)
+    ).double()
+    x = torch.randn(n, 4, generator=g, dtype=torch.float64)
+    labels = kind.make(n, None, g)[0]
+    chosen = chosen._replace(anneal=max(0.01, chosen.anneal))
+    found = []
+    for embed in (model, GradCache(model, chunk_size)):
+        loss = PNPLoss(**chosen.of_loss())(embed(x), labels)
+        found.append((loss.detach(), torch.autograd.grad(loss, [*model.parameters()])))
+    (value, grads), (new_value, new_grads) = found
+    assert_near(new_value, value, 1e-9)
+    for grad, new in zip(grads, new_grads, strict=True):
+        assert_near(new, grad, 0, 1e-9 * (grad.abs().max() + chosen.steepest(n)))
