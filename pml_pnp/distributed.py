@@ -1,5 +1,6 @@
 """PML's wrappers for the embeddings of all ranks, with an exact mode that divides the work."""
 
+import warnings
 from functools import cached_property
 
 import torch
@@ -125,6 +126,13 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
                 raise ValueError(NO_MEMORY)
             if isinstance(self.loss, MultipleLosses):
                 return self._sum(*arguments)
+            if not pml_distributed.is_distributed():  # PML says so since 2.6, and failed before
+                warnings.warn(
+                    "DistributedLossWrapper is being used in a non-distributed setting. "
+                    "Returning the loss as is.",
+                    stacklevel=2,
+                )
+                return self.loss(*arguments)
             return super().forward(*arguments)
         loss, error = self.loss, None
         try:

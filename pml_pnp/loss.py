@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
 from pml_pnp.pairs import Pairs, QueryColumns, plain
 from pml_pnp.precision import at_least_float32, autocast_off, is_autocast_on
+
+# PML 3 has another name for it, and would not call this loss's own.
+if not hasattr(BaseMetricLossFunction, "get_default_distance"):
+    raise ImportError(
+        "expected pytorch-metric-learning 2, got "
+        f"{version('pytorch-metric-learning')}; pml_pnp.functional needs none"
+    )
 
 LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

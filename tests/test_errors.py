@@ -1,5 +1,6 @@
 """Every bad input gets an error that says what was expected and what came."""
 
+import runpy
 from fractions import Fraction
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers import VARIANTS
 
+import pml_pnp.loss
 from pml_pnp import PNPLoss
 
 
@@ -158,3 +160,11 @@ def i(*values, dtype=torch.long):
 def test_bad_input_is_named(args, error, message):
     with pytest.raises(error, match=message):
         PNPLoss()(*args)
+
+
+def test_a_pml_that_does_not_ask_for_the_default_distance_is_named(monkeypatch):
+    bases = PNPLoss.__mro__[1:]
+    owner = next(x for x in bases if "get_default_distance" in vars(x))
+    monkeypatch.delattr(owner, "get_default_distance")
+    with pytest.raises(ImportError, match=r"expected pytorch-metric-learning 2, got \d"):
+        runpy.run_path(pml_pnp.loss.__file__)

@@ -6,7 +6,6 @@ import logging
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -108,8 +107,7 @@ def test_register_puts_the_wrappers_in_pmls_place(registered):
     both = pml_losses.MultipleLosses([pml_losses.PNPLoss(), pml_losses.ContrastiveLoss()])
     expected = pml_losses.PNPLoss()(x, y) + pml_losses.ContrastiveLoss()(x, y)
     torch.testing.assert_close(pml_losses.CrossBatchMemory(both, 4, 16)(x, y), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="used in a non-distributed setting"):
         torch.testing.assert_close(pml_distributed.DistributedLossWrapper(both)(x, y), expected)
     assert pml_losses.SelfSupervisedLoss(both)(x, x + 0.1).isfinite()
     assert pml_distributed.DistributedMinerWrapper is pml_pnp.distributed.DistributedMinerWrapper
