@@ -524,10 +524,11 @@ def test_value_and_gradients_of_the_loss_are_the_formula(case):
     torch.set_num_threads(1)
     assert got.isfinite()
     is_expanded = "expanded" in (case.layout, case.ref_layout)
+    is_added_up = is_expanded or case.references in ("batch with other labels", "reversed")
     for g in grads:
         # A half overflows to infinity, and the sum of two of them is NaN.
-        is_sum = g is not None and g.itemsize == 2 and is_expanded
-        assert g is None or is_sum or not g.isnan().any()
+        if g is not None and not (g.itemsize == 2 and is_added_up):
+            assert not g.isnan().any()
     error, steep = rounding(name, s.detach(), x.detach(), (x if z is None else z).detach(), eps)
     relative = error / case.settings.anneal
     if relative > 0.02:
