@@ -100,6 +100,16 @@ def test_the_similarities_of_another_distance_are_left_alone(small_blocks):
     assert 2 * n * n * 4 <= peak  # backward of the power reads them
 
 
+def test_backward_only_scales_the_gradient():
+    n = 256
+    s, labels = torch.randn(n, n, requires_grad=True), torch.arange(n) // 4
+    relation = Relation.from_labels(labels, labels, torch.arange(n))
+    losses = similarity.query_losses(s, None, relation, Settings(1.0, "O", 1.0, 1.0, True))
+    with Work() as counted:
+        losses.sum().backward()
+    assert counted.elements <= 1.1 * n * n
+
+
 def test_memory_of_lean_mode_grows_with_the_batch_not_its_square(small_blocks):
     small, large = work(512, chunk_size=32), work(2048, chunk_size=32)
     assert large.peak <= 4.2 * small.peak and large.peak < 2048**2 * 4 / 4
