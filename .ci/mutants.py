@@ -28,16 +28,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["pml_pnp", "tests", "--ignore=tests/examples", "--ignore=tests/retrieval"]
 TESTS += [f"--ignore=tests/test_{x}.py" for x in ("site", "notebook", "sentences", "lightning")]
 TESTS += ["-m", "not application and not benchmarker and not images"]
-FEW_SECONDS, SECONDS = 4.0, 60.0  # of the tests of a mutant: in a first process, and in all
+SECONDS = 60.0  # of the tests of a mutant
+OPTIONS = ["-q", "-p", "no:cacheprovider", "--basetemp", "../tmp"]
 COLUMNS = ("code", "module", "line", "before", "after", "outcome", "test", "reason")
 CONFIG = """[run]
 source = {0}/copy/pml_pnp
@@ -66,7 +68,7 @@ class Mutant(NamedTuple):
     before: str
     after: str
     lines: range  # a test that runs one of them may notice
-    source: Callable[[], str]  # makes the text of the module
+    changed: Callable[[Callable], Any]  # what a function returns for the changed syntax tree
 
 
 def all_mutants() -> list[Mutant]:
@@ -101,9 +103,9 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                     text = repr((module, names, before, after))
                     code = hashlib.sha256(text.encode()).hexdigest()[:10]
                     line = getattr(child, "lineno", at.lineno)
-                    source = functools.partial(changed_source, tree, node, field, i, new)
+                    changed = functools.partial(call_with, tree, node, field, i, new)
                     where = where_it_runs(chain)
-                    yield Mutant(code, module, line, *around(before, after), where, source)
+                    yield Mutant(code, module, line, *around(before, after), where, changed)
                 yield from visit(child, [*parents, node])
 
     yield from visit(tree, [])
@@ -119,14 +121,13 @@ def put(node: ast.AST, field: str, i: int, child: ast.AST) -> ast.AST:
     return old
 
 
-def changed_source(tree: ast.AST, *place) -> str:
-    """The text of a module with a child put into a node."""
-    *place, new = place
-    old = put(*place, new)
+def call_with(tree: ast.AST, node: ast.AST, field: str, i: int, new: ast.AST, function: Callable):
+    """Call a function with a syntax tree in which a child of a node is replaced meanwhile."""
+    old = put(node, field, i, new)
     try:
-        return ast.unparse(tree)
+        return function(tree)
     finally:
-        put(*place, old)
+        put(node, field, i, old)
 
 
 def header(statement: ast.stmt) -> str:
@@ -185,7 +186,7 @@ def replacements(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
             yield from (changed(test=ast.Constant(value)) for value in (True, False))
         case ast.comprehension(ifs=[_, *_]):
             yield changed(ifs=[])
-        case ast.Return(value=ast.AST()):
+        case ast.Return(value=ast.AST() as value) if ast.unparse(value) != "None":
             yield ast.Return(ast.Constant(None))
         case ast.FunctionDef(decorator_list=[_, *_]):
             yield changed(decorator_list=node.decorator_list[1:])
@@ -224,38 +225,12 @@ def where_it_runs(chain: list[ast.AST]) -> range:
     return range(10**6)
 
 
-class Recorder:
-    """Plugin of pytest: the order of the tests, their seconds, shared fixtures, first failure."""
+class Work:
+    """Runs mutants in forks: as a plugin of pytest, instead of the tests that were collected."""
 
-    def __init__(self, order=(), coverage=None):
-        self.order, self.coverage = {test: i for i, test in enumerate(order)}, coverage
-        self.seconds, self.users, self.failed = defaultdict(float), defaultdict(list), None
-
-    def pytest_collection_modifyitems(self, items):
-        """Put the tests into the order given."""
-        items.sort(key=lambda item: self.order.get(item.nodeid, 0))
-        for item in items:
-            for name, definitions in item._fixtureinfo.name2fixturedefs.items():
-                if definitions[-1].scope != "function" and "tests" in definitions[-1].baseid:
-                    self.users[f"{definitions[-1].baseid} {name}"].append(item.nodeid)
-
-    def pytest_runtest_logstart(self, nodeid):
-        """Tell coverage which test runs."""
-        if self.coverage:
-            self.coverage.switch_context(nodeid)
-
-    def pytest_runtest_logreport(self, report):
-        """Keep the seconds, and the first failure."""
-        self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.failed = self.failed or report.nodeid
-
-
-class Runner:
-    """A copy of the checkout, in which tests run in forks of this process."""
-
-    def __init__(self, work: Path):
-        self.work, self.copy = work, work / "copy"
+    def __init__(self, folder: Path, output: Path):
+        self.folder, self.copy, self.output = folder, folder / "copy", output
+        self.mutants, self.known, self.seconds, self.failed = [], {}, {}, None
         shutil.rmtree(self.copy, ignore_errors=True)
         files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
         for name in files.stdout.splitlines():
@@ -263,17 +238,79 @@ class Runner:
             shutil.copy(ROOT / name, self.copy / name)
         os.environ |= {"PYTHONPATH": str(self.copy), "PYTHONDONTWRITEBYTECODE": "1"}
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        sys.path.insert(0, str(self.copy))
+        os.chdir(self.copy)
 
-    def tests(self, arguments: list[str], seconds: float, measure=False) -> dict | None:
-        """Run tests in a fork; return the exit status and what was recorded, None if too slow."""
-        found = self.work / "found.json"
-        found.unlink(missing_ok=True)
+    def pytest_runtestloop(self, session) -> bool:
+        """Find out which test runs which line, and run the mutants."""
+        items = {item.nodeid: item for item in session.items}
+        path = self.folder / "map.json"
+        if not path.exists():
+            result = self.in_fork(lambda: self.measured(session.items), 7200)
+            if not result or result["failed"]:
+                raise SystemExit(f"a test fails without a mutant: {result}")
+            path.write_text(json.dumps(result))
+        self.known = json.loads(path.read_text())
+        self.known["seconds"] = {x: t for x, t in self.known["seconds"].items() if x in items}
+        functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
+        gc.freeze()
+        for mutant in self.mutants:
+            swaps = swaps_of(mutant, self.copy / mutant.module, functions)
+            if swaps is not None:
+                self.record(mutant, functools.partial(self.run_items, items, swaps))
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        """Keep the seconds, and the first failure."""
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+    def done(self) -> set[str]:
+        """The mutants that have a row."""
+        if not self.output.exists():
+            return set()
+        with self.output.open(newline="") as file:
+            return {row["code"] for row in csv.DictReader(file)}
+
+    def record(self, mutant: Mutant, run: Callable[[list[str]], dict]) -> None:
+        """Append the row of a mutant, whose tests `run` runs."""
+        tests, seconds, path = in_order(mutant, self.known), 0.0, self.copy / mutant.module
+        for number, test in enumerate(tests):
+            seconds += self.known["seconds"][test]
+            if seconds > SECONDS and number:
+                tests = tests[:number]
+                break
+        original = path.read_text()
+        path.write_text(mutant.changed(ast.unparse))
+        result = self.in_fork(lambda: run(tests), 120 + 10 * seconds) if tests else {}
+        path.write_text(original)
+        outcome = "no test" if not tests else "timeout" if result is None else "survived"
+        if result and result["failed"]:
+            outcome = "killed"
+        row = {name: getattr(mutant, name) for name in COLUMNS[:5]}
+        row |= {"outcome": outcome, "test": (result or {}).get("failed")}
+        is_new = not self.output.exists()
+        with self.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def in_fork(self, function: Callable[[], dict], seconds: float) -> dict | None:
+        """What a function returns in a fork, or None if it takes longer."""
+        found = self.folder / "found.json"
+        found.write_text('{"failed": "the process ended"}')
         process = os.fork()
         if process == 0:
             os.setsid()
-            with (self.work / "log").open("w") as log:
-                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            self._run(arguments, found, measure)
+            log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            try:
+                found.write_text(json.dumps(function()))
+            except BaseException as error:
+                found.write_text(json.dumps({"failed": repr(error)}))
+            os._exit(0)
         end = time.monotonic() + seconds
         while os.waitpid(process, os.WNOHANG) == (0, 0):
             if time.monotonic() > end:
@@ -281,58 +318,91 @@ class Runner:
                 os.waitpid(process, 0)
                 return None
             time.sleep(0.02)
-        return json.loads(found.read_text()) if found.exists() else {"status": -1, "failed": None}
+        return json.loads(found.read_text())
 
-    def _run(self, arguments: list[str], found: Path, measure: bool):
-        """Run pytest in a fork that ends with it."""
-        os.chdir(self.copy)
-        sys.path[:0] = [str(self.copy)]
-        coverage = None
-        if measure:
-            import coverage as package
+    def run_items(self, items: dict, swaps, tests: list[str]) -> dict:
+        """Run tests that were collected with mutated functions, until one fails."""
+        for function, code in swaps:
+            function.__code__ = code
+        for test, following in zip(tests, [*tests[1:], None], strict=True):
+            item, following = items[test], items.get(following)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                break
+        return {"failed": self.failed}
 
-            config = self.work / "coveragerc"
-            config.write_text(CONFIG.format(self.work))
-            os.environ["COVERAGE_PROCESS_START"] = str(config)
-            coverage = package.Coverage(config_file=str(config))
-            coverage.start()
+    def collect_and_run(self, tests: list[str]) -> dict:
+        """Import, collect and run tests until one fails, for a mutant that acts on import."""
         import pytest
 
-        recorder = Recorder([x for x in arguments if "::" in x], coverage)
-        options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.work / 'tmp'}"]
-        status = pytest.main([*options, *arguments], plugins=[recorder])
-        result = {"status": int(status), "failed": recorder.failed}
-        if measure:
-            coverage.stop()
-            coverage.save()
-            modules = [k for k, v in sys.modules.items() if "site-pack" in str(v)]
-            result |= {"seconds": recorder.seconds, "users": recorder.users, "modules": modules}
-        found.write_text(json.dumps(result))
-        os._exit(0)
+        order = {test: i for i, test in enumerate(tests)}
 
-    def map(self) -> dict:
-        """Which tests run which line of which module, and their seconds; made once."""
-        path = self.work / "map.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        result = self.tests(TESTS, 7200, measure=True)
-        if result is None or result["status"] != 0:
-            raise SystemExit(f"the tests fail without a mutant, see {self.work / 'log'}")
+        class Sorted:
+            pytest_runtest_logreport = self.pytest_runtest_logreport
+
+            def pytest_collection_modifyitems(self, items):
+                items.sort(key=lambda item: order[item.nodeid])
+
+        status = pytest.main([*OPTIONS, "-x", *tests], plugins=[Sorted()])
+        return {"failed": self.failed or (f"status {int(status)}" if status else None)}
+
+    def measured(self, items: list) -> dict:
+        """Run all tests; which of them run which lines, their seconds, and shared fixtures."""
         import coverage
 
-        data = coverage.Coverage(config_file=str(self.work / "coveragerc"))
-        data.combine()
-        lines = defaultdict(dict)
-        for file in data.get_data().measured_files():
-            for line, contexts in data.get_data().contexts_by_lineno(file).items():
-                tests = {
-                    context.removesuffix(" (setup)").removesuffix(" (call)") for context in contexts
-                }
-                lines[os.path.relpath(file, self.copy)][line] = sorted(
-                    tests & set(result["seconds"])
-                )
-        path.write_text(json.dumps(result | {"lines": lines}))
-        return json.loads(path.read_text())
+        config = self.folder / "coveragerc"
+        config.write_text(CONFIG.format(self.folder))
+        os.environ["COVERAGE_PROCESS_START"] = str(config)  # for the processes that tests start
+        measuring = coverage.Coverage(config_file=str(config))
+        measuring.start()
+        users, lines = defaultdict(list), defaultdict(dict)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            measuring.switch_context(item.nodeid)
+            for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+                if definitions[-1].scope != "function" and definitions[-1].baseid:
+                    users[f"{definitions[-1].baseid} {name}"].append(item.nodeid)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        measuring.stop()
+        measuring.save()
+        measuring.combine()
+        data = measuring.get_data()
+        for file in data.measured_files():
+            for line, contexts in data.contexts_by_lineno(file).items():
+                tests = {x.removesuffix(" (setup)").removesuffix(" (call)") for x in contexts}
+                lines[os.path.relpath(file, self.copy)][line] = sorted(tests & set(self.seconds))
+        shared = {name: tests for name, tests in users.items() if len(tests) > 1}
+        modules = [name for name, module in sys.modules.items() if "site-pack" in str(module)]
+        found = {"failed": self.failed, "seconds": self.seconds, "lines": lines}
+        return found | {"users": shared, "modules": modules}
+
+
+def swaps_of(mutant: Mutant, path: Path, functions: list[types.FunctionType]) -> list | None:
+    """Functions and their code in a mutant, or None if it differs in what runs on import."""
+
+    def codes(code):
+        inner = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+        return [code, *(y for x in inner for y in codes(x))]
+
+    def own(code):
+        constants = [x for x in code.co_consts if not isinstance(x, types.CodeType)]
+        return code.co_code, repr(constants), code.co_names, code.co_varnames, code.co_freevars
+
+    def compiled(tree):
+        return codes(compile(ast.fix_missing_locations(tree), str(path), "exec"))
+
+    before, after = compiled(ast.parse(path.read_text())), mutant.changed(compiled)
+    if len(before) != len(after) or path.name == "triton.py":  # Triton reads the source
+        return None
+    swaps = []
+    for old, new in zip(before, after, strict=True):
+        found = [f for f in functions if f.__code__ == old and f.__module__ in sys.modules]
+        if own(old) != own(new) and (not found or old.co_freevars != new.co_freevars):
+            # A function in a function is made of the code of the outer one.
+            outer = [f for f, code in swaps if any(new is x for x in codes(code)[1:])]
+            if not outer:
+                return None
+        swaps += [(f, new) for f in found if old.co_freevars == new.co_freevars and old != new]
+    return swaps
 
 
 def in_order(mutant: Mutant, known: dict) -> list[str]:
@@ -345,62 +415,36 @@ def in_order(mutant: Mutant, known: dict) -> list[str]:
         if tests.intersection(users):
             tests.update(users)
     by_function = defaultdict(list)
-    for test in sorted(tests, key=seconds.get):
+    for test in sorted(tests.intersection(seconds), key=seconds.get):
         by_function[test.partition("[")[0]].append(test)
     ranked = [(i, seconds[x], x) for tests in by_function.values() for i, x in enumerate(tests)]
     return [test for *_, test in sorted(ranked)]
-
-
-def outcome(mutant: Mutant, runner: Runner, known: dict) -> tuple[str, str]:
-    """Whether a test notices a mutant, and which."""
-    first, others, total = [], [], 0.0
-    for test in in_order(mutant, known):
-        total += known["seconds"][test]
-        if total < SECONDS or not others:
-            (first if total < FEW_SECONDS or not first else others).append(test)
-    if not first:
-        return "no test", ""
-    path = runner.copy / mutant.module
-    original = path.read_text()
-    path.write_text(mutant.source())
-    try:
-        for tests in filter(None, (first, others)):
-            result = runner.tests(["-x", *tests], 120 + 10 * total)
-            if result is None:
-                return "timeout", ""
-            if result["status"] != 0:
-                return "killed", result["failed"] or "none can be collected"
-    finally:
-        path.write_text(original)
-    return "survived", ""
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--output", type=Path, default=Path("mutants.csv"))
+    parser.add_argument("--output", type=Path, required=True, help="CSV file, appended to")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "mutants"))
-    parser.add_argument("--again", nargs="*", help="codes to run again, or survivors if none")
     args = parser.parse_args()
-    rows = list(csv.DictReader(args.output.open())) if args.output.exists() else []
-    done = {row["code"] for row in rows}
-    chosen = [mutant for mutant in all_mutants()[: args.count] if mutant.code not in done]
-    runner = Runner(args.work)
-    known = runner.map()
-    for module in known["modules"]:
+    args.work.mkdir(exist_ok=True)
+    work = Work(args.work.absolute(), args.output.absolute())
+    done = work.done()
+    work.mutants = [mutant for mutant in all_mutants()[: args.count] if mutant.code not in done]
+    import pytest
+
+    # In a fork, too, so that this process does not import the package.
+    work.in_fork(lambda: {"failed": int(pytest.main([*OPTIONS, *TESTS], plugins=[work]))}, 10**6)
+    work.known = json.loads((work.folder / "map.json").read_text())
+    for module in work.known["modules"]:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
     gc.freeze()
-    with args.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not rows:
-            writer.writeheader()
-        for mutant in chosen:
-            found, test = outcome(mutant, runner, known)
-            row = {x: getattr(mutant, x) for x in COLUMNS[:5]}
-            writer.writerow(row | {"outcome": found, "test": test})
-            file.flush()
+    done = work.done()
+    for mutant in work.mutants:  # those that change what runs on import
+        if mutant.code not in done:
+            work.record(mutant, work.collect_and_run)
 
 
 if __name__ == "__main__":
