@@ -48,6 +48,7 @@ parallel = true
 patch = fork, _exit
 context = ${{PYTEST_CURRENT_TEST-}}
 """
+RUN = subprocess.run
 SWAPS = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq},
     **{ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
@@ -252,8 +253,10 @@ class Work:
             path.write_text(json.dumps(result))
         self.known = json.loads(path.read_text())
         self.known["seconds"] = {x: t for x, t in self.known["seconds"].items() if x in items}
+        importlib.import_module("rank_processes")
         functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
         gc.freeze()
+        self.mutants.sort(key=self.quickest)
         for mutant in self.mutants:
             swaps = swaps_of(mutant, self.copy / mutant.module, functions)
             if swaps is not None:
@@ -272,6 +275,12 @@ class Work:
             return set()
         with self.output.open(newline="") as file:
             return {row["code"] for row in csv.DictReader(file)}
+
+    def quickest(self, mutant: Mutant) -> float:
+        """Seconds of the quickest test of a mutant."""
+        return min(
+            (self.known["seconds"][test] for test in in_order(mutant, self.known)), default=0
+        )
 
     def record(self, mutant: Mutant, run: Callable[[list[str]], dict]) -> None:
         """Append the row of a mutant, whose tests `run` runs."""
@@ -324,12 +333,29 @@ class Work:
         """Run tests that were collected with mutated functions, until one fails."""
         for function, code in swaps:
             function.__code__ = code
+        subprocess.run = self.run_ranks_here
         for test, following in zip(tests, [*tests[1:], None], strict=True):
             item, following = items[test], items.get(following)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self.failed:
                 break
         return {"failed": self.failed}
+
+    def run_ranks_here(self, command: list, *args, **kwargs):
+        """Run a command; the ranks of tests in a fork of this process, with its functions."""
+        import rank_processes
+
+        if rank_processes.__file__ not in command:
+            return RUN(command, *args, **kwargs)
+        process = os.fork()
+        if process == 0:
+            try:
+                rank_processes.main(command[-1])
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(process, 0)[1]:
+            raise subprocess.CalledProcessError(1, command)
 
     def collect_and_run(self, tests: list[str]) -> dict:
         """Import, collect and run tests until one fails, for a mutant that acts on import."""
