@@ -251,8 +251,7 @@ class Work:
             if not result or result["failed"]:
                 raise SystemExit(f"a test fails without a mutant: {result}")
             path.write_text(json.dumps(result))
-        self.known = json.loads(path.read_text())
-        self.known["seconds"] = {x: t for x, t in self.known["seconds"].items() if x in items}
+        self.read_map()
         importlib.import_module("rank_processes")
         functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
         gc.freeze()
@@ -262,6 +261,14 @@ class Work:
             if swaps is not None:
                 self.record(mutant, functools.partial(self.run_items, items, swaps))
         return True
+
+    def read_map(self) -> None:
+        """Read what `measured` has found; of a shared fixture, every test has the costs."""
+        self.known = json.loads((self.folder / "map.json").read_text())
+        costs = self.known["costs"] = dict(self.known["seconds"])
+        for users in self.known["users"].values():
+            most = max(self.known["seconds"].get(test, 0) for test in users)
+            costs |= {test: max(most, costs[test]) for test in users if test in costs}
 
     def pytest_runtest_logreport(self, report):
         """Keep the seconds, and the first failure."""
@@ -278,16 +285,18 @@ class Work:
 
     def quickest(self, mutant: Mutant) -> float:
         """Seconds of the quickest test of a mutant."""
-        return min(
-            (self.known["seconds"][test] for test in in_order(mutant, self.known)), default=0
-        )
+        return min((self.known["costs"][test] for test in in_order(mutant, self.known)), default=0)
 
     def record(self, mutant: Mutant, run: Callable[[list[str]], dict]) -> None:
         """Append the row of a mutant, whose tests `run` runs."""
         tests, seconds, path = in_order(mutant, self.known), 0.0, self.copy / mutant.module
+        made = set()  # shared fixtures, whose time counts once
         for number, test in enumerate(tests):
-            seconds += self.known["seconds"][test]
-            if seconds > SECONDS and number:
+            fixtures = [name for name, users in self.known["users"].items() if test in users]
+            is_made = made.issuperset(fixtures)
+            made.update(fixtures)
+            seconds += self.known["seconds" if is_made else "costs"][test]
+            if seconds > SECONDS + self.known["costs"][tests[0]]:
                 tests = tests[:number]
                 break
         original = path.read_text()
@@ -433,7 +442,7 @@ def swaps_of(mutant: Mutant, path: Path, functions: list[types.FunctionType]) ->
 
 def in_order(mutant: Mutant, known: dict) -> list[str]:
     """The tests that may notice a mutant: each function with its quickest parameters first."""
-    seconds, tests = known["seconds"], set()
+    seconds, tests = known["costs"], set()
     for line, found in known["lines"].get(mutant.module, {}).items():
         if int(line) in mutant.lines:
             tests.update(found)
@@ -462,7 +471,7 @@ def main() -> None:
 
     # In a fork, too, so that this process does not import the package.
     work.in_fork(lambda: {"failed": int(pytest.main([*OPTIONS, *TESTS], plugins=[work]))}, 10**6)
-    work.known = json.loads((work.folder / "map.json").read_text())
+    work.read_map()
     for module in work.known["modules"]:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
