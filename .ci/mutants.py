@@ -254,7 +254,6 @@ class Work:
         self.read_map()
         importlib.import_module("rank_processes")
         functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
-        gc.freeze()
         self.mutants.sort(key=self.quickest)
         for mutant in self.mutants:
             swaps = swaps_of(mutant, self.copy / mutant.module, functions)
@@ -263,12 +262,16 @@ class Work:
         return True
 
     def read_map(self) -> None:
-        """Read what `measured` has found; of a shared fixture, every test has the costs."""
+        """Read what `measured` has found; every test that uses a shared fixture has its costs."""
         self.known = json.loads((self.folder / "map.json").read_text())
         costs = self.known["costs"] = dict(self.known["seconds"])
         for users in self.known["users"].values():
             most = max(self.known["seconds"].get(test, 0) for test in users)
             costs |= {test: max(most, costs[test]) for test in users if test in costs}
+        for module in self.known["modules"]:  # once, instead of in every fork
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+        gc.freeze()
 
     def pytest_runtest_logreport(self, report):
         """Keep the seconds, and the first failure."""
@@ -441,7 +444,7 @@ def swaps_of(mutant: Mutant, path: Path, functions: list[types.FunctionType]) ->
 
 
 def in_order(mutant: Mutant, known: dict) -> list[str]:
-    """The tests that may notice a mutant: each function with its quickest parameters first."""
+    """The tests that may notice a mutant: those of its module, then each with quick parameters."""
     seconds, tests = known["costs"], set()
     for line, found in known["lines"].get(mutant.module, {}).items():
         if int(line) in mutant.lines:
@@ -452,7 +455,12 @@ def in_order(mutant: Mutant, known: dict) -> list[str]:
     by_function = defaultdict(list)
     for test in sorted(tests.intersection(seconds), key=seconds.get):
         by_function[test.partition("[")[0]].append(test)
-    ranked = [(i, seconds[x], x) for tests in by_function.values() for i, x in enumerate(tests)]
+    of_module = f"test_{Path(mutant.module).stem}"
+    ranked = [
+        (not Path(function.partition("::")[0]).name.startswith(of_module), i, seconds[test], test)
+        for function, tests in by_function.items()
+        for i, test in enumerate(tests)
+    ]
     return [test for *_, test in sorted(ranked)]
 
 
@@ -472,10 +480,6 @@ def main() -> None:
     # In a fork, too, so that this process does not import the package.
     work.in_fork(lambda: {"failed": int(pytest.main([*OPTIONS, *TESTS], plugins=[work]))}, 10**6)
     work.read_map()
-    for module in work.known["modules"]:
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
-    gc.freeze()
     done = work.done()
     for mutant in work.mutants:  # those that change what runs on import
         if mutant.code not in done:
