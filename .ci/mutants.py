@@ -254,6 +254,7 @@ class Work:
         self.read_map()
         importlib.import_module("rank_processes")
         functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
+        gc.freeze()
         self.mutants.sort(key=self.quickest)
         for mutant in self.mutants:
             swaps = swaps_of(mutant, self.copy / mutant.module, functions)
@@ -271,7 +272,6 @@ class Work:
         for module in self.known["modules"]:  # once, instead of in every fork
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
-        gc.freeze()
 
     def pytest_runtest_logreport(self, report):
         """Keep the seconds, and the first failure."""
@@ -480,6 +480,7 @@ def main() -> None:
     # In a fork, too, so that this process does not import the package.
     work.in_fork(lambda: {"failed": int(pytest.main([*OPTIONS, *TESTS], plugins=[work]))}, 10**6)
     work.read_map()
+    gc.freeze()
     done = work.done()
     for mutant in work.mutants:  # those that change what runs on import
         if mutant.code not in done:

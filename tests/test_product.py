@@ -124,13 +124,15 @@ def test_a_large_embedding_is_left_to_a_distance_that_does_not_normalize():
     assert PNPLoss(distance=distance)(x, y).isfinite()
 
 
-def test_counts_have_no_gradient():
+def test_counts_have_no_gradient_and_are_not_made_unasked():
     x, y = batch()
     pairs = Pairs(y, None, None, len(x), len(x), True, x.device)
     settings = Settings(10.0, "O", 1.0, 1.0, True)
-    flags = {"normalized": True, "chunk_size": None, "with_counts": True}
-    mean, counts = product.mean_of_losses(x.requires_grad_(), None, pairs, settings, **flags)
+    arguments = x.requires_grad_(), None, pairs, settings
+    flags = {"normalized": True, "chunk_size": None}
+    mean, counts = product.mean_of_losses(*arguments, **flags, with_counts=True)
     assert mean.requires_grad and not counts.requires_grad
+    assert product.mean_of_losses(*arguments, **flags, with_counts=False)[1] is None
 
 
 def changed(change):
