@@ -1,14 +1,14 @@
 """Mutation testing: change pml_pnp in one place, and see whether a test that runs there fails.
 
     pip install -c constraints.txt coverage
-    python .ci/mutants.py --count 400 --output mutants.csv
+    python .ci/mutants.py --count 400
 
-A first run of the tests in TESTS, under coverage, finds which of them run which line. Then each
-mutant is written to a copy of the checkout, and its tests run in a fork of this process, which has
-imported what the tests import but not pml_pnp: each test function with its quickest parameters
-first, then with the others, until one fails or SECONDS are over. Rows are appended to the file as
-they come; a mutant that has one is left out. Which mutants are chosen depends on their text alone,
-so that most of them remain the same when the code around them changes.
+A first run of the tests in TESTS, under coverage, finds which of them run which line. Those of a
+mutant then run until one fails or SECONDS are over: first those named for its module, of each
+function those with the quickest parameters. A changed function gets its code in a fork of a process
+that has collected all tests. What runs on import is changed in a copy of the checkout, which a fork
+imports anew. Rows are appended to mutants.csv as they come; a mutant that has one is left out. Which
+mutants are chosen depends on a hash of their text, so that most remain when code around them changes.
 """
 
 import argparse
@@ -237,6 +237,10 @@ class Work:
         for name in files.stdout.splitlines():
             (self.copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.copy / name)
+        code = hashlib.sha256()
+        for path in sorted([*self.copy.glob("pml_pnp/**/*.py"), *self.copy.glob("tests/**/*.py")]):
+            code.update(path.read_bytes())
+        self.map = folder / f"map-{code.hexdigest()[:10]}.json"  # of this code
         os.environ |= {"PYTHONPATH": str(self.copy), "PYTHONDONTWRITEBYTECODE": "1"}
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         sys.path.insert(0, str(self.copy))
@@ -245,12 +249,11 @@ class Work:
     def pytest_runtestloop(self, session) -> bool:
         """Find out which test runs which line, and run the mutants."""
         items = {item.nodeid: item for item in session.items}
-        path = self.folder / "map.json"
-        if not path.exists():
+        if not self.map.exists():
             result = self.in_fork(lambda: self.measured(session.items), 7200)
             if not result or result["failed"]:
                 raise SystemExit(f"a test fails without a mutant: {result}")
-            path.write_text(json.dumps(result))
+            self.map.write_text(json.dumps(result))
         self.read_map()
         importlib.import_module("rank_processes")
         functions = [x for x in gc.get_objects() if isinstance(x, types.FunctionType)]
@@ -258,13 +261,13 @@ class Work:
         self.mutants.sort(key=self.quickest)
         for mutant in self.mutants:
             swaps = swaps_of(mutant, self.copy / mutant.module, functions)
-            if swaps is not None:
+            if swaps is not None and in_order(mutant, self.known):
                 self.record(mutant, functools.partial(self.run_items, items, swaps))
         return True
 
     def read_map(self) -> None:
         """Read what `measured` has found; every test that uses a shared fixture has its costs."""
-        self.known = json.loads((self.folder / "map.json").read_text())
+        self.known = json.loads(self.map.read_text())
         costs = self.known["costs"] = dict(self.known["seconds"])
         for users in self.known["users"].values():
             most = max(self.known["seconds"].get(test, 0) for test in users)
@@ -468,7 +471,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--output", type=Path, required=True, help="CSV file, appended to")
+    parser.add_argument("--output", type=Path, default=ROOT / ".ci" / "mutants.csv")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "mutants"))
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
@@ -478,12 +481,16 @@ def main() -> None:
     import pytest
 
     # In a fork, too, so that this process does not import the package.
-    work.in_fork(lambda: {"failed": int(pytest.main([*OPTIONS, *TESTS], plugins=[work]))}, 10**6)
+    run = functools.partial(pytest.main, [*OPTIONS, *TESTS], plugins=[work])
+    if work.in_fork(lambda: {"failed": int(run())}, 10**6) != {"failed": 0}:
+        raise SystemExit(f"the tests cannot be collected, or fail, without a mutant: {work.folder}")
     work.read_map()
     gc.freeze()
     done = work.done()
     for mutant in work.mutants:  # those that change what runs on import
         if mutant.code not in done:
+            if not in_order(mutant, work.known):  # no test has run it: all of the module
+                mutant = mutant._replace(lines=range(10**6))
             work.record(mutant, work.collect_and_run)
 
 

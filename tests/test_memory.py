@@ -109,6 +109,13 @@ def test_a_batch_of_the_size_of_the_memory_fills_it(device):
     assert torch.equal(ours.embedding_memory, x)
 
 
+def test_the_queue_takes_the_dtype_of_the_embeddings(dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    ours = memory()
+    ours(x, y)
+    assert ours.embedding_memory.dtype == dtype and torch.equal(ours.embedding_memory[:24], x)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
