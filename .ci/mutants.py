@@ -5,10 +5,11 @@
 
 A first run of the tests in TESTS, under coverage, finds which of them run which line. Those of a
 mutant then run until one fails or SECONDS are over: first those named for its module, of each
-function those with the quickest parameters. A changed function gets its code in a fork of a process
-that has collected all tests. What runs on import is changed in a copy of the checkout, which a fork
-imports anew. Rows are appended to mutants.csv as they come; a mutant that has one is left out. Which
-mutants are chosen depends on a hash of their text, so that most remain when code around them changes.
+function those with the quickest parameters. A changed function gets its code in a fork of a
+process that has collected all tests. What runs on import is changed in a copy of the checkout,
+which a fork imports anew. Rows are appended to mutants.csv as they come; a mutant that has one is
+left out. Which mutants are chosen depends on a hash of their text, so that most of them remain
+when the code around them changes.
 """
 
 import argparse
