@@ -278,17 +278,25 @@ def _reads(loss, embeddings: Tensor) -> bool:
 
 
 def _before_loading(memory: CrossBatchMemory, state_dict: dict, prefix: str, *_) -> None:
-    """Adapt the dtypes of the queue, and let it start anew if its position is missing."""
-    labels, rows = (state_dict.get(prefix + x) for x in ("label_memory", "embedding_memory"))
-    if labels is None or rows is None:
+    """Adapt the dtypes of the queue, and let it start anew if a part of it is missing."""
+    names = ("label_memory", "embedding_memory", "_extra_state")
+    labels, rows, _ = (state_dict.get(prefix + x) for x in names)
+    missing = [x for x in names if prefix + x not in state_dict]
+    if len(missing) == len(names):
         return
-    memory.embedding_memory = memory.embedding_memory.to(rows.dtype)  # float64 is not rounded
-    dtype = torch.float64 if labels.is_floating_point() else torch.int64
-    memory.label_memory = memory.label_memory.to(dtype)
-    if prefix + "_extra_state" not in state_dict:
+    if rows is not None:
+        memory.embedding_memory = memory.embedding_memory.to(rows.dtype)  # float64 is not rounded
+        if rows.shape != memory.embedding_memory.shape:  # which torch refuses: the queue stays
+            state_dict[prefix + "_extra_state"] = memory.get_extra_state()
+            return
+    if labels is not None:
+        dtype = torch.float64 if labels.is_floating_point() else torch.int64
+        memory.label_memory = memory.label_memory.to(dtype)
+    if missing:
         warnings.warn(
-            "the state_dict of this CrossBatchMemory does not hold the position of its queue, as "
-            "pytorch_metric_learning's does not; the queue starts anew",
+            f"the state_dict of this CrossBatchMemory does not hold {', '.join(missing)} (the "
+            "position of the queue is _extra_state, which pytorch_metric_learning's does not "
+            "hold); the queue starts anew",
             stacklevel=2,
         )
         state_dict[prefix + "_extra_state"] = torch.tensor([0, False])

@@ -92,8 +92,6 @@ def add_up(loss: torch.nn.Module, value_of: Callable[[Part], Tensor]) -> Tensor:
 
 def call(loss, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
     """Call a loss with references, which MultipleLosses itself does not take."""
-    if not isinstance(loss, MultipleLosses):
-        return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
     check_miners(parts_of(loss), indices_tuple is not None)
     check_memories(loss, indices_tuple, ref_emb, ref_labels)
 

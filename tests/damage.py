@@ -3,7 +3,7 @@
 import random
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 def damaged(content, number=100):
@@ -17,8 +17,11 @@ def damaged(content, number=100):
 
 def same(first, second):
     """Whether two checkpoints are the same in every number and name."""
-    pairs = zip(*map(tree_leaves, (first, second)), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    (first, names), (second, other_names) = map(tree_flatten, (first, second))
+    return names == other_names and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 class Code:

@@ -9,6 +9,7 @@ from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss, losses
+from pml_pnp.ops.recompute import Recomputed
 
 
 def stepwise(loss_func, *args, **kwargs):
@@ -203,3 +204,17 @@ def test_lack_of_memory_names_the_matrix_and_chunk_size():
         PNPLoss()(x, y)  # 256 TiB, more than can be addressed
     (note,) = raised.value.__notes__
     assert f"similarities of {n} queries and {n} references" in note and "chunk_size" in note
+
+
+def test_only_the_losses_of_chunks_have_a_gradient(monkeypatch):
+    x, y = batch()
+    found, apply = [], Recomputed.apply
+
+    def apply_and_keep(*args):
+        found.extend(apply(*args))
+        return tuple(found)
+
+    monkeypatch.setattr(Recomputed, "apply", apply_and_keep)
+    loss_func = PNPLoss(chunk_size=5, distance=distances.LpDistance(), collect_stats=True)
+    loss_func(x.requires_grad_(), y)
+    assert [result.requires_grad for result in found] == [True, False, False]

@@ -168,6 +168,13 @@ def test_it_is_pmls_for_false_and_true():
             "got DoNothingReducer",
         ),
         (
+            lambda: losses.CrossBatchMemory(
+                losses.PNPLoss(reducer=reducers.DoNothingReducer()), embedding_size=8
+            ),
+            TypeError,
+            "got DoNothingReducer",
+        ),
+        (
             lambda: losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()),
             TypeError,
             "takes no embedding_regularizer of a PNPLoss, got LpRegularizer",

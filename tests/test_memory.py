@@ -109,6 +109,13 @@ def test_a_batch_of_the_size_of_the_memory_fills_it(device):
     assert torch.equal(ours.embedding_memory, x)
 
 
+def test_the_queue_takes_the_dtype_of_the_embeddings(dtype, device):
+    x, y = batch(dtype=dtype, device=device)
+    ours = memory()
+    ours(x, y)
+    assert ours.embedding_memory.dtype == dtype and torch.equal(ours.embedding_memory[:24], x)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -254,7 +261,7 @@ def test_a_state_of_pmls_memory_loads_and_starts_the_queue_anew():
     keys = set(state)
     ours = torch.nn.ModuleList([memory(loss=losses.ContrastiveLoss())])
     ours[0](*batch(n=39))
-    with pytest.warns(UserWarning, match="position of its queue.*starts anew"):
+    with pytest.warns(UserWarning, match="_extra_state.*starts anew"):
         ours.load_state_dict(state)
     assert set(state) == keys
     assert ours[0].queue_idx == 0 and not ours[0].has_been_filled
@@ -272,9 +279,27 @@ def test_our_state_loads_into_pmls_memory_without_the_position():
     torch.testing.assert_close(theirs.embedding_memory, ours.embedding_memory)
 
 
+@needs_hook
+@pytest.mark.parametrize("name", ["embedding_memory", "label_memory"])
+def test_rows_that_were_not_loaded_are_no_references(name):
+    ours, resumed = memory(), memory()
+    ours(*batch())
+    state = ours.state_dict()
+    del state[name]
+    with pytest.warns(UserWarning, match=f"does not hold {name}.*starts anew"):
+        resumed.load_state_dict(state, strict=False)
+    assert resumed.queue_idx == 0 and not resumed.has_been_filled
+    untouched = memory()
+    untouched(*batch(n=12))
+    untouched.load_state_dict({}, strict=False)
+    assert untouched.queue_idx == 12
+
+
 def test_a_state_of_another_size_is_refused():
+    ours = memory(39)
     with pytest.raises(RuntimeError, match="size mismatch for embedding_memory"):
-        memory(39).load_state_dict(memory(40).state_dict())
+        ours.load_state_dict(memory(40).state_dict())
+    assert ours.queue_idx == 0
     with pytest.raises(RuntimeError, match="embedding_memory"):
         memory().load_state_dict({})
 

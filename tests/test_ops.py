@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -100,9 +101,32 @@ def test_the_similarities_of_another_distance_are_left_alone(small_blocks):
     assert 2 * n * n * 4 <= peak  # backward of the power reads them
 
 
+def test_backward_only_scales_the_gradient():
+    n = 256
+    s, labels = torch.randn(n, n, requires_grad=True), torch.arange(n) // 4
+    relation = Relation.from_labels(labels, labels, torch.arange(n))
+    losses = similarity.query_losses(s, None, relation, Settings(1.0, "O", 1.0, 1.0, True))
+    with Work() as counted:
+        losses.sum().backward()
+    assert counted.elements <= 1.1 * n * n
+
+
 def test_memory_of_lean_mode_grows_with_the_batch_not_its_square(small_blocks):
     small, large = work(512, chunk_size=32), work(2048, chunk_size=32)
     assert large.peak <= 4.2 * small.peak and large.peak < 2048**2 * 4 / 4
+
+
+def test_memory_of_many_references_is_bounded(small_blocks, monkeypatch):
+    n, m = 64, 4096
+    x, y = torch.randn(n, 4, requires_grad=True), torch.arange(n) // 4
+    references = torch.randn(m, 4), torch.arange(m) // 4
+    peaks = []
+    for entries in (product.REFERENCES_BLOCK, 8 * m):
+        monkeypatch.setattr(product, "REFERENCES_BLOCK", entries)
+        with Work() as counted:
+            PNPLoss()(x, y, None, *references).backward()
+        peaks.append(counted.peak)
+    assert peaks[1] < n * m * 4 / 2 < n * m * 4 <= peaks[0]
 
 
 def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
@@ -329,6 +353,28 @@ def test_a_triton_that_does_not_work_is_replaced_with_a_warning(triton_kernel, m
         dispatch._triton_works.cache_clear()
     s = torch.eye(4, device=DEVICE)
     assert dispatch.kernel_for(s.cpu()) is eager.losses_and_gradient
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "dtype", "works", "is_triton"),
+    [
+        ("auto", "cpu", torch.float32, True, False),
+        ("auto", "cuda", torch.float32, True, True),
+        ("auto", "cuda", torch.float32, False, False),
+        ("auto", "cuda", torch.float64, True, False),
+        ("eager", "cuda", torch.float32, True, False),
+        ("triton", "cpu", torch.float32, False, True),
+        ("triton", "cpu", torch.float64, True, False),
+    ],
+)
+def test_which_kernel_is_chosen(
+    triton_kernel, monkeypatch, choice, device, dtype, works, is_triton
+):
+    monkeypatch.setenv(dispatch.KERNEL_VARIABLE, choice)
+    monkeypatch.setattr(dispatch, "_triton_works", lambda device: works)
+    s = SimpleNamespace(dtype=dtype, device=torch.device(device))  # also where no GPU is
+    module = triton_kernel if is_triton else eager
+    assert dispatch.kernel_for(s) is module.losses_and_gradient
 
 
 def test_unknown_kernel_is_named(monkeypatch):

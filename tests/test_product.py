@@ -4,13 +4,15 @@ import weakref
 
 import pytest
 import torch
-from helpers import batch
+from helpers import Manhattan, batch
 from pytorch_metric_learning import distances, reducers
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 
 from pml_pnp import PNPLoss, losses
 from pml_pnp.distances import has_global_hooks, is_product
 from pml_pnp.ops import dispatch, eager, product
+from pml_pnp.ops.settings import Settings
+from pml_pnp.pairs import Pairs
 
 
 class Cosine(CosineSimilarity):
@@ -112,6 +114,25 @@ def test_a_length_beyond_the_dtype_gives_nan_instead_of_a_zero_vector(distance, 
     (x if where == "batch" else ref)[2] = 1e20
     assert PNPLoss(distance=distance)(x, y, ref_emb=ref, ref_labels=ref_y).isnan()
     assert where == "references" or PNPLoss(distance=distance)(x, y).isnan()
+
+
+def test_a_large_embedding_is_left_to_a_distance_that_does_not_normalize():
+    distance = Manhattan()
+    distance.p = 2  # whatever it means there
+    x, y = batch()
+    x[2] = 1e20
+    assert PNPLoss(distance=distance)(x, y).isfinite()
+
+
+def test_counts_have_no_gradient_and_are_not_made_unasked():
+    x, y = batch()
+    pairs = Pairs(y, None, None, len(x), len(x), True, x.device)
+    settings = Settings(10.0, "O", 1.0, 1.0, True)
+    arguments = x.requires_grad_(), None, pairs, settings
+    flags = {"normalized": True, "chunk_size": None}
+    mean, counts = product.mean_of_losses(*arguments, **flags, with_counts=True)
+    assert mean.requires_grad and not counts.requires_grad
+    assert product.mean_of_losses(*arguments, **flags, with_counts=False)[1] is None
 
 
 def changed(change):

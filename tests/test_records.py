@@ -23,6 +23,9 @@ def test_hyperparameters_are_recorded():
     for variant, name in ((torch.log1p, "log1p"), (Scale(), "Scale")):
         loss_func = PNPLoss(variant=variant)
         assert recorded(loss_func, "_record_these")["variant_name"] == name
+    loss_func = PNPLoss(variant=torch.log1p)
+    loss_func.variant = "Dq"
+    assert recorded(loss_func, "_record_these")["variant_name"] == "Dq"
 
 
 def test_statistics_are_recorded_when_asked_for():

@@ -22,13 +22,13 @@ from .errors import UserError
 from .processes import say, unwrap
 
 CONFIG = "config.json"
-CHECKSUM = "crc32"  # of a JSON file's other content, in its last line
+CHECKSUM = "crc32"  # of a JSON file's other content, in its first line
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.pt"
 LOCK = "lock"
 LOG = "log.txt"
-MENDED_BY = "remove it, and --resume writes it again from the checkpoint"
+MENDED_BY = "move it elsewhere, and --resume writes it again if a checkpoint holds it"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -76,7 +76,8 @@ class RunFolder:
     @staticmethod
     def is_at(path: Path) -> bool:
         """Whether there is a run, which can be continued."""
-        return (path / CONFIG).is_file() or (RunFolder(path).checkpoints / LAST).is_file()
+        checkpoints = (RunFolder(path).checkpoints / x for x in (LAST, PREVIOUS))
+        return any(x.is_file() for x in (path / CONFIG, *checkpoints))
 
     @classmethod
     def existing(cls, path: str) -> "RunFolder":
@@ -94,7 +95,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write strict JSON with its checksum, whole or not at all."""
-        content = {**content, CHECKSUM: _checksum(content)}
+        content = {CHECKSUM: _checksum(content), **content}
         text = json.dumps(content, indent=2, allow_nan=False)
         replace(self.path / name, lambda path: path.write_text(text + "\n"))
 
@@ -183,11 +184,11 @@ class RunFolder:
         try:
             last = self._load(LAST)
             self.last_is_whole = last is not None
-        except UserError as error:
+        except Damaged as error:
             last = None
             try:
                 previous = self._load(PREVIOUS)
-            except UserError:
+            except Damaged:
                 previous = None
             if previous is None:
                 raise UserError(
@@ -203,13 +204,15 @@ class RunFolder:
     def load_best(self) -> dict[str, Any] | None:
         """The best epoch and its weights, None before the first epoch has ended."""
         try:
-            return self._load(BEST)
-        except UserError as error:
+            best = self._load(BEST)
+        except Damaged as error:
             checkpoint = self.load_checkpoint()
             if not checkpoint or not checkpoint["best"]:
                 raise
-            say(f"warning: {error}; what {LAST} holds of it is used")
+            say(f"warning: {error}; what the last checkpoint holds of it is used")
             return checkpoint["best"]
+        # A kill may have come before it was written.
+        return best or (self.load_checkpoint() or {}).get("best")
 
     def _load(self, name: str) -> dict[str, Any] | None:
         path = self.checkpoints / name
@@ -222,11 +225,17 @@ class RunFolder:
             return None
         except OSError as error:
             raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        except MemoryError:
+            raise
         except Exception as error:  # in many ways, and torch advises to load it all the same
-            raise UserError(
+            raise Damaged(
                 f"cannot read the checkpoint {path}: it is damaged, or not of this program "
                 f"({type(error).__name__})"
             ) from error
+
+
+class Damaged(UserError):
+    """A checkpoint that can be read from the disk and is not what was written."""
 
 
 def _checksum(content: dict[str, Any]) -> str:

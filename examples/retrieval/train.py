@@ -41,7 +41,7 @@ from .processes import find_device, on_rank_zero, say, world_size
 from .progress import harm, still_rising
 from .run_folder import CONFIG, RunFolder, RunLock
 from .seeding import seed_everything
-from .training import Training, build_loss_and_miner, build_trainer
+from .training import Training, build_loss_and_miner, build_trainer, check_complete
 from .trunks import IMAGE_SIZES, SMALL, SMALLEST_IMAGE, Trunk, check_installed, has_batchnorm
 
 METRICS = "metrics.json"
@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
     with RunLock() as lock:
         if run:
             on_rank_zero(lambda: _take(lock, run))
-        checkpoint = run.load_checkpoint() if run else None
+        checkpoint = _checkpoint_of(run) if run else None
         if run and _is_finished(run, config):
             say(f"{run.path} is finished; nothing to train", "")
-            if not (run.path / CONFIG).exists():  # removed since it was damaged
-                on_rank_zero(lambda: run.write_json(CONFIG, config))
+            # It may have been removed since it was damaged.
+            on_rank_zero(lambda: (run.path / CONFIG).exists() or run.write_json(CONFIG, config))
             _show(run.read_json(METRICS))
             if with_report and on_rank_zero(lambda: _report_is_due(run)):
                 try:
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
+        check_complete(checkpoint)  # before the settings of the run change
         seed_everything(config["seed"])
         # A checkpoint brings weights of its own.
         trunk = build({**config, "pretrained": config["pretrained"] and checkpoint is None})
@@ -116,6 +117,17 @@ def run(args: argparse.Namespace) -> int:
         if with_report:
             on_rank_zero(lambda: _report(run, config, splits, device))
     return 0
+
+
+def _checkpoint_of(run: RunFolder) -> dict[str, Any] | None:
+    """The checkpoint to continue from, the same in every process."""
+    checkpoint = run.load_checkpoint()
+    epoch = checkpoint and checkpoint.get("epoch")
+    if (first := on_rank_zero(lambda: epoch)) != epoch:
+        raise UserError(
+            f"{run.path}: a process reads the checkpoint of epoch {epoch}, the first one of {first}"
+        )
+    return checkpoint
 
 
 # --- checks ---------------------------------------------------------------------------------

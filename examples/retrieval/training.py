@@ -239,6 +239,27 @@ def build_loss_and_miner(
     return loss, miner
 
 
+NO_STATE: dict[str, Any] = {
+    "epoch": 0,
+    "stopped_early": False,
+    "seconds": 0.0,
+    "untrained": None,
+    "best": None,
+}
+
+
+def check_complete(checkpoint: dict[str, Any] | None) -> None:
+    """Raise UserError unless a checkpoint has all that a run continues from."""
+    if checkpoint is None:
+        return
+    if missing := {*NO_STATE, "records", "shared", "own"} - checkpoint.keys():
+        raise UserError(
+            "the checkpoint last.pt does not fit this program; another version of it may have "
+            f"written it (no {min(missing)!r}). A new run with the same settings: --config "
+            "config.json of this one"
+        )
+
+
 class Training:
     """A trainer with its records, evaluation, early stopping and checkpoints."""
 
@@ -256,23 +277,12 @@ class Training:
         self.tester = build_tester(trainer.data_device, config["workers"], config["recall_at"])
         self.progress = Progress(config["epochs"])
         self.always_zero = True  # every loss of this process so far
-        self.state: dict[str, Any] = {
-            "epoch": 0,
-            "stopped_early": False,
-            "seconds": 0.0,
-            "untrained": None,
-            "best": None,
-        }
+        self.state = dict(NO_STATE)
 
     def start_or_continue(self, checkpoint: dict[str, Any] | None) -> None:
         """Take the checkpoint's place, or evaluate the untrained net and save the first one."""
         epoch = 0
         if checkpoint is not None:
-            if missing := {*self.state, "records"} - checkpoint.keys():
-                raise UserError(
-                    "the checkpoint last.pt does not fit this program; another version of it may "
-                    f"have written it (no {min(missing)!r})"
-                )
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
             self.always_zero = epoch == 0  # unknown of what was trained before

@@ -110,7 +110,10 @@ def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
             stop_at(moment, patch)
             with pytest.raises(Killed):
                 run(folder, hook_container, epochs)
+        users_own = folder / "models" / "resnet.pth"
+        torch.save({}, users_own)
         run(folder, hook_container, epochs)
+        assert users_own.exists(), moment
         got = checkpoint_files(folder)
         assert got.keys() >= want.keys(), moment  # what it was stopped in deleting may be there yet
         for name, state in want.items():

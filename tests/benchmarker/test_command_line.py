@@ -49,6 +49,11 @@ def test_reproductions_are_a_number_or_a_range(text, expected):
             command_line._parser().parse_args([*flags[:-1], wrong])
 
 
+def test_flags_are_not_abbreviated():
+    args, rest = command_line._parser().parse_known_args(["--experiment_name", "x", "--evaluat"])
+    assert rest == ["--evaluat"] and not args.evaluate
+
+
 @pytest.mark.parametrize("seed", ["-1", "x"])
 def test_a_seed_that_is_none_is_refused(seed, capsys):
     with pytest.raises(SystemExit):

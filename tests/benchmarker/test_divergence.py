@@ -73,6 +73,17 @@ def test_another_error_is_raised_with_its_text(error):
     assert raised.value is error
 
 
+def test_an_error_beside_training_is_raised_as_it_is():
+    class Failing(Parser):
+        def run_train_or_eval(self):
+            raise self.error
+
+    error = ValueError("no such split")
+    with pytest.raises(ValueError) as raised:
+        divergence.api_parser(Failing)(1.0, error).run_train_or_eval()
+    assert raised.value is error
+
+
 class Aggregator:
     def __init__(self):
         self.meta_accuracies = {

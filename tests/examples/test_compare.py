@@ -54,7 +54,7 @@ def test_one_run(make, compare):
     assert code == 0
     assert words[1][:3] == ["run", "seed", "epoch"]
     assert words[3:] == [
-        ["PNPLoss", "variant=Ds", "anneal=0.1"],
+        ["PNPLoss", "variant=Ds", "anneal=0.03"],
         [
             *("one", "0", "7"),
             *("0.2500", "0.5000", "0.2500", "0.5100", "0.2500", "0.5200", "1", "min", "40", "s"),
@@ -92,7 +92,7 @@ def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(
     ]
     words, out, *_ = compare(*runs)
     rows = {x[0]: " ".join(x) for x in words if x}
-    settings = "PNPLoss variant=Ds anneal=0.1, lr=0.001, loss_lr=0.001"
+    settings = "PNPLoss variant=Ds anneal=0.03, lr=0.001, loss_lr=0.001"
     assert out.index(settings) < out.index("  a ") < out.index("  b ") < out.index("Contrastive")
     assert "ContrastiveLoss pos_margin=0.3, lr=0.5, loss_lr=0.5\n  c " in out
     assert "threads" not in out and "workers" not in out and "mean" in rows
@@ -115,7 +115,7 @@ def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
         rows = list(csv.DictReader(opened))
     assert [x["run"] for x in rows] == runs
     assert [x["lr"] for x in rows] == ["0.001", "0.5", "0.001"]
-    assert json.loads(rows[0]["loss_args"]) == {"variant": "Ds", "anneal": 0.1}
+    assert json.loads(rows[0]["loss_args"]) == {"variant": "Ds", "anneal": 0.03}
     assert float(rows[0]["trained_mean_average_precision_at_r"]) == 1 / 3
     assert float(rows[1]["trained_recall_at_100"]) == 0.54
     assert rows[0]["training_seconds"] == "100.0" and rows[2]["best_epoch"] == ""

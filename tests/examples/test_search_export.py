@@ -102,7 +102,7 @@ def test_index_of_other_weights_is_another(command, run, folder, tmp_path, capsy
     shutil.copytree(run, other)
     query = folder / "7" / "00.png"
     assert command("search", other, query, "--index", folder) == 0
-    best = RunFolder.existing(str(other)).load_checkpoint("best.pt")
+    best = RunFolder.existing(str(other)).load_best()
     best["models"]["embedder"]["weight"].neg_()
     torch.save(best, other / "checkpoints" / "best.pt")
     assert command("search", other, query, "--index", folder) == 0

@@ -69,7 +69,11 @@ def test_run_folder_holds_everything(finished):
         "metrics.json",
         "report.html",
     }
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        "last.pt",
+        "previous.pt",
+        "best.pt",
+    }
 
 
 def test_default_lifts_map_at_r_on_unseen_digits(metrics):
