@@ -106,7 +106,7 @@ def test_for_a_damaged_checkpoint_the_one_before_is_used(run, capsys, tmp_path, 
     load = {"last": RunFolder.load_checkpoint, "best": RunFolder.load_best}
     instead = {
         "last": (whole["previous"], "previous.pt is used, of epoch 0"),
-        "best": (whole["last"]["best"], "what last.pt holds of it is used"),
+        "best": (whole["last"]["best"], "what the last checkpoint holds of it is used"),
     }
     for name in load:
         content = files[name].read_bytes()

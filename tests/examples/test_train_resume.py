@@ -224,10 +224,10 @@ def test_rows_that_a_full_disk_cut_off_are_removed(run, main, strict_json, whole
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_at_any_moment_continues_to_the_same_end(
-    whole, main, curves, strict_json, moment
+    whole, main, curves, strict_json, tmp_path, moment
 ):
     run, copies = whole("default")
-    continued = copies / moment
+    continued = shutil.copytree(copies / moment, tmp_path / "whole")
     assert not (continued / "metrics.json").exists()
     assert main("--resume", continued) == 0
     assert results(continued, strict_json) == results(run, strict_json)
@@ -252,9 +252,11 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
 
 
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
-def test_a_killed_run_with_more_state_continues_to_the_same_end(whole, main, strict_json, setting):
+def test_a_killed_run_with_more_state_continues_to_the_same_end(
+    whole, main, strict_json, tmp_path, setting
+):
     run, copies = whole(setting)
-    continued = copies / "after the second epoch"
+    continued = shutil.copytree(copies / "after the second epoch", tmp_path / "run")
     assert main("--resume", continued) == 0
     assert results(continued, strict_json) == results(run, strict_json)
 
