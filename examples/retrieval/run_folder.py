@@ -204,15 +204,13 @@ class RunFolder:
     def load_best(self) -> dict[str, Any] | None:
         """The best epoch and its weights, None before the first epoch has ended."""
         try:
-            best = self._load(BEST)
+            return self._load(BEST)
         except Damaged as error:
             checkpoint = self.load_checkpoint()
             if not checkpoint or not checkpoint["best"]:
                 raise
             say(f"warning: {error}; what the last checkpoint holds of it is used")
             return checkpoint["best"]
-        # A kill may have come before it was written.
-        return best or (self.load_checkpoint() or {}).get("best")
 
     def _load(self, name: str) -> dict[str, Any] | None:
         path = self.checkpoints / name
