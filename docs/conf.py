@@ -10,7 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pygments.lexers.special import TextLexer  # noqa: E402
+from sphinx.highlighting import lexers  # noqa: E402
+
 import pml_pnp  # noqa: E402
+
+lexers["mermaid"] = TextLexer()  # a picture in the repository, its text on the site
 
 project = "pml_pnp"
 author = "the pml_pnp authors"
