@@ -117,10 +117,7 @@ def left_out(rows: pd.DataFrame, groups: dict[str, list[str]] | None = None) -> 
             label = choice if "label" not in rows else _label_of(rows, *choice)
             lines.append(here.assign(name=name, choice=[label] * len(here)))
     made = pd.concat(lines, ignore_index=True)
-    best = made[made.name.isin(peers)].groupby(CELL)["value"].max().rename("best_peer")
-    made = made.merge(best, on=CELL)
-    made["behind"] = made.value - made.best_peer
-    return made
+    return _with_behind(made, made.name.isin(peers))
 
 
 def by_validation(rows: pd.DataFrame) -> pd.DataFrame:
@@ -137,13 +134,14 @@ def by_validation(rows: pd.DataFrame) -> pd.DataFrame:
         settings that validation prefers, and a column for each setting, by its label.
     """
     training = [*CELL, "learning_rate", "loss"]
-    runs = rows.groupby(training)
-    chosen = (
-        rows.loc[rows.groupby([*training, "seed"]).seen.idxmax()].groupby(training).value.mean()
-    )
+    chosen = preferred(rows, training).groupby(training).value.mean()
     each = rows.pivot_table(index=training, columns="label", values="value")
-    best = runs.value.agg(lambda x: x.groupby(rows.setting[x.index]).mean().max())
-    return each.assign(chosen=chosen).sub(best, axis=0).reset_index()
+    return each.assign(chosen=chosen).sub(each.max(axis=1), axis=0).reset_index()
+
+
+def preferred(rows: pd.DataFrame, among: list[str]) -> pd.DataFrame:
+    """Of the rows that have these columns in common, for each seed the best on validation."""
+    return rows.loc[rows.groupby([*among, "seed"]).seen.idxmax()]
 
 
 def from_best_peer(rows: pd.DataFrame) -> pd.DataFrame:
@@ -151,10 +149,14 @@ def from_best_peer(rows: pd.DataFrame) -> pd.DataFrame:
 
     Minus that of the best loss of another paper, chosen in the same way: `behind`.
     """
-    chosen = rows.loc[rows.groupby([*CELL, "loss", "seed"]).seen.idxmax()]
+    chosen = preferred(rows, [*CELL, "loss"])
     found = chosen.groupby([*CELL, "loss"], as_index=False).value.mean()
-    peers = found[~found.loss.str.startswith(OURS)]
-    best = peers.groupby(CELL).value.max().rename("best_peer")
+    return _with_behind(found, ~found.loss.str.startswith(OURS))
+
+
+def _with_behind(found: pd.DataFrame, is_peer: pd.Series) -> pd.DataFrame:
+    """With `behind`, MAP@R minus that of the best peer of the cell."""
+    best = found[is_peer].groupby(CELL)["value"].max().rename("best_peer")
     found = found.merge(best, on=CELL)
     return found.assign(behind=found.value - found.best_peer)
 
@@ -188,10 +190,10 @@ def left_out_table(rows: pd.DataFrame) -> str:
     made["cell"] = made.dataset + ", " + made.steps.astype(str) + " steps"
     table = made.pivot_table(index="name", columns="cell", values="behind")
     table = table.assign(mean=table.mean(axis=1), least=table.min(axis=1))
-    table = table.sort_values("mean", ascending=False).map(_signed)
+    table = table.sort_values("mean", ascending=False).map(signed)
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
-    return markdown(_with_ours_bold(table), "loss")
+    return markdown(with_ours_bold(table), "loss")
 
 
 def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str:
@@ -213,9 +215,8 @@ def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str
 def by_validation_table(rows: pd.DataFrame) -> str:
     """What temperatures cost, fixed and chosen by validation; and the losses so chosen."""
     costs = by_validation(rows[rows.temperature.notna()])
-    labels = [
-        f"at {x:g}" for x in sorted(rows[rows.loss.str.startswith(OURS)].temperature.unique())
-    ]
+    ours = rows[rows.loss.str.startswith(OURS)]
+    labels = [f"at {x:g}" for x in sorted(ours.temperature.unique())]
     of_loss = costs.groupby("loss")
     behind = from_best_peer(rows).groupby("loss").behind
     table = pd.DataFrame(
@@ -227,16 +228,22 @@ def by_validation_table(rows: pd.DataFrame) -> str:
             "least": behind.min(),
         }
     )
-    table = table.sort_values("from the best peer", ascending=False).map(_signed)
-    return markdown(_with_ours_bold(table), "loss")
+    table = table.sort_values("from the best peer", ascending=False).map(signed)
+    return markdown(with_ours_bold(table), "loss")
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference with its sign; NaN is an empty cell."""
     return "" if pd.isna(value) else f"{value:+.2f}"
 
 
-def _with_ours_bold(table: pd.DataFrame) -> pd.DataFrame:
-    return table.set_axis([f"**{x}**" if x.startswith(OURS) else x for x in table.index])
+def with_ours_bold(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the names of this package's losses in bold."""
+    return table.set_axis(map(_bold, table.index))
+
+
+def _bold(loss: str) -> str:
+    return f"**{loss}**" if loss.startswith(OURS) else loss
 
 
 def settings_table(rows: pd.DataFrame, dataset: str) -> str:
@@ -244,10 +251,7 @@ def settings_table(rows: pd.DataFrame, dataset: str) -> str:
     own = rows[rows.dataset == dataset].copy()
     if own.empty:
         return "No runs yet."
-    own["name"] = [
-        f"{'**' * x.startswith(OURS)}{x}{'**' * x.startswith(OURS)}, {y}"
-        for x, y in zip(own.loss, own.label, strict=True)
-    ]
+    own["name"] = own.loss.map(_bold) + ", " + own.label
     own["cell"] = [f"{s} steps at {r:g}" for s, r in zip(own.steps, own.learning_rate, strict=True)]
     order = own.sort_values(["steps", "learning_rate"]).cell.unique()
     table = own.pivot_table(index=["loss", "setting", "name"], columns="cell", values="value")

@@ -118,8 +118,15 @@ class Rounded(nn.Module):
 @torch.no_grad()
 def std_of_negatives(embeddings: Tensor, labels: Tensor) -> float:
     """Standard deviation of the cosine similarities of all pairs with different labels."""
+    s, _, negative = similarities(embeddings, labels)
+    return s[negative].std().item()
+
+
+def similarities(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine similarities of a batch, and which of them are of positives and of negatives."""
     unit = normalize(embeddings)
-    return (unit @ unit.T)[labels[:, None] != labels].std().item()
+    s, same = unit @ unit.T, labels[:, None] == labels
+    return s, same ^ torch.eye(len(s), dtype=torch.bool, device=s.device), ~same
 
 
 class Sum(nn.Module):
@@ -190,7 +197,7 @@ class Thresholds(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of every query that has a positive and a negative."""
-        s, positive, negative = _pairs(embeddings, labels)
+        s, positive, negative = similarities(embeddings, labels)
         of_query = self._f(self.alpha, self.base - s, positive)
         of_query = of_query + self._f(self.beta, s - self.base, negative)
         return of_query[positive.any(1) & negative.any(1)].mean()
@@ -216,19 +223,12 @@ class CircleWithoutWeights(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of every query that has a positive and a negative."""
-        s, positive, negative = _pairs(embeddings, labels)
+        s, positive, negative = similarities(embeddings, labels)
         least = torch.finfo(s.dtype).min
         of_query = (self.gamma * (s - self.m)).masked_fill(~negative, least).logsumexp(1)
         x = (self.gamma * (1 - self.m - s)).masked_fill(~positive, least).logsumexp(1)
         of_query = nn.functional.softplus(of_query + x)
         return of_query[positive.any(1) & negative.any(1)].mean()
-
-
-def _pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine similarities, and which of them are of positives and of negatives."""
-    unit = normalize(embeddings)
-    s, same = unit @ unit.T, labels[:, None] == labels
-    return s, same ^ torch.eye(len(s), dtype=torch.bool, device=s.device), ~same
 
 
 def _log(low: float, high: float) -> FloatDistribution:

@@ -23,12 +23,11 @@ from pathlib import Path
 import study_rows as rows
 import torch
 import tqdm
-from candidates import PROXY_LEARNING_RATE, Params, objective
+from candidates import PROXY_LEARNING_RATE, Params, objective, similarities
 from fitting import METRICS, retrieval_metrics, train
 from networks import embed
 from study_data import DATA_SETS, VALIDATION_SHARE, DataSet, Part, other_splits
 from torch import Tensor
-from torch.nn.functional import normalize
 
 TEMPERATURES = (0.003, 0.01, 0.03, 0.1, 0.3)
 LENGTHS = ("short", "long")  # DataSet.steps_of_grid
@@ -103,6 +102,7 @@ SWITCHES: dict[str, tuple[str, list[Params]]] = {
     "MultiSimilarity without weights": ("MultiSimilarity without weights", _MULTI_SIMILARITY),
     "Circle without weights": ("Circle without weights", SETTINGS["Circle"][1]),
 }
+ALL = {**SETTINGS, **SWITCHES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATA_SETS)
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
-    parser.add_argument(
-        "--losses", nargs="+", choices=[*SETTINGS, *SWITCHES], default=list(SETTINGS)
-    )
+    parser.add_argument("--losses", nargs="+", choices=ALL, default=list(SETTINGS))
     parser.add_argument("--settings", nargs="+", type=int, help="of every loss, from 0 to 4; all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the splits")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS)
@@ -173,7 +171,7 @@ def _missing(data: DataSet, args: argparse.Namespace, path: Path) -> Iterator[Ru
             for steps in args.steps or [lengths[x] for x in args.lengths]
             for rate in args.rates or data.rates_of_grid
             for loss in args.losses
-            for setting in args.settings or range(5)
+            for setting in args.settings or range(len(ALL[loss][1]))
         ]
         random.Random(seed).shuffle(of_seed)
         yield from (run for run in of_seed if run.key not in done)
@@ -208,7 +206,7 @@ def _run(data: DataSet, data_root: str | None, run: Run, device: torch.device) -
     parts = dict(
         zip(("fit", "validation", "test"), _parts(data, data_root, run.seed, device), strict=True)
     )
-    candidate, settings = {**SETTINGS, **SWITCHES}[run.loss]
+    candidate, settings = ALL[run.loss]
     params = settings[run.setting]
     data = dataclasses.replace(
         data,
@@ -275,15 +273,13 @@ class Watch:
 @torch.no_grad()
 def observed(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """What a user can see of a batch: how it is ranked, and how its similarities are spread."""
-    unit = normalize(embeddings)
-    s, same = unit @ unit.T, labels[:, None] == labels
-    itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
-    query, positive = (same ^ itself).nonzero(as_tuple=True)
-    before = ((s[query] > s[query, positive][:, None]) & ~same[query]).sum(1)
+    s, positives, negatives = similarities(embeddings, labels)
+    query, positive = positives.nonzero(as_tuple=True)
+    before = ((s[query] > s[query, positive][:, None]) & negatives[query]).sum(1)
     return {
         "negatives_before_positive": before.float().mean().item(),
-        "std_of_negatives": s[~same].std().item(),
-        "mean_gap": (s[query, positive].mean() - s[~same].mean()).item(),
+        "std_of_negatives": s[negatives].std().item(),
+        "mean_gap": (s[query, positive].mean() - s[negatives].mean()).item(),
     }
 
 

@@ -16,7 +16,14 @@ import numpy as np
 import study_rows as rows
 import torch
 import tqdm
-from candidates import PROBED, Params, TemperatureOfBatch, objective, std_of_negatives
+from candidates import (
+    PROBED,
+    Params,
+    TemperatureOfBatch,
+    objective,
+    similarities,
+    std_of_negatives,
+)
 from fitting import Outcome, run
 from study import UNTRAINED, Study, measure_untrained
 from study_data import DataSet, Part
@@ -282,9 +289,7 @@ def saturated_share(embeddings: Tensor, labels: Tensor, temperature: float) -> f
 
     Without those of the query as its own positive.
     """
-    unit = normalize(embeddings)
-    s, same = unit @ unit.T, labels[:, None] == labels
-    itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
-    query, positive = (same ^ itself).nonzero(as_tuple=True)
+    s, positives, negatives = similarities(embeddings, labels)
+    query, positive = positives.nonzero(as_tuple=True)
     t = (s[query] - s[query, positive][:, None]).abs() / temperature
-    return (t > SATURATED)[~same[query]].float().mean().item()
+    return (t > SATURATED)[negatives[query]].float().mean().item()

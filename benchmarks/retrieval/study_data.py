@@ -380,14 +380,11 @@ DATA_SETS = {
         network=_random_linear,
         about="the same with a linear layer that starts at random",
     ),
-    "emoji_lite0": DataSet(
-        "emoji_lite0",
-        _lite0_features("emoji_lite0", pretrained.emoji, SMALL_SIZE),
-        networks.linear_of_principal_components,
-        nn.Identity,
-        _as_it_is,
+    "emoji_lite0": dataclasses.replace(
+        GROCERY_LITE0,
+        name="emoji_lite0",
+        read=_lite0_features("emoji_lite0", pretrained.emoji, SMALL_SIZE),
         classes_per_batch=64,
-        steps=300,
         large_batches=((128, 4), (256, 4)),
         about="Emoji: four drawings of each, as frozen features of EfficientNet-Lite0 under a "
         "linear layer 1280 -> 128 that starts as their principal components",

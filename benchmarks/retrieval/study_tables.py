@@ -23,7 +23,7 @@ import advice
 import numpy as np
 import pandas as pd
 import torch
-from advice import _signed, _with_ours_bold
+from advice import signed, with_ours_bold
 from pages import fill, markdown, read, write
 from pytorch_metric_learning.distances import DotProductSimilarity
 from scipy import stats
@@ -213,7 +213,7 @@ def final(stage: str, rows: pd.DataFrame) -> str:
     if stage != SPLITS and len(untrained):
         values = ", ".join(f"{x} {cell(untrained[m][:1])}" for m, x in METRICS.items())
         without = f"; without training {values}"
-    return f"{conditions(of_stage)}{without}:\n\n{markdown(_with_ours_bold(table), 'loss')}"
+    return f"{conditions(of_stage)}{without}:\n\n{markdown(with_ours_bold(table), 'loss')}"
 
 
 def _setting(parameters: str) -> str:
@@ -282,7 +282,7 @@ def summary(rows: pd.DataFrame, stage: str) -> str:
     if table.empty:
         return NO_RUNS
     table = table.assign(mean=table.mean(axis=1), least=table.min(axis=1)).rename(columns=TITLES)
-    return markdown(_with_ours_bold(table.map(_signed)), "loss")
+    return markdown(with_ours_bold(table.map(signed)), "loss")
 
 
 def sums(rows: pd.DataFrame) -> str:
@@ -313,7 +313,7 @@ def trials(rows: pd.DataFrame) -> str:
             "of the best trial": 100 * of_loss.map_at_r.max(),
         }
     ).sort_values("of the best trial", ascending=False)
-    return markdown(_with_ours_bold(table), "loss")
+    return markdown(with_ours_bold(table), "loss")
 
 
 def of_probe(stage: str, make: Callable[[pd.DataFrame], pd.DataFrame], rows: pd.DataFrame) -> str:
