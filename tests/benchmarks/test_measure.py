@@ -95,3 +95,16 @@ def test_a_file_that_exists_is_not_overwritten(measure, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="exists; name another"):
         measure.main()
     assert path.read_text() == "mine"
+
+
+def test_what_a_step_asks_of_the_device_is_counted(measure):
+    import launches
+
+    device = measure.torch.device("cpu")
+    floor, ours = (
+        launches.count(measure.build(x, 8, 4, 4, device, "float32"), device)
+        for x in (measure.FLOOR, measure.OURS)
+    )
+    assert 10 < floor.operators < ours.operators < 100
+    assert floor.launches == ours.launches == 0
+    assert floor.host_us > 0
