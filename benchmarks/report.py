@@ -260,13 +260,13 @@ def losses(rows: pd.DataFrame) -> str:
     others = place[LEAN] + 0.5  # PML's other losses, by name, come after this package's
     order = sorted(measured, key=lambda name: (place.get(name, others), name))
     known = _with_fastest(measured).reindex(columns=[*NAMES, FASTEST])
+    ours, research = known[OURS], known[RESEARCH].min(axis=1)
     ratios = pd.DataFrame(
         {
-            "PNPLoss / floor": known[OURS] / known[FLOOR],
-            f"{FASTEST} / PNPLoss": known[FASTEST] / known[OURS],
-            "PML's PNPLoss / PNPLoss": known[BUILT_IN] / known[OURS],
-            f"fastest of {', '.join(RESEARCH)} / PNPLoss": known[RESEARCH].min(axis=1)
-            / known[OURS],
+            "PNPLoss / floor": ours / known[FLOOR],
+            f"{FASTEST} / PNPLoss": known[FASTEST] / ours,
+            "PML's PNPLoss / PNPLoss": known[BUILT_IN] / ours,
+            f"fastest of {', '.join(RESEARCH)} / PNPLoss": research / ours,
         }
     )
     return f"{over_n(measured[order])}\n\n{over_n(ratios)}"
