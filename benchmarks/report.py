@@ -101,7 +101,12 @@ def grad_cache(rows: pd.DataFrame) -> str:
         table[f"{provider}, MiB"] = mebibytes.map("{:,.0f}".format)
         table[f"{provider}, s"] = (measured.median_ms[provider] / 1e3).map("{:.3g}".format)
     table["time, ratio"] = measured.median_ms[cached] / measured.median_ms[whole]
-    return f"{_where(rows)}:\n\n{markdown(table.rename('{:,}'.format), 'images')}"
+    size = rows.image_size[0]
+    return (
+        f"Forward and backward of the example's small trunk on {size} x {size} images and PNPLoss, "
+        f"float32 ({_where(rows)}); memory is the peak beyond model and images:\n\n"
+        + markdown(table.rename("{:,}".format), "images")
+    )
 
 
 def ranks(rows: pd.DataFrame) -> str:
@@ -115,7 +120,11 @@ def ranks(rows: pd.DataFrame) -> str:
             "reduced, MB": (rows.reduced_bytes / 1e6).map("{:.1f}".format),
         }
     )
-    return f"{_where(rows)}:\n\n{markdown(table.set_index('processes'))}"
+    first = rows.iloc[0]
+    return (
+        f"PNPLoss on {first.N:,} rows of all processes together, d = {first.d}, {first['dtype']}, "
+        f"gloo ({_where(rows)}):\n\n{markdown(table.set_index('processes'))}"
+    )
 
 
 def _where(rows: pd.DataFrame) -> str:
@@ -310,14 +319,19 @@ def memory(rows: pd.DataFrame, part: str) -> str:
     found = rows[rows.part == part].drop_duplicates("N", keep="last")
     if found.empty:
         return ""
-    peaks = found.set_index("N").peak_bytes
+    first, peaks = found.iloc[0], found.set_index("N").peak_bytes
+    chunk = f"`chunk_size={first.chunk_size:.0f}`" if first.chunk_size > 0 else "no `chunk_size`"
+    said = (
+        f"Peak memory of a step of PNPLoss beyond the inputs, with {chunk} and embeddings of "
+        f"length {first.d}:"
+    )
     table = pd.DataFrame(
         {
             "MiB": (peaks / 2**20).map("{:,.0f}".format),
             "in N x N matrices": (peaks / (4 * peaks.index**2)).map("{:.2f}".format),
         }
     )
-    return "\n\n".join([markdown(table.rename("{:,}".format).T, "N"), *grows("It", peaks)])
+    return "\n\n".join([said, markdown(table.rename("{:,}".format).T, "N"), *grows("It", peaks)])
 
 
 def inside(rows: pd.DataFrame, *parts: str) -> str:

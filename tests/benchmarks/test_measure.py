@@ -69,7 +69,8 @@ def test_the_page_says_what_was_measured(measure, rows, report):
         "| sigmoids one by one |",
         "blocks of 2.5 MiB |",
         "| PNPLoss, two products |",
-        "| in N x N matrices |",
+        "with no `chunk_size`",
+        "with `chunk_size=2048`",
     ):
         assert said in page, said
 
