@@ -1,7 +1,6 @@
 """What makes pages of rows: reads CSV files, prints tables, replaces parts of pages."""
 
 import io
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -35,9 +34,9 @@ def markdown(table: pd.DataFrame, corner: str | None = None) -> str:
     """
 
     def cell(value) -> str:
-        if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.2f}"
-        return str(value)
+        if pd.isna(value):
+            return ""
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     flat = table.rename_axis(corner or table.index.names).reset_index(allow_duplicates=True)
     lines = [[*flat.columns], *flat.itertuples(index=False)]
