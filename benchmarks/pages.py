@@ -1,6 +1,7 @@
 """What makes pages of rows: reads CSV files, prints tables, replaces parts of pages."""
 
 import io
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,53 +25,65 @@ def read(paths: Iterable[Path], **options) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def markdown(table: pd.DataFrame, corner: str | None = None, rule: str = "---") -> str:
-    """A table whose cells are numbers with two digits, or text; the index is the first column.
+def markdown(table: pd.DataFrame, corner: str | None = None) -> str:
+    """A table whose first columns are its index; fractions have two digits.
 
     Args:
         table: to print; NaN is an empty cell.
         corner: head of the first column, by default the name of the index.
-        rule: of a column, below its head.
     """
 
     def cell(value) -> str:
-        if isinstance(value, str):
-            return value
-        return "" if pd.isna(value) else f"{value:.2f}"
+        if pd.isna(value):
+            return ""
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
 
-    heads = [str(x) for x in (corner or table.index.name, *table.columns)]
-    lines = [[str(i), *map(cell, row)] for i, row in zip(table.index, table.values, strict=True)]
-    head, *body = ("| " + " | ".join(line) + " |" for line in (heads, *lines))
-    return "\n".join([head, f"|{rule}" * len(heads) + "|", *body])
+    flat = table.rename_axis(corner or table.index.names).reset_index(allow_duplicates=True)
+    lines = [[*flat.columns], *flat.itertuples(index=False)]
+    head, *body = ("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    return "\n".join([head, "|---" * len(flat.columns) + "|", *body])
 
 
-def fill(text: str, made: dict[str, str], script: str) -> str:
-    """The text with every part made anew that it has markers for.
+def where(rows: pd.DataFrame, machine: str = "hardware") -> str:
+    """Machines, versions, dates and commands of rows.
 
     Args:
-        text: of a page.
+        rows: measured.
+        machine: the column of it.
+    """
+    machines = (rows[machine] + ", torch " + rows.torch).unique()
+    pml = rows.filter(regex="^pytorch.metric.learning$").iloc[-1, 0]
+    dates = " to ".join(sorted({rows.date.min(), rows.date.max()}))
+    commands = ", ".join(f"`{x}`" for x in rows.command.unique())
+    return f"{', and on '.join(machines)}, PML {pml}, {dates}, {commands}"
+
+
+def publish(pages: Iterable[Path], made: dict[str, str], script: str, check: bool = False) -> None:
+    """Write the made parts between their markers; or only check that they are there already.
+
+    Args:
+        pages: that have markers.
         made: the parts, by the name in their markers.
         script: that makes them, as in their markers.
-    """
-    for name, part in made.items():
-        begin = f"<!-- {name}, of {script} -->"
-        before, found, rest = text.partition(begin)
-        if found:
-            text = f"{before}{begin}\n{part}\n{END}{rest.partition(END)[2]}"
-    return text
-
-
-def write(texts: dict[Path, str], check: bool) -> None:
-    """Write the pages; or only check that they are so already.
+        check: write nothing.
 
     Raises:
-        SystemExit: if `check` finds a page that is not so.
+        SystemExit: if nothing is made for a marker, or `check` finds another text there.
     """
-    for page, text in texts.items():
-        if not check:
-            page.write_text(text, encoding="utf-8")
-        elif not page.exists() or text != page.read_text(encoding="utf-8"):
+    marker = re.compile(rf"(<!-- (.+), of {re.escape(script)} -->\n)")
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    for page, old in texts.items():
+        for begin, name in marker.findall(old):
+            before, _, rest = texts[page].partition(begin)
+            _, end, after = rest.partition(END)
+            if name not in made or not end:
+                sys.exit(f"{page}: {begin.strip()} has no rows, or no {END}")
+            texts[page] = f"{before}{begin}{made[name]}\n{END}{after}"
+        if check and texts[page] != old:
             sys.exit(f"{page} is not what the rows say: run this without --check")
+    if not check:
+        for page, text in texts.items():
+            page.write_text(text, encoding="utf-8")
 
 
 def pyplot():

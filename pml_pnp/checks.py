@@ -153,6 +153,13 @@ def check_labels(name: str, labels, length: int, meaning: str = "") -> None:
         raise TypeError(f"{name} must be real, got {labels.dtype}")
 
 
+def check_in_int64(name: str, labels: Tensor) -> None:
+    """Raise ValueError if labels that are kept in int64 are beyond it; a GPU waits for uint64."""
+    if labels.dtype == torch.uint64 and (labels.long() < 0).any():
+        largest = labels.long()[labels.long() < 0].max().item() % 2**64
+        raise ValueError(f"{name} must be below 2**63 to be kept as int64, got {largest}")
+
+
 def check_enqueue_mask(enqueue_mask, length: int) -> None:
     """Raise TypeError or ValueError unless this is a bool tensor of shape (length,)."""
     check_vector("enqueue_mask", enqueue_mask, length)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pml_pnp.checks import check_enqueue_mask, check_inputs, check_tuple
+from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs, check_tuple
 from pml_pnp.mining import anchors_of, of_queries
 from pml_pnp.pairs import plain
 
@@ -64,6 +64,9 @@ class Joined:
             check_inputs(
                 embeddings, labels, NO_TRIPLETS if has_tuple else None, ref_emb, ref_labels
             )
+            for name, given in (("labels", labels), ("ref_labels", ref_labels)):
+                if given is not None:
+                    check_in_int64(name, given)
             if mask is not None:
                 check_enqueue_mask(mask, len(embeddings))
             own = _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple)

@@ -10,7 +10,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.checks import check_enqueue_mask, check_inputs
+from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs
 from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
 from pml_pnp.mining import mine, without_self_pairs
@@ -66,8 +66,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     Raises:
         TypeError: an argument is not the tensor described above; a MultipleLosses with hooks.
         ValueError: more embeddings to enqueue than `memory_size`; embeddings of another size than
-            `embedding_size`; lengths that do not fit; `indices_tuple` and `enqueue_mask` together;
-            `ref_labels`; a MultipleLosses with miners, and a miner or `indices_tuple` as well.
+            `embedding_size`; lengths that do not fit; a label of 2**63 or more; `indices_tuple` and
+            `enqueue_mask` together; `ref_labels`; a MultipleLosses with miners, and a miner or
+            `indices_tuple` as well.
 
     Saving: `state_dict` holds the queue, its position and whether it is full. That of PML's
     CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning
@@ -228,6 +229,7 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         if labels is None:
             raise TypeError("labels must be a tensor, got NoneType")
         check_inputs(embeddings, labels, None, None, None)
+        check_in_int64("labels", labels)
         if embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings must have the embedding_size of the memory, {self.embedding_size}, "

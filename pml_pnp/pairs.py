@@ -166,9 +166,20 @@ def _as_integers(
 ) -> tuple[Tensor, Tensor]:
     """Replace labels by integers that are equal where the labels are."""
     if not (labels.is_floating_point() or ref_labels.is_floating_point()):
-        return labels.long().contiguous(), ref_labels.long()
+        if (labels.dtype == torch.uint64) == (ref_labels.dtype == torch.uint64):
+            return labels.long().contiguous(), ref_labels.long()
+        # As int64, 2**64 - 1 is -1: a second row tells them apart.
+        both = torch.cat([_int64_and_overflow(labels), _int64_and_overflow(ref_labels)], dim=1)
+        ids = torch.unique(both, dim=1, return_inverse=True)[1]
+        return ids.split([len(labels), len(ref_labels)])
     if query_column is not None:
         ref_ids = torch.unique(ref_labels.double(), return_inverse=True)[1]
         return ref_ids[query_column], ref_ids
     both = torch.cat([labels.double(), ref_labels.double()])
     return torch.unique(both, return_inverse=True)[1].split([len(labels), len(ref_labels)])
+
+
+def _int64_and_overflow(labels: Tensor) -> Tensor:
+    """Integer labels (N,) as int64, and whether each is beyond it; (2, N)."""
+    wrapped = labels.long()
+    return torch.stack([wrapped, (wrapped < 0).long() * (labels.dtype == torch.uint64)])

@@ -355,6 +355,7 @@ def errors(rank):
         "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
         "no labels": raised(lambda: wrapper(x, None if odd else y)),
         "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
+        "large labels": raised(lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y)),
         "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),
         "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),
         "mask": raised(lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None)),

@@ -439,6 +439,22 @@ def test_large_integer_labels_are_told_apart_beside_floating_ones():
     torch.testing.assert_close(got, PNPLoss()(x, y, None, x.clone(), y.clone()))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_unsigned_labels_beyond_int64_are_no_negative_ones(swapped):
+    x, ref = torch.randn(4, 3), torch.randn(5, 3)
+    y = torch.tensor([2**64 - 1, 2**64 - 1, 5, 5], dtype=torch.uint64)
+    ref_y = torch.tensor([-1, -1, 5, 5, 7])
+    others = torch.tensor([9, 9, 5, 5])  # which are equal to the same references
+    want = PNPLoss()(x, others, None, ref, ref_y)
+    got = PNPLoss()(x, y, None, ref, ref_y)
+    if swapped:
+        want = PNPLoss()(ref, ref_y, None, x, others)
+        got = PNPLoss()(ref, ref_y, None, x, y)
+    torch.testing.assert_close(got, want)
+    same = PNPLoss()(x, y, None, ref[:4], y.clone())
+    torch.testing.assert_close(same, PNPLoss()(x, y.long(), None, ref[:4], y.long()))
+
+
 def test_complex_labels_are_refused():
     x, y = batch()
     with pytest.raises(TypeError, match="labels must be real, got torch.complex64"):

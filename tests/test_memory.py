@@ -141,6 +141,11 @@ def test_the_queue_takes_the_dtype_of_the_embeddings(dtype, device):
             ValueError,
             "expected indices_tuple or enqueue_mask, got both",
         ),
+        (
+            {"y": torch.full((24,), 2**64 - 1, dtype=torch.uint64)},
+            ValueError,
+            rf"labels must be below 2\*\*63 to be kept as int64, got {2**64 - 1}",
+        ),
         ({"tuple_": (torch.tensor([24]),) * 3}, ValueError, r"indices_tuple\[0\].* got 24"),
         (
             {"tuple_": (torch.tensor([0]), torch.tensor([40]), torch.tensor([0]))},

@@ -7,7 +7,6 @@ classes, averaged over the splits that all losses of the cell have.
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pages  # noqa: E402
 
 FOLDER = RESULTS / "grid"
+SCRIPT = "python benchmarks/retrieval/grid.py"
 OURS = "PNP"
 # Data sets of the same images or sentences are left out together.
 DATA_OF = {
@@ -168,9 +168,6 @@ def _label_of(rows: pd.DataFrame, loss: str, setting: int) -> str:
 # --- the tables and the picture ---------------------------------------------------------------
 
 
-markdown = partial(pages.markdown, rule=" --- ")
-
-
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the data sets in which every loss has run at every setting."""
     choices = rows[[*CELL, *CHOICE]].drop_duplicates().groupby("dataset").size()
@@ -193,7 +190,7 @@ def left_out_table(rows: pd.DataFrame) -> str:
     table = table.sort_values("mean", ascending=False).map(signed)
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
-    return markdown(with_ours_bold(table), "loss")
+    return pages.markdown(with_ours_bold(table), "loss")
 
 
 def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str:
@@ -209,7 +206,7 @@ def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str
             for m, low, high in zip(minus.mean(), minus.min(), minus.max(), strict=True)
         ]
     columns = [f"at {x:g}" for x in minus.columns]
-    return markdown(pd.DataFrame.from_dict(made, "index", columns=columns), f"minus {other}")
+    return pages.markdown(pd.DataFrame.from_dict(made, "index", columns=columns), f"minus {other}")
 
 
 def by_validation_table(rows: pd.DataFrame) -> str:
@@ -229,7 +226,7 @@ def by_validation_table(rows: pd.DataFrame) -> str:
         }
     )
     table = table.sort_values("from the best peer", ascending=False).map(signed)
-    return markdown(with_ours_bold(table), "loss")
+    return pages.markdown(with_ours_bold(table), "loss")
 
 
 def signed(value: float) -> str:
@@ -246,22 +243,16 @@ def _bold(loss: str) -> str:
     return f"**{loss}**" if loss.startswith(OURS) else loss
 
 
-def settings_table(rows: pd.DataFrame, dataset: str) -> str:
-    """MAP@R on the test classes of every setting, by length of training and learning rate."""
-    own = rows[rows.dataset == dataset].copy()
-    if own.empty:
-        return "No runs yet."
-    own["name"] = own.loss.map(_bold) + ", " + own.label
-    own["cell"] = [f"{s} steps at {r:g}" for s, r in zip(own.steps, own.learning_rate, strict=True)]
-    order = own.sort_values(["steps", "learning_rate"]).cell.unique()
-    table = own.pivot_table(index=["loss", "setting", "name"], columns="cell", values="value")
-    table = table[order].droplevel(["loss", "setting"])
-    last, seeds = own.iloc[-1], own.seed.nunique()
+def settings_table(rows: pd.DataFrame) -> str:
+    """MAP@R of every setting on the test classes of a data set, by length and learning rate."""
+    named = rows.assign(name=rows.loss.map(_bold) + ", " + rows.label)
+    table = named.pivot_table("value", ["loss", "setting", "name"], ["steps", "learning_rate"])
+    table.columns = [f"{steps} steps at {rate:g}" for steps, rate in table]
+    last, seeds = rows.iloc[-1], rows.seed.nunique()
+    where = pages.where(rows.assign(command=f"{SCRIPT} --dataset {last.dataset}"), "machine")
     return (
-        f"{seeds} split{'s' * (seeds > 1)} of the classes, batches of {last.batch}, "
-        f"{last.machine}, torch {last.torch}, PML {last['pytorch-metric-learning']}, "
-        f"{last.date}, `python benchmarks/retrieval/grid.py --dataset {dataset}`:\n\n"
-        + markdown(table, "loss")
+        f"{seeds} split{'s' * (seeds > 1)} of the classes, batches of {last.batch}, {where}:\n\n"
+        + pages.markdown(table.droplevel(["loss", "setting"]), "loss")
     )
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,9 @@ EMOJI_PACKAGES = (
     ("@lobehub/fluent-emoji-3d@1.1.0", "assets/"),  # Fluent, MIT
 )
 SKIN_TONE = re.compile("1f3f[b-f]")
+CODE = re.compile("[0-9a-f]+([-_][0-9a-f]+)*")  # of an emoji: the name of its file
+# Bytes; several times what these packages have. An archive may claim any size.
+PACKAGE_AT_MOST, IMAGE_AT_MOST = 2**29, 2**20
 
 
 def emoji(root: Path) -> Iterator[Labelled]:
@@ -132,19 +136,36 @@ def emoji(root: Path) -> Iterator[Labelled]:
         if not path.exists():
             packages = " ".join(p for p, _ in EMOJI_PACKAGES)
             raise SystemExit(f"expected {path}; in that folder: npm pack {packages}")
-        drawings = {}
-        with tarfile.open(path) as archive:
-            for member in archive:
-                prefix, _, file = member.name.rpartition("/")
-                if f"{prefix}/" == f"package/{folder}" and file.endswith((".png", ".webp")):
-                    code = "-".join(x for x in Path(file).stem.lower().split("-") if x != "fe0f")
-                    if not SKIN_TONE.search(code):
-                        drawings[code] = archive.extractfile(member).read()
-        found.append(drawings)
+        try:
+            found.append(_drawings(path, f"package/{folder}"))
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            raise SystemExit(f"cannot read {path}: {error}") from error
     for code in sorted(set.intersection(*(set(x) for x in found))):
         for drawings in found:
             content = drawings[code]
             yield code, str(code.count("-")), lambda x=content: Image.open(io.BytesIO(x))
+
+
+def _drawings(path: Path, folder: str) -> dict[str, bytes]:
+    """The images in a folder of a package of npm, by the code of the emoji."""
+    drawings, total = {}, 0
+    with tarfile.open(path) as archive:
+        for member in archive:
+            total += member.size
+            if total > PACKAGE_AT_MOST:
+                raise tarfile.TarError(f"more than {PACKAGE_AT_MOST} bytes when unpacked")
+            prefix, _, file = member.name.rpartition("/")
+            if f"{prefix}/" != folder or not file.endswith((".png", ".webp")):
+                continue
+            stem = Path(file).stem.lower()
+            if not member.isfile() or not CODE.fullmatch(stem):
+                raise tarfile.TarError(f"expected a file named by an emoji's code, got {file!r}")
+            if member.size > IMAGE_AT_MOST:
+                raise tarfile.TarError(f"{file} has {member.size} bytes, of {IMAGE_AT_MOST}")
+            code = "-".join(x for x in stem.split("-") if x != "fe0f")
+            if not SKIN_TONE.search(code):
+                drawings[code] = archive.extractfile(member).read()
+    return drawings
 
 
 def pixels(image: Image.Image, size: int) -> Tensor:

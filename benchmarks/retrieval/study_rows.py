@@ -4,9 +4,7 @@ They are all that a later session needs to carry on: what has a row is not run a
 of the tuning are made of them where the SQLite file is missing.
 """
 
-import csv
 import datetime
-import io
 import json
 import os
 import platform
@@ -17,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from fitting import Outcome
 from study_data import DataSet
@@ -51,34 +50,18 @@ def add(path: Path, row: dict[str, Any]) -> None:
     A new file gets the row's keys as its header.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_unfinished_line(path)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(row), lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow(row)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, text.getvalue().encode())
-    finally:
-        os.close(file)
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    if path.exists():
-        text = path.read_bytes()
-        if text and not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What tells the run of a row from another."""
-    return tuple(str(row[k]) for k in KEY)
+    text = path.read_bytes() if path.exists() else b""
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):  # a line that a kill cut short
+        os.truncate(path, whole)
+    line = pd.DataFrame([row]).to_csv(header=not whole, index=False, lineterminator="\n")
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
 
 
 def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
     """The keys of all runs that have a row."""
-    return {key(r) for r in rows}
+    return {tuple(str(row[k]) for k in KEY) for row in rows}
 
 
 def row_of(
@@ -92,19 +75,9 @@ def row_of(
     outcome: Outcome,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The row of a run that just ended, on this machine.
+    """The row of a run that just ended, on this machine; the arguments are its columns.
 
-    Args:
-        data: what it ran on.
-        stage: of the study.
-        loss: the candidate.
-        setting: tells runs of a stage, loss and seed apart: the number of the trial, or what a
-            probe changes.
-        seed: of the run.
-        measured_on: the part of the data.
-        parameters: of the candidate.
-        outcome: of the run.
-        device: that it ran on.
+    `setting` is the number of a trial, or what a probe changes; `parameters` are the candidate's.
     """
     return {
         "dataset": data.name,

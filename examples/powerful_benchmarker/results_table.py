@@ -64,31 +64,27 @@ def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:
     finished = experiment / "finished.json"
     how = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
     for path in sorted(experiment.glob("*/saved_csvs/logs.db")):
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.row_factory = sqlite3.Row
-            if path.parts[-3] == "meta_logs":
-                trained = "trained_status = 'trained'"
-                found = {ENSEMBLE: _last(connection, "ConcatenateEmbeddings", trained)}
-            else:
-                found = {
-                    UNTRAINED: _last(connection, "accuracies", "CAST(epoch AS INTEGER) = 0"),
-                    FOLDS: _last(connection, "accuracies", "CAST(epoch AS INTEGER) > 0"),
-                }
-        for kind, record in found.items():
-            if record is not None:
-                values = {m: float(record[f"{m}_level0"]) for m in METRICS}
-                row = {"loss": loss, "seed": seed, "models": kind, "epoch": record["epoch"]}
+        if path.parts[-3] == "meta_logs":
+            all_tested = _tested(path, "ConcatenateEmbeddings").query("trained_status == 'trained'")
+            found = {ENSEMBLE: all_tested}
+        else:
+            all_tested = _tested(path, "accuracies")
+            epochs = all_tested.epoch.astype(int)
+            found = {UNTRAINED: all_tested[epochs == 0], FOLDS: all_tested[epochs > 0]}
+        for kind, tested in found.items():
+            for last in tested.tail(1).to_dict("records"):
+                values = {m: float(last[f"{m}_level0"]) for m in METRICS}
+                row = {"loss": loss, "seed": seed, "models": kind, "epoch": last["epoch"]}
                 yield {**row, **values, **how}
 
 
-def _last(connection: sqlite3.Connection, prefix: str, where: str) -> sqlite3.Row | None:
-    """The newest of such test accuracies, from the table whose name begins so."""
-    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-    for (name,) in names:
-        if name.startswith(prefix) and name.endswith("_TEST"):
-            query = f"SELECT * FROM {name} WHERE {where} ORDER BY rowid DESC LIMIT 1"
-            return connection.execute(query).fetchone()
-    return None
+def _tested(path: Path, prefix: str) -> pd.DataFrame:
+    """Test accuracies as they were logged, from the table whose name begins so."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        names = pd.read_sql("SELECT name FROM sqlite_master WHERE type = 'table'", connection).name
+        names = names[names.str.startswith(prefix) & names.str.endswith("_TEST")]
+        tables = [pd.read_sql(f"SELECT * FROM {name}", connection) for name in names[:1]]
+    return tables[0] if tables else pd.DataFrame(columns=["epoch", "trained_status"])
 
 
 def about(dataset: str) -> dict[str, str]:

@@ -462,7 +462,8 @@ def of_run(run: RunFolder) -> dict[str, Any]:
         raise UserError(
             f"{file} has no {', '.join(later)}, so an earlier version made this run; "
             f"start a new one with the same settings by --config {file}, or add to the file the "
-            f"values with which this one was made; the present defaults are {values}"
+            f'values with which this one was made and remove its line "{CHECKSUM}", if there is '
+            f"one; the present defaults are {values}"
         )
     return config
 

@@ -12,7 +12,7 @@ from .embeddings import embed_samples
 from .errors import UserError
 from .prepare import Prepare
 from .processes import find_device, say
-from .run_folder import RunFolder
+from .run_folder import BEST, RunFolder
 from .seeding import seed_everything
 from .trunks import IMAGE_SIZES, LITE, SMALL, SmallTransform, Trunk, build_trunk
 
@@ -91,7 +91,13 @@ def load_best(path: str | PathLike[str]) -> Trained:
     config = {**run.read_config(), "pretrained": False}
     best = run.load_best()
     if best is None:
-        raise UserError(f"{path} holds no checkpoints/best.pt yet")
+        written = (run.load_checkpoint() or {}).get("best")
+        if written:
+            raise UserError(
+                f"{run.checkpoints / BEST}, of epoch {written['epoch']}, is missing; "
+                f"train --resume {path} writes it again"
+            )
+        raise UserError(f"{path} holds no checkpoints/{BEST} yet")
     trunk = build(config)
     embedder = build_embedder(trunk, config)
     trunk.module.load_state_dict(best["models"]["trunk"])

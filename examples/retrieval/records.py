@@ -21,6 +21,7 @@ from pytorch_metric_learning.utils import logging_presets
 
 from .data import RetrievalSplits
 from .disk import writing
+from .errors import UserError
 from .metrics import PRIMARY_METRIC
 from .processes import unwrap
 from .run_folder import RunFolder
@@ -196,16 +197,28 @@ def read(logs: Path, files: str, column: str) -> list[tuple[int, float]]:
         logs: Their folder.
         files: A pattern of file names without the suffix.
         column: Its name.
+
+    Raises:
+        UserError: If what stands there is no number.
     """
     for path in sorted(logs.glob(f"{files}.csv")):
         header: list[str] = []  # a new one may stand anywhere
         values = []
-        with path.open(newline="") as file:
-            for row in csv.reader(file):
+        with path.open(newline="", errors="replace") as file:
+            rows = csv.reader(file)
+            for row in rows:
                 if row and row[0] == STEP:
                     header = row
                 elif column in header and len(row) == len(header):  # not cut off by a full disk
-                    values.append((int(row[0]), float(row[header.index(column)])))
+                    step, value = row[0], row[header.index(column)]
+                    try:
+                        values.append((int(step), float(value)))
+                    except ValueError as error:
+                        raise UserError(
+                            f"{path}, line {rows.line_num}: expected numbers for {STEP} and "
+                            f"{column}, got {step!r} and {value!r}; train --resume writes the "
+                            "curves again"
+                        ) from error
         if values:
             return values
     return []

@@ -82,7 +82,7 @@ def make(
             test image.
     """
     notes: list[str] = []
-    embeddings = {}
+    embeddings: dict[str, torch.Tensor] = {}
     seen = None
     networks = (
         ("untrained", lambda: untrained(config)),
@@ -106,13 +106,17 @@ def make(
             description=f"{name} network",
         )
         if name == "trained":
-            seen = embed(
-                network,
-                _part_of_seen(splits),
-                BATCH_SIZE,
-                device,
-                workers=config["workers"],
-                description="training images, to compare with",
+            images = _part_of_seen(splits)
+            seen = (
+                images,
+                embed(
+                    network,
+                    images,
+                    BATCH_SIZE,
+                    device,
+                    workers=config["workers"],
+                    description="training images, to compare with",
+                ),
             )
     content = contents(folder, config, splits, embeddings, notes, device, seen)
     folder.write_text(FILE, render(content))
@@ -144,7 +148,7 @@ def contents(
     embeddings: dict[str, torch.Tensor],
     notes: Sequence[str],
     device: torch.device | str = "cpu",
-    seen: torch.Tensor | None = None,
+    seen: tuple[LabelledImages, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """What the page shows, by the names that its template uses.
 
@@ -156,7 +160,7 @@ def contents(
             as far as there are such.
         notes: What is missing so far.
         device: Where to rank.
-        seen: Embeddings of `_part_of_seen` by the trained network, if there is one.
+        seen: `_part_of_seen` and its embeddings by the trained network, if there is one.
     """
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
     saved = folder.read_json("metrics.json")
@@ -185,13 +189,9 @@ def contents(
         "alike": []
         if seen is None
         else most_alike(
-            _part_of_seen(splits).samples,
-            seen,
-            splits.test.samples,
-            embeddings["trained"],
-            device,
+            seen[0].samples, seen[1], splits.test.samples, embeddings["trained"], device
         ),
-        "compared": (0 if seen is None else len(seen), len(splits.seen)),
+        "compared": (0 if seen is None else len(seen[0]), len(splits.seen)),
         "frames": FRAMES,
         "markers": MARKERS,
     }

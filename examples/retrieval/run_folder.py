@@ -6,16 +6,17 @@ import os
 import random
 import socket
 import textwrap
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from pytorch_metric_learning.trainers import BaseTrainer
+
+from pml_pnp.benchmarker.checkpoints import load_checked
 
 from .disk import BESIDE, remove_incomplete, replace, write_csv, writing
 from .errors import UserError
@@ -202,7 +203,7 @@ class RunFolder:
         return last or previous
 
     def load_best(self) -> dict[str, Any] | None:
-        """The best epoch and its weights, None before the first epoch has ended."""
+        """The best epoch and its weights, None if there is no file of it."""
         try:
             return self._load(BEST)
         except Damaged as error:
@@ -216,9 +217,7 @@ class RunFolder:
         path = self.checkpoints / name
         try:
             with path.open("rb") as file:
-                _check_archive(file)
-                file.seek(0)
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return load_checked(file)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -238,19 +237,6 @@ class Damaged(UserError):
 
 def _checksum(content: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
-
-
-def _check_archive(file: BinaryIO) -> None:
-    """Compare what `torch.save` wrote with its checksums, at which `torch.load` does not look.
-
-    Raises:
-        Exception: Of many types, if it is damaged.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if any(x.compress_type != zipfile.ZIP_STORED for x in archive.infolist()):
-            raise zipfile.BadZipFile("compressed, as torch.save never does")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
 
 
 def is_unfilled(path: Path) -> bool:

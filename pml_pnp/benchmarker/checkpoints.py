@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 UNRECORDED = "unrecorded"
 
@@ -128,19 +129,34 @@ def check(path: Path) -> None:
     Raises:
         DamagedCheckpoint: It is not as `torch.save` wrote it.
     """
-    import torch
-
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
-        torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            load_checked(file)
     except Exception as error:  # in many ways
         raise DamagedCheckpoint(
             f"{path} is damaged, or was not written by this program ({type(error).__name__}); if "
             "its run was killed and not resumed, --resume_training latest does the epoch again; "
             f"if it was, remove the folder {path.parents[1]}, and that trains the fold anew"
         ) from error
+
+
+def load_checked(file: BinaryIO) -> Any:
+    """What `torch.save` wrote to a file, on the CPU; no code from it is run.
+
+    It is compared with its checksums, at which `torch.load` does not look.
+
+    Raises:
+        Exception: of many types, if it is damaged.
+    """
+    import torch
+
+    with zipfile.ZipFile(file) as archive:
+        if any(x.compress_type != zipfile.ZIP_STORED for x in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, as torch.save never does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _set_aside(path: Path) -> None:

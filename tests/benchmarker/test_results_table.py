@@ -57,6 +57,7 @@ def logs(tmp_path):
 
 def test_rows_are_of_each_fold_trained_and_not_and_of_the_ensemble(logs):
     rows = list(results_table.rows_of(logs / "good-1", "good", 1))
+    assert {str(row["epoch"]) for row in rows if row["models"] == "fold"} == {"4"}
     found = sorted((row["models"], row["precision_at_1"]) for row in rows)
     assert found == [
         ("ensemble", pytest.approx(0.95)),

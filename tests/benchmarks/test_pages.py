@@ -34,11 +34,35 @@ def test_a_table_has_two_digits_text_as_it_is_and_empty_cells():
     assert pages.markdown(table.rename_axis("loss")).splitlines() == lines
 
 
-def test_a_page_that_the_rows_do_not_make_is_found_and_not_written(tmp_path):
-    page, missing = tmp_path / "page.md", tmp_path / "missing.md"
-    pages.write({page: "new"}, check=False)
-    pages.write({page: "new"}, check=True)
-    for texts in ({page: "newer"}, {missing: "new"}):
-        with pytest.raises(SystemExit, match="is not what the rows say"):
-            pages.write(texts, check=True)
-    assert page.read_text() == "new" and not missing.exists()
+def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Before\n<!-- a b, of x.py -->\nold\n<!-- end -->\nafter\n<!-- c, of y.py -->\n"
+    )
+    new = page.read_text().replace("old", "new\nlines")
+    with pytest.raises(SystemExit, match="page.md is not what the rows say"):
+        pages.publish([page], {"a b": "new\nlines"}, "x.py", check=True)
+    assert "old" in page.read_text()
+    for check in (False, True):
+        pages.publish([page], {"a b": "new\nlines", "d": ""}, "x.py", check)
+        assert page.read_text() == new
+
+
+@pytest.mark.parametrize(
+    "marker", ["<!-- lost, of x.py -->\n<!-- end -->", "<!-- a, of x.py -->\n"]
+)
+def test_no_page_is_written_if_a_marker_has_no_part_or_no_end(marker, tmp_path):
+    one, two = tmp_path / "one.md", tmp_path / "two.md"
+    one.write_text("<!-- a, of x.py -->\nold\n<!-- end -->")
+    two.write_text(marker)
+    with pytest.raises(SystemExit, match="two.md: <!-- .* has no rows, or no <!-- end -->"):
+        pages.publish([one, two], {"a": "new"}, "x.py")
+    assert "old" in one.read_text()
+
+
+def test_rows_say_where_when_and_by_what_they_were_measured():
+    rows = pd.DataFrame({"machine": ["A", "A", "B"], "torch": ["2", "2", "3"]})
+    rows = rows.assign(date=["2026-02-03", "2026-01-02", "2026-01-02"], command=["b", "a", "b"])
+    rows["pytorch-metric-learning"] = "2.9"
+    said = "A, torch 2, and on B, torch 3, PML 2.9, 2026-01-02 to 2026-02-03, `b`, `a`"
+    assert pages.where(rows, "machine") == said

@@ -402,12 +402,15 @@ def test_run_without_metrics_says_so_and_shows_what_was_learned(copied, report, 
 
 def test_run_that_was_killed_in_its_first_epoch(copied, report):
     (copied / "metrics.json").unlink()
-    (copied / "checkpoints" / "best.pt").unlink()
+    for checkpoint in (copied / "checkpoints").iterdir():
+        checkpoint.unlink()
     shutil.rmtree(copied / "logs")
     assert report(copied) == 0
     page = parsed(copied / "report.html")
     notes = text_of(section(page, "notes"))
-    assert "Nothing is shown of the trained network" in notes and "best.pt" in notes
+    assert (
+        "Nothing is shown of the trained network" in notes and "no checkpoints/best.pt yet" in notes
+    )
     missing = text_of(section(page, "curves"))
     assert all(x in missing for x in CURVES)
     assert {x.get("data-network") for x in page.iter("ol")} == {"untrained"}
@@ -425,6 +428,9 @@ def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch)
     monkeypatch.setattr(module, "untrained", fail)
     assert report(copied) == 0
     page = parsed(copied / "report.html")
+    best = json.loads((copied / "metrics.json").read_text())["best_epoch"]
+    missing = f"best.pt, of epoch {best}, is missing; train --resume {copied} writes it again"
+    assert missing in text_of(section(page, "notes"))
     assert [x.get("id") for x in page.iter("section")] == ["notes", *SECTIONS[7:]]
     assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[7:]}
 
@@ -835,6 +841,8 @@ def test_of_many_training_images_a_part_is_compared(copied, report, monkeypatch)
     original = module.embed
     monkeypatch.setattr(module, "embed", embed)
     monkeypatch.setattr(module, "SEEN_AT_MOST", 7)
+    part, parts = module._part_of_seen, []
+    monkeypatch.setattr(module, "_part_of_seen", lambda x: parts.append(part(x)) or parts[-1])
     drawn = []
     for _ in range(2):
         assert report(copied) == 0
@@ -842,6 +850,7 @@ def test_of_many_training_images_a_part_is_compared(copied, report, monkeypatch)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 7
     text = " ".join(section(parsed(copied / "report.html"), "alike").itertext())
     assert re.search(r"Of the \d+ images that were trained and validated on, 7 are compared", text)
+    assert len(parts) == 2  # of two reports
 
 
 @pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 1), (48, 48)])
@@ -943,6 +952,16 @@ def test_records_are_read_across_headers_and_cut_lines(tmp_path):
     )
     assert read(tmp_path, "*", "loss") == [(0, 0.5), (1, 0.25), (2, 0.125)]
     assert read(tmp_path, "a*", "loss") == []
+
+
+@pytest.mark.parametrize("cut", ["~iteration~,loss\n0,0.5\n1,2e", "~iteration~,loss\n0,0.5\nx,1\n"])
+def test_a_curve_that_holds_no_number_is_named_with_its_line(cut, copied, report, capsys):
+    path = copied / "logs" / "loss_histories.csv"
+    path.write_text(cut.replace("loss", "total_loss"))
+    assert report(copied) == 2
+    err = capsys.readouterr().err
+    assert f"{path}, line 3: expected numbers for ~iteration~ and total_loss, got" in err
+    assert "train --resume" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

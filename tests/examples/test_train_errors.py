@@ -151,6 +151,7 @@ def test_run_of_an_earlier_version_says_how_to_go_on(
     assert f"{file} has no patience, amp, so an earlier version made this run" in err
     assert err.count("\n") == 1
     assert f"start a new one with the same settings by --config {file}" in err
+    assert 'and remove its line "crc32"' in err
     (values,) = re.findall(r"the present defaults are (.*)\n", err)
     if command == "train --resume":  # both ways out
         new = ["--output-dir", tmp_path, "--name", "new", "--epochs", 1, "--no-report"]

@@ -49,6 +49,36 @@ def test_an_emoji_is_what_all_packages_draw(emoji_root):
     assert [opened().getpixel((0, 0))[0] for _, _, opened in found[:4]] == [0, 10, 20, 30]
 
 
+FOLDER = pretrained.EMOJI_PACKAGES[2][1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "files", "said"),
+    [
+        ("IMAGE_AT_MOST", {f"{FOLDER}1f600.png": bytes(2000)}, "1f600.png has 2000 bytes"),
+        ("PACKAGE_AT_MOST", {"large": bytes(2000)}, "more than 1000 bytes"),
+        (
+            "PACKAGE_AT_MOST",
+            {f"{FOLDER}license.png": b""},
+            "named by an emoji's code, got 'license",
+        ),
+        ("PACKAGE_AT_MOST", None, "ended before"),
+    ],
+    ids=["large image", "large package", "another name", "cut short"],
+)
+def test_a_package_is_read_within_limits(limit, files, said, emoji_root, monkeypatch):
+    monkeypatch.setattr(pretrained, limit, 1000)
+    path = emoji_root / "emoji" / "emojione-2.2.7.tgz"
+    if files is None:
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        pack(path, files)
+    for other in pretrained.EMOJI_PACKAGES[:2]:
+        pack(emoji_root / "emoji" / (other[0].replace("@", "-") + ".tgz"), {})
+    with pytest.raises(SystemExit, match=f"cannot read {path}: .*({said})"):
+        list(pretrained.emoji(emoji_root))
+
+
 def test_a_missing_package_is_named(emoji_root):
     (emoji_root / "emoji" / "emojione-2.2.7.tgz").unlink()
     with pytest.raises(

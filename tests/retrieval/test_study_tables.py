@@ -6,7 +6,6 @@ import math
 import pandas as pd
 import pytest
 import study_tables
-from pages import fill
 from scipy import stats
 
 
@@ -53,14 +52,16 @@ def test_the_interval_is_students():
 def test_losses_are_paired_by_seed():
     ours = pd.Series({1: 0.50, 2: 0.60, 3: 0.70, 4: 0.99})
     theirs = pd.Series({1: 0.49, 2: 0.57, 3: 0.68, 5: 0.0})
-    difference, half, p = study_tables.paired(ours, theirs)
+    more = {"one": theirs[:1], "same": ours, "larger": ours + 1}
+    values = pd.DataFrame({"ours": ours, "theirs": theirs, **more})
     test = stats.ttest_1samp([0.01, 0.03, 0.02], 0)
-    assert difference == pytest.approx(0.02)
-    assert half == pytest.approx(test.confidence_interval(0.95).high - 0.02)
-    assert p == pytest.approx(test.pvalue)
-    assert study_tables.paired(ours, theirs[:1]) is None
-    assert study_tables.paired(ours, ours) == (0, 0, 1)
-    assert study_tables.paired(ours + 1, ours)[1:] == (0, 0)
+    half = 100 * (test.confidence_interval(0.95).high - 0.02)
+    found = study_tables.minus(values, "ours", "theirs")
+    assert found == (f"+2.00 ± {half:.2f}", f"{test.pvalue:.3f}")
+    for other in ("one", "ours", "missing"):
+        assert study_tables.minus(values, "ours", other) == ("", "")
+    assert study_tables.minus(values, "ours", "same") == ("+0.00 ± 0.00", "1.000")
+    assert study_tables.minus(values, "larger", "ours") == ("+100.00 ± 0.00", "< 0.001")
 
 
 def test_a_final_table_compares_with_the_best_peer():
@@ -198,21 +199,14 @@ def test_no_rows_say_so():
     assert all(make(none).startswith("No ") for make in study_tables.PARTS.values())
 
 
-def test_only_what_stands_between_the_markers_is_made_anew(tmp_path, monkeypatch):
+def test_the_parts_are_made_of_the_rows_of_a_folder(tmp_path):
     path = tmp_path / "tiny.csv"
     pd.DataFrame([row("untuned", "PNP-Ds", 1, 0.5)]).to_csv(path, index=False)
     with path.open("a") as file:
         file.write("tiny,untuned,PNP-")  # a run that is being written
-    text = "Before\n<!-- tiny untuned, of study_tables.py -->\nold\n<!-- end -->\nafter\n"
-    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)  # where no run is of more steps
     parts = study_tables.parts(tmp_path)
-    assert not any("longer" in name for name in parts)
-    new = fill(text, parts, "study_tables.py")
-    assert new.startswith("Before\n")
-    assert new.endswith("<!-- end -->\nafter\n")
-    assert "old" not in new
-    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in new
-    assert fill(new, parts, "study_tables.py") == new
+    assert not any("longer" in name for name in parts)  # where no run is of more steps
+    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in parts["tiny untuned"]
 
 
 def test_a_run_that_two_processes_made_counts_once(tmp_path):
@@ -243,8 +237,8 @@ def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
     found = cells(table, "tiny")
     assert found[1:4] == ["PNP-Ds", "0.05", "62.00 ± 2.48"]
     shares = dict(zip(study_tables.AUTO_SHARES, found[4::2], strict=True))
-    assert shares[0.25].startswith("+1.00 ± ")
-    assert shares[0.5] == ""
+    assert shares["0.25"].startswith("+1.00 ± ")
+    assert shares["0.5"] == ""
     assert "PNP-Dq" not in table  # no temperature of the batch was tried with it
 
 
@@ -252,8 +246,8 @@ def test_settings_are_compared_with_the_default():
     rows = [row("settings", "PNP-Ds", s, 0.5 + s / 100, "include_self True") for s in (1, 2)]
     rows += [row("settings", "PNP-Dq", s, 0.51 + s / 50, "alpha 2.0") for s in (1, 2)]
     table = made("settings", rows)
-    assert cells(table, "PNP-Ds")[3:] == ["", ""]
-    assert cells(table, "PNP-Dq")[3].startswith("+2.50 ± ")
+    assert cells(table, "PNP-Ds, include_self True")[4:] == ["", ""]
+    assert cells(table, "PNP-Dq, alpha 2.0")[4].startswith("+2.50 ± ")
 
 
 def test_the_gradients_are_those_of_the_formulas():
