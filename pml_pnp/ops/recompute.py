@@ -4,7 +4,7 @@ Only the losses of a chunk are kept, so that memory does not grow with N x M. Th
 distance, reducer and variant; `product` is used where it applies, and computes nothing again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,21 +14,47 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from pml_pnp.ops.product import blocks_of
 from pml_pnp.precision import autocast_off
 
+Function = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
 
-class Call(NamedTuple):
-    """The arguments of `Recomputed` that are not tensors."""
 
-    function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
-    """Maps rows, all queries and all references to the losses of these rows, and to other tensors
-    that have no gradient; called in forward."""
-    in_backward: Callable[[], Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]]
-    """Makes the same function for one backward, with copies of the settings and modules of forward.
-    Another backward gets copies of its own, because calling a module may change its buffers."""
+def in_chunks(
+    function: Function,
+    in_backward: Callable[[], Function],
+    chunk_size: int,
+    queries: Tensor,
+    references: Tensor | None,
+    parameters: Iterable[Tensor],
+) -> tuple[Tensor, ...]:
+    """Concatenate the results of a function for all chunks of queries.
+
+    Args:
+        function: maps rows, all queries and all references to the losses of these rows, and to
+            other tensors that have no gradient; called in forward
+        in_backward: makes the same function for one backward, with copies of the settings and
+            modules of forward. Another backward gets copies of its own, because calling a module
+            may change its buffers
+        chunk_size: number of queries in a chunk
+        queries: (N, d)
+        references: (M, d), or None if they are the queries
+        parameters: those of modules that the function calls
+
+    Returns:
+        Tensors of N rows, the first differentiable by queries, references and parameters.
+    """
+    call = _Call(function, in_backward, chunk_size, _RandomState(queries))
+    return Recomputed.apply(call, *map(_clone_constant, (queries, references)), *parameters)
+
+
+class _Call(NamedTuple):
+    """The arguments that are not tensors, in one."""
+
+    function: Function
+    in_backward: Callable[[], Function]
     chunk_size: int
-    random_state: "RandomState"
+    random_state: "_RandomState"
 
 
-class RandomState:
+class _RandomState:
     """State of the random number generators; not a tuple, which torch.func would take apart."""
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -41,7 +67,7 @@ class RandomState:
         set_device_states(self.devices, self.states)
 
 
-def clone_constant(x: Tensor | None) -> Tensor | None:
+def _clone_constant(x: Tensor | None) -> Tensor | None:
     """Clone a tensor that has no gradient, before it is saved for backward.
 
     A CrossBatchMemory changes its references before backward, and a tensor that was created in
@@ -52,10 +78,7 @@ def clone_constant(x: Tensor | None) -> Tensor | None:
 
 
 class Recomputed(torch.autograd.Function):
-    """Concatenates the results of `call.function` for all chunks of queries.
-
-    The first one is differentiable with respect to queries, references and parameters.
-    """
+    """Computes what `in_chunks` returns."""
 
     @staticmethod
     def forward(call, queries, references, *parameters):  # noqa: D102
