@@ -16,7 +16,7 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.joined import Joined, with_gradient
+from pml_pnp.joined import Joined, gather_rows, with_gradient
 from pml_pnp.loss import PNPLoss
 from pml_pnp.losses import CrossBatchMemory, SelfSupervisedLoss
 from pml_pnp.memory import takes_query_columns
@@ -209,14 +209,14 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
             return self.miner(emb, labels, ref_emb, ref_labels)
         joined = Joined(emb, labels, ref_emb, ref_labels)
         with torch.no_grad():
-            references = torch.cat(joined.own_first(joined.gather(emb)))
+            references = torch.cat(joined.own_first(gather_rows(emb, joined.rows)))
             all_labels = torch.cat(joined.own_first(joined.labels))
             if not self.efficient:
                 emb, labels = references, all_labels
             else:
                 labels = joined.labels[joined.rank]
             if ref_emb is not None:
-                references = torch.cat(joined.own_first(joined.gather_references(ref_emb)))
+                references = torch.cat(joined.own_first(gather_rows(ref_emb, joined.ref_rows)))
                 all_labels = torch.cat(joined.own_first(joined.ref_labels))
             elif not self.efficient:
                 return self.miner(emb, labels)
@@ -315,7 +315,7 @@ class _Exact:
         if ref_emb is not None:
             ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
             ref_emb = ref_emb.to(at_least_float32(ref_emb.dtype))
-            self.references = torch.cat(joined.gather_references(ref_emb))
+            self.references = torch.cat(gather_rows(ref_emb, joined.ref_rows))
             if joined.ref_labels is not None:
                 self.ref_labels = torch.cat(joined.ref_labels)
         if has_tuple:
@@ -332,7 +332,7 @@ class _Exact:
         if self._is_constant:
             return self.joined.gather_constant(self.embeddings)
         dtype = at_least_float32(self.embeddings.dtype)
-        return torch.cat(self.joined.gather(self.embeddings.to(dtype)))
+        return torch.cat(gather_rows(self.embeddings.to(dtype), self.joined.rows))
 
     @cached_property
     def arguments(self) -> tuple:

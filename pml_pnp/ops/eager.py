@@ -90,10 +90,10 @@ def losses_and_gradient(
         factor = (scale * share).unsqueeze(1)
     buffers = None
     for rows, columns in blocks(n, m, width + has_self, block_entries(s.device)):
-        height = rows.stop - rows.start
+        part = s[rows]
         if buffers is None:  # the first block is the largest
-            buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x, part = buffers[0][:height], s[rows]
+            buffers = s.new_empty(part.shape), s.new_empty(part.numel() * columns[0].stop)
+        x = buffers[0][: len(part)]
         t_self = self_similarity[rows].unsqueeze(1) if has_self else None
         middle = _middle(part, t_self, scale)
         # A reference that is not a negative is set to `ranked_last`, after every positive, and a
@@ -115,9 +115,8 @@ def losses_and_gradient(
             t = torch.cat([t, t_self], dim=1)
         grad_of_rows = grad_s[rows] if with_gradient else None
         weight = factor if uniform else factor[rows]
-        is_ratio = middle is not None
-        grad_t = _sum_over_pairs(
-            x, t, is_ratio, columns, buffers[1], settings, weight, losses[rows], grad_of_rows
+        losses[rows], grad_t = _sum_over_pairs(
+            x, t, columns, settings, middle is not None, buffers[1], weight, grad_of_rows
         )
         if with_gradient:
             if has_self:
@@ -132,33 +131,31 @@ def losses_and_gradient(
 def _sum_over_pairs(
     x: Tensor,
     t: Tensor,
-    is_ratio: bool,
     columns: list[slice],
-    buffer: Tensor,
     settings: Settings,
+    is_ratio: bool,
+    buffer: Tensor,
     weight: float | Tensor,
-    losses: Tensor,
     grad_x: Tensor | None,
-) -> Tensor:
-    """Add the sums over p of f(R[a, p]) to the losses of a block, and compute the gradient.
+) -> tuple[Tensor, Tensor]:
+    """Compute the sums over p of f(R[a, p]) for a block of queries a, and their gradient.
 
     Args:
         x: similarities to references, (rows, M), or their g
         t: those of the positives, (rows, P), or their g
-        is_ratio: whether x and t are g
         columns: the columns of t in blocks
-        buffer: for the sigmoids of a block
         settings: hyperparameters
+        is_ratio: whether x and t are g
+        buffer: for the sigmoids of a block
         weight: share * scale, a number or (rows, 1)
-        losses: (rows,), to which the sums are added
-        grad_x: (rows, M), which is overwritten by the gradient, or None if it is not needed
+        grad_x: (rows, M), to which the gradient is written, or None if it is not needed
 
     Returns:
-        The gradient with respect to the similarities t, (rows, P).
+        The sums, (rows,), and the gradient with respect to the similarities t, (rows, P).
     """
     height, m = x.shape
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
-    x, grad_t = x.unsqueeze(1), torch.empty_like(t)
+    x, sums, grad_t = x.unsqueeze(1), x.new_zeros(height), torch.empty_like(t)
     for cols in columns:
         t_of_cols = t[:, cols].unsqueeze(2)
         y = buffer[: height * t_of_cols.shape[1] * m].view(height, -1, m)
@@ -168,7 +165,7 @@ def _sum_over_pairs(
             # The difference before the scale, since large similarities times scale overflow.
             torch.sub(x, t_of_cols, out=y).mul_(settings.scale).sigmoid_()
         r = y.sum(dim=2)
-        losses += f(r, settings.alpha, settings.b).sum(dim=1)
+        sums += f(r, settings.alpha, settings.b).sum(dim=1)
         if grad_x is not None:
             w = derivative(r, settings.alpha, settings.b) * weight
             # y = w * y * (1 - y), in one pass over memory.
@@ -178,7 +175,7 @@ def _sum_over_pairs(
             else:
                 grad_x += y.sum(dim=1)
             torch.sum(y, dim=2, out=grad_t[:, cols])
-    return grad_t.neg_()
+    return sums, grad_t.neg_()
 
 
 def _middle(s: Tensor, t_self: Tensor | None, scale: float) -> float | None:
