@@ -5,7 +5,6 @@ distance, reducer and variant; `product` is used where it applies, and computes 
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,30 +40,25 @@ def in_chunks(
     Returns:
         Tensors of N rows, the first differentiable by queries, references and parameters.
     """
-    call = _Call(function, in_backward, chunk_size, _RandomState(queries))
+    call = _Call(function, in_backward, chunk_size, queries)
     return Recomputed.apply(call, *map(_clone_constant, (queries, references)), *parameters)
 
 
-class _Call(NamedTuple):
-    """The arguments that are not tensors, in one."""
+class _Call:
+    """The arguments that are not tensors, and the state of the random number generators.
 
-    function: Function
-    in_backward: Callable[[], Function]
-    chunk_size: int
-    random_state: "_RandomState"
+    Not a tuple, which torch.func would take apart.
+    """
 
+    def __init__(self, function, in_backward, chunk_size: int, queries: Tensor) -> None:
+        self.function, self.in_backward, self.chunk_size = function, in_backward, chunk_size
+        self.random_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(queries)
 
-class _RandomState:
-    """State of the random number generators; not a tuple, which torch.func would take apart."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
-
-    def restore(self) -> None:
-        """Set the generators to this state."""
-        torch.set_rng_state(self.cpu)
-        set_device_states(self.devices, self.states)
+    def restore_random_state(self) -> None:
+        """Set the generators to their state at the call."""
+        torch.set_rng_state(self.random_state)
+        set_device_states(self.devices, self.device_states)
 
 
 def _clone_constant(x: Tensor | None) -> Tensor | None:
@@ -104,9 +98,9 @@ class Recomputed(torch.autograd.Function):
         with (
             torch.enable_grad(),
             autocast_off(grad.device.type),
-            torch.random.fork_rng(call.random_state.devices),
+            torch.random.fork_rng(call.devices),
         ):
-            call.random_state.restore()
+            call.restore_random_state()
             function = call.in_backward()
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)
