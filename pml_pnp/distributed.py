@@ -121,11 +121,11 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
         has_memory = isinstance(self.loss, cross_batch_memory.CrossBatchMemory)
         if self.efficient != EXACT and not has_memory:
-            return self._as_in_pml(*arguments, enqueue_mask)
+            return self._as_in_pml(arguments, enqueue_mask)
         is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
         loss, error = self.loss, None
         try:
-            loss, arguments = self._checked(*arguments, enqueue_mask, is_alone)
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone)
         except (TypeError, ValueError) as caught:
             if is_alone:
                 raise
@@ -143,11 +143,9 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             return self.loss(embeddings, labels if ref_emb is None else ref_emb)
         return call(loss, *arguments)
 
-    def _checked(
-        self, embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask, is_alone
-    ) -> tuple:
+    def _checked(self, arguments: tuple, enqueue_mask, is_alone: bool) -> tuple:
         """Return the loss of the joined batch, and its arguments on this rank, if these fit it."""
-        loss, arguments = self.loss, (embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        loss, (embeddings, labels, indices_tuple, ref_emb, ref_labels) = self.loss, arguments
         if isinstance(loss, cross_batch_memory.CrossBatchMemory):
             _check_memory_arguments(labels, indices_tuple, ref_emb, ref_labels, is_alone)
         elif enqueue_mask is not None:
@@ -160,11 +158,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         check_memories(loss, indices_tuple, ref_emb, ref_labels)
         return loss, arguments
 
-    def _as_in_pml(
-        self, embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask
-    ) -> Tensor:
+    def _as_in_pml(self, arguments: tuple, enqueue_mask) -> Tensor:
         """Return what PML's wrapper does, and the sum of that for a MultipleLosses."""
-        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
         if enqueue_mask is not None:
             raise ValueError(NO_MEMORY)
         if isinstance(self.loss, MultipleLosses):

@@ -219,8 +219,8 @@ class PNPLoss(BaseMetricLossFunction):
             eagerly = torch.compiler.disable(self.compute_loss)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         # PML's own losses recognize the batch as its own references by identity, too.
-        is_own_reference = ref_emb is embeddings and ref_labels is labels
-        references = None if is_own_reference else ref_emb  # in PML 0.9 always None
+        is_own = ref_emb is None or (ref_emb is embeddings and ref_labels is labels)
+        references = None if is_own else ref_emb  # in PML 0.9 always None
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
@@ -231,9 +231,8 @@ class PNPLoss(BaseMetricLossFunction):
             dtype=embeddings.dtype,
         )
         check_chunk_size(self.chunk_size, or_none=True)
-        n, m = embeddings.shape[0], (embeddings if references is None else references).shape[0]
-        is_own, device = references is None, embeddings.device
-        pairs = Pairs(labels, indices_tuple, ref_labels, n, m, is_own, device)
+        n, m = embeddings.shape[0], (embeddings if is_own else references).shape[0]
+        pairs = Pairs(labels, indices_tuple, ref_labels, n, m, is_own, embeddings.device)
         is_plain_mean = self._reducer_is_plain_mean()
         try:
             if is_plain_mean and self._similarity_is_product(embeddings):

@@ -155,7 +155,7 @@ def _sum_over_pairs(
     """
     height, m = x.shape
     f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
-    x, sums, grad_t = x.unsqueeze(1), x.new_zeros(height), torch.empty_like(t)
+    x, sums, grad_t = x.unsqueeze(1), None, torch.empty_like(t)
     for cols in columns:
         t_of_cols = t[:, cols].unsqueeze(2)
         y = buffer[: height * t_of_cols.shape[1] * m].view(height, -1, m)
@@ -165,7 +165,8 @@ def _sum_over_pairs(
             # The difference before the scale, since large similarities times scale overflow.
             torch.sub(x, t_of_cols, out=y).mul_(settings.scale).sigmoid_()
         r = y.sum(dim=2)
-        sums += f(r, settings.alpha, settings.b).sum(dim=1)
+        part = f(r, settings.alpha, settings.b).sum(dim=1)
+        sums = part if sums is None else sums + part
         if grad_x is not None:
             w = derivative(r, settings.alpha, settings.b) * weight
             # y = w * y * (1 - y), in one pass over memory.
