@@ -117,7 +117,8 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
             batch = embeddings, labels, None, self.curr_batch_idx
         else:
             mask = enqueue_mask.to(embeddings.device)
-            self.add_to_memory(embeddings[mask], labels[mask], int(mask.sum()))
+            enqueued = embeddings[mask]
+            self.add_to_memory(enqueued, labels[mask], len(enqueued))
             batch = embeddings, labels, ~mask, None
         size = self.memory_size if self.has_been_filled else self.queue_idx
         queue = self.embedding_memory[:size], self.label_memory[:size]

@@ -145,8 +145,9 @@ def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("share", [0.97, 1.03])
-def test_value_at_the_widest_range_of_similarities(dtype, share):
+def test_value_at_the_widest_range_of_similarities(dtype, share, monkeypatch):
     """At either side of the limit beyond which an exponential alone would not fit the dtype."""
+    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
     anneal = 1 / (share * eager.LARGEST_RANGE[dtype])
     row = torch.tensor([1.0, 0.52, 0.51, 0.5, 0.49, 0.0], dtype=dtype)  # from 0 to 1
     labels, ref_labels = torch.zeros(1), torch.tensor([1, 1, 0, 1, 1, 0])

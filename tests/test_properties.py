@@ -102,6 +102,7 @@ class Inside(NamedTuple):
     """Sizes and ways of computing, on which no result depends."""
 
     block: int
+    few: int
     is_ratio: bool
     tile: int
     references: int
@@ -114,6 +115,7 @@ class Inside(NamedTuple):
             mock.patch.multiple(
                 eager,
                 CPU_BLOCK=max(self.block, n * m // 10),
+                FEW_SIGMOIDS=self.few,
                 LARGEST_RANGE=ranges,
             ),
             mock.patch.multiple(
@@ -126,12 +128,13 @@ class Inside(NamedTuple):
             yield
 
 
-OUTSIDE = Inside(eager.CPU_BLOCK, True, product.CPU_TILE, 2**25)  # as it is
+OUTSIDE = Inside(eager.CPU_BLOCK, eager.FEW_SIGMOIDS, True, product.CPU_TILE, 2**25)  # as it is
 INSIDE = st.one_of(
     st.just(OUTSIDE),
     st.builds(
         Inside,
         block=st.sampled_from([1, 30, 1000]),
+        few=st.sampled_from([0, 2**13]),
         is_ratio=st.booleans(),
         tile=st.sampled_from([1, 5, 512]),
         references=st.sampled_from([1, 30, 2**25]),
