@@ -16,7 +16,7 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.joined import Joined, with_gradient
+from pml_pnp.joined import Joined, gather_rows, with_gradient
 from pml_pnp.loss import PNPLoss
 from pml_pnp.losses import CrossBatchMemory, SelfSupervisedLoss
 from pml_pnp.memory import takes_query_columns
@@ -119,47 +119,59 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     ):
         """Compute the loss of the joined batch; the class docstring describes the arguments."""
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
         has_memory = isinstance(self.loss, cross_batch_memory.CrossBatchMemory)
         if self.efficient != EXACT and not has_memory:
-            if enqueue_mask is not None:
-                raise ValueError(NO_MEMORY)
-            if isinstance(self.loss, MultipleLosses):
-                return self._sum(*arguments)
-            if not pml_distributed.is_distributed():  # PML says so since 2.6, and failed before
-                warnings.warn(
-                    "DistributedLossWrapper is being used in a non-distributed setting. "
-                    "Returning the loss as is.",
-                    stacklevel=2,
-                )
-                return self.loss(*arguments)
-            return super().forward(*arguments)
+            return self._as_in_pml(arguments, enqueue_mask)
+        is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
         loss, error = self.loss, None
         try:
-            if has_memory:
-                _check_memory_arguments(labels, indices_tuple, ref_emb, ref_labels, is_alone)
-            elif enqueue_mask is not None:
-                raise ValueError(NO_MEMORY)
-            elif isinstance(loss, self_supervised_loss.SelfSupervisedLoss):
-                views = labels if ref_emb is None else ref_emb
-                arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
-                loss = loss.loss
-            check_miners(parts_of(loss), indices_tuple is not None)
-            check_memories(loss, indices_tuple, ref_emb, ref_labels)
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone)
         except (TypeError, ValueError) as caught:
             if is_alone:
                 raise
-            error = caught
-        if is_alone and has_memory:
-            return loss(embeddings, labels, indices_tuple, enqueue_mask)
-        if is_alone:
-            return call(loss, *arguments) if loss is self.loss else self.loss(embeddings, views)
-        if self.efficient == EXACT:
+            error = caught  # which all ranks learn of when the batch is joined
+        if self.efficient == EXACT and not is_alone:
             exact = _Exact(loss, *arguments, enqueue_mask, error)
             return add_up(loss, exact.value_of)
-        joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
-        batch, all_labels = joined.gather_constant(embeddings), torch.cat(joined.labels)
-        return loss(batch, all_labels, None, joined.mask) * dist.get_world_size()
+        if not is_alone:
+            joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
+            batch, all_labels = joined.gather_constant(embeddings), torch.cat(joined.labels)
+            return loss(batch, all_labels, None, joined.mask) * dist.get_world_size()
+        if has_memory:
+            return loss(embeddings, labels, indices_tuple, enqueue_mask)
+        if loss is not self.loss:  # inside a SelfSupervisedLoss
+            return self.loss(embeddings, labels if ref_emb is None else ref_emb)
+        return call(loss, *arguments)
+
+    def _checked(self, arguments: tuple, enqueue_mask, is_alone: bool) -> tuple:
+        """Return the loss of the joined batch, and its arguments on this rank, if these fit it."""
+        loss, (embeddings, labels, indices_tuple, ref_emb, ref_labels) = self.loss, arguments
+        if isinstance(loss, cross_batch_memory.CrossBatchMemory):
+            _check_memory_arguments(labels, indices_tuple, ref_emb, ref_labels, is_alone)
+        elif enqueue_mask is not None:
+            raise ValueError(NO_MEMORY)
+        elif isinstance(loss, self_supervised_loss.SelfSupervisedLoss):
+            views = labels if ref_emb is None else ref_emb
+            arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
+            loss = loss.loss
+        check_miners(parts_of(loss), indices_tuple is not None)
+        check_memories(loss, indices_tuple, ref_emb, ref_labels)
+        return loss, arguments
+
+    def _as_in_pml(self, arguments: tuple, enqueue_mask) -> Tensor:
+        """Return what PML's wrapper does, and the sum of that for a MultipleLosses."""
+        if enqueue_mask is not None:
+            raise ValueError(NO_MEMORY)
+        if isinstance(self.loss, MultipleLosses):
+            return self._sum(*arguments)
+        if not pml_distributed.is_distributed():  # PML says so since 2.6, and failed before
+            warnings.warn(
+                "DistributedLossWrapper is being used in a non-distributed setting. "
+                "Returning the loss as is.",
+                stacklevel=3,
+            )
+            return self.loss(*arguments)
+        return super().forward(*arguments)
 
     def _sum(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
         """Add up what this wrapper returns for the losses of a MultipleLosses."""
@@ -192,14 +204,14 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
             return self.miner(emb, labels, ref_emb, ref_labels)
         joined = Joined(emb, labels, ref_emb, ref_labels)
         with torch.no_grad():
-            references = torch.cat(joined.own_first(joined.gather(emb)))
+            references = torch.cat(joined.own_first(gather_rows(emb, joined.rows)))
             all_labels = torch.cat(joined.own_first(joined.labels))
             if not self.efficient:
                 emb, labels = references, all_labels
             else:
                 labels = joined.labels[joined.rank]
             if ref_emb is not None:
-                references = torch.cat(joined.own_first(joined.gather_references(ref_emb)))
+                references = torch.cat(joined.own_first(gather_rows(ref_emb, joined.ref_rows)))
                 all_labels = torch.cat(joined.own_first(joined.ref_labels))
             elif not self.efficient:
                 return self.miner(emb, labels)
@@ -298,7 +310,7 @@ class _Exact:
         if ref_emb is not None:
             ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
             ref_emb = ref_emb.to(at_least_float32(ref_emb.dtype))
-            self.references = torch.cat(joined.gather_references(ref_emb))
+            self.references = torch.cat(gather_rows(ref_emb, joined.ref_rows))
             if joined.ref_labels is not None:
                 self.ref_labels = torch.cat(joined.ref_labels)
         if has_tuple:
@@ -315,7 +327,7 @@ class _Exact:
         if self._is_constant:
             return self.joined.gather_constant(self.embeddings)
         dtype = at_least_float32(self.embeddings.dtype)
-        return torch.cat(self.joined.gather(self.embeddings.to(dtype)))
+        return torch.cat(gather_rows(self.embeddings.to(dtype), self.joined.rows))
 
     @cached_property
     def arguments(self) -> tuple:
@@ -353,13 +365,13 @@ class _Exact:
     def _value_in_memory(self, memory: CrossBatchMemory) -> Tensor:
         """Enqueue the joined batch, and return the value of the loss of a memory."""
         batch, labels, *_ = self.arguments
-        mask, own_rows = self.joined.mask, self.joined.own_rows
-        arguments = memory.enqueue(batch, labels, enqueue_mask=mask, own_rows=own_rows)
+        enqueued = memory.enqueue(batch, labels, enqueue_mask=self.joined.mask)
+        own = enqueued.of(self.joined.own_rows)
 
         def value_of(part: Part) -> Tensor:
             if _is_divided(part):
-                return _joined_loss(part.loss, *arguments(part, own=True))
-            return part.loss(*arguments(part))
+                return _joined_loss(part.loss, *own.arguments(part))
+            return part.loss(*enqueued.arguments(part))
 
         return add_up(memory.loss, value_of)
 

@@ -1,21 +1,26 @@
 """GradCache embeds a batch in chunks, so that only the activations of one chunk are in memory."""
 
-import copy
-import random
-import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pml_pnp.checks import check_chunk_size
+from pml_pnp.passes import Passes
+from pml_pnp.structures import (
+    batched_tensors,
+    check_no_entry_per_example,
+    check_rows,
+    checked,
+    join,
+    map_leaves,
+    replace_batched,
+)
 
 
 class _WithSignatureOfModel:
@@ -152,37 +157,32 @@ class GradCache(nn.Module):
         """Return the model's output for the whole batch."""
         if isinstance(self.module, DistributedDataParallel):
             return self._inside_ddp(*args, **kwargs)
-        tensors = _batched_tensors(args, kwargs)
+        tensors = batched_tensors(args, kwargs)
         batch_size = len(tensors[0])
         if batch_size <= self.chunk_size:
             output = self.module(*args, **kwargs)
-            _map(partial(_check_rows, batch_size), "output", output)
+            map_leaves(partial(check_rows, batch_size), "output", output)
             return output
 
         for i, value in enumerate(args):
-            _check_no_entry_per_example(batch_size, f"args[{i}]", value)
-        _check_no_entry_per_example(batch_size, "kwargs", kwargs)
+            check_no_entry_per_example(batch_size, f"args[{i}]", value)
+        check_no_entry_per_example(batch_size, "kwargs", kwargs)
 
         def call(rows: tuple[Tensor, ...], state: dict[str, Tensor | None] | None = None) -> Any:
-            remaining = iter(rows)
-            chunk_args, chunk_kwargs = _map(
-                lambda _, value: next(remaining) if _is_batched(value) else value,
-                "",
-                (args, kwargs),
-            )
-            if not state:
-                return self.module(*chunk_args, **chunk_kwargs)
-            return functional_call(self.module, state, chunk_args, chunk_kwargs, tie_weights=False)
+            of_rows = replace_batched((args, kwargs), rows)
+            if state:
+                return functional_call(self.module, state, *of_rows, tie_weights=False)
+            return self.module(*of_rows[0], **of_rows[1])
 
-        passes = _Passes(self.module, call) if torch.is_grad_enabled() else None
+        passes = Passes(self.module, call) if torch.is_grad_enabled() else None
         count = -(-batch_size // self.chunk_size)
         bounds = [batch_size * i // count for i in range(count + 1)]  # chunks of nearly equal size
         outputs = []
         for start, end in pairwise(bounds):
             rows = tuple(t[start:end] for t in tensors)
-            output = passes.first(start, rows) if passes else _checked(end - start, call(rows))
+            output = passes.first(start, rows) if passes else checked(end - start, call(rows))
             outputs.append(output)
-        return _map(_joined, "output", *outputs)
+        return map_leaves(join, "output", *outputs)
 
     def _inside_ddp(self, *args, **kwargs) -> Any:
         """Call DistributedDataParallel once, with its module called in chunks inside."""
@@ -261,428 +261,3 @@ def _name_keys_as_the_model(wrapper: GradCache, keys: Any) -> None:
             for name in names
         ]
     errors[start:] = [error.replace(inside, prefix, 1) for error in errors[start:]]
-
-
-# --- the two passes
-
-
-class _Passes:
-    """Calls a model on chunks under `checkpoint`, which calls it again in the backward pass.
-
-    Attributes:
-        changed: names of the buffers and parameters that first passes have changed.
-        small: names of those that are compared around every first pass.
-        copies: of those that no first pass has changed; the chunks share them.
-    """
-
-    def __init__(self, model: nn.Module, call: Callable[..., Any]):
-        if any(isinstance(m, torch.jit.ScriptModule) and _is_trained(m) for m in model.modules()):
-            raise TypeError(
-                "GradCache cannot train a TorchScript module, which saves other tensors for the "
-                "backward pass when it is called again: wrap the module that it was made of"
-            )
-        self.model = model
-        self.call = call
-        self.dtypes = {p.dtype for p in model.parameters()}
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.changed: set[str] = set()
-        self.small = _small_state(model)
-        self.copies: dict[Tensor, Tensor] = {}
-        self.note_versions()
-
-    def first(self, start: int, rows: tuple[Tensor, ...]) -> Any:
-        """Return the output for the rows of the batch from `start` on."""
-        chunk = _Chunk(self, start, len(rows[0]))
-        row_versions = [t._version for t in rows]
-        # Stopped early, a second pass would not return what is to be compared.
-        with set_checkpoint_early_stop(False):
-            output = checkpoint(chunk.call, *rows, use_reentrant=False)
-        output = chunk.end_first_pass(output)
-        if row_versions != [t._version for t in rows]:
-            raise RuntimeError(
-                f"{type(self.model).__name__} changes its input in place, which is needed again "
-                "in the backward pass: let it work on a copy, for instance with inplace=False in "
-                "its first layer"
-            )
-        self.changed |= chunk.changed()
-        varying = {chunk.before.get(name) for name in self.changed}
-        self.copies = {t: copied for t, copied in chunk.copies.items() if t not in varying}
-        self.note_versions()
-        # With a shared cast of the weights, the gradients of all chunks would add up in float16.
-        torch.clear_autocast_cache()
-        return output
-
-    def note_versions(self) -> None:
-        """Record the versions of the trained parameters, to notice a later change."""
-        self.versions = [p._version for p in self.trained]
-
-    def check_versions(self) -> None:
-        """Raise RuntimeError if a trained parameter has been changed in place since a pass."""
-        if self.versions != [p._version for p in self.trained]:
-            raise RuntimeError(
-                f"a parameter of {type(self.model).__name__} has changed since the forward pass, "
-                "whose activations are computed again in the backward pass: call backward before "
-                "the optimizer's step"
-            )
-
-
-class _Chunk:
-    """The first pass of a chunk, and each second one, which must return the same.
-
-    In torch before 2.13, an error that leaves `checkpoint` leaves its hooks in place, which then
-    call the model again in the backward pass of anything else. So an error of the first pass is
-    kept until `checkpoint` has returned.
-    """
-
-    def __init__(self, passes: _Passes, start: int, count: int):
-        self.passes = passes
-        self.start, self.count = start, count
-        self.outputs: dict[str, Tensor] | None = None
-        self.error: Exception | None = None
-        self.random_state = _random_state()
-        self.before = _state(passes.model)
-        self.versions = {name: t._version for name, t in self.before.items()}
-        names = self.before.keys() & (passes.small | passes.changed)
-        self.copies = {
-            t: passes.copies[t] if t in passes.copies else t.detach().clone()
-            for t in {self.before[name] for name in names}
-            if _is_plain_state(t)
-        }
-
-    def call(self, *rows: Tensor) -> Any:
-        """Call the model, for the first time or again."""
-        if self.outputs is None:
-            try:
-                return self.passes.call(rows)
-            except Exception as error:
-                self.error = error
-                return None
-        self.passes.check_versions()
-        with _drawing_again(self.random_state):
-            output = self.passes.call(rows, self.copied_state())
-        self.passes.note_versions()
-        self.compare(output)
-        return output
-
-    def end_first_pass(self, output: Any) -> Any:
-        """Return the checked output, or raise the error that there was."""
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-        output = _checked(self.count, output)
-        self.outputs = _floating_tensors(output)
-        return output
-
-    def changed(self) -> set[str]:
-        """Return the names whose tensor, version or value has changed in the first pass."""
-        before, now = self.before, _state(self.passes.model)
-        found = {n for n in before.keys() | now if now.get(n) is not before.get(n)}
-        same = {n: t for n, t in now.items() if n not in found and not t.requires_grad}
-        found |= {n for n, t in same.items() if t._version != self.versions[n]}
-        # BatchNorm, and what goes through .data, change values without the version.
-        copied = {n: (t, self.copies[t]) for n, t in same.items() if t in self.copies}
-        found |= {n for n, (t, was) in copied.items() if t.shape != was.shape}
-        unclear = [n for n in copied if n not in found | self.passes.changed]
-        if unclear:
-            differ = [torch.ne(*copied[n]).any() for n in unclear]
-            differ = torch.stack([d.to(differ[0].device) for d in differ]).tolist()  # one wait
-            found |= {n for n, differs in zip(unclear, differ, strict=True) if differs}
-        return found
-
-    def copied_state(self) -> dict[str, Tensor | None]:
-        """Return copies of what the changing buffers and parameters were before the first pass."""
-        copies = {None: None}  # a buffer may be None or absent at first
-        for tensor in {self.before.get(name) for name in self.passes.changed} - {None}:
-            source = self.copies.get(tensor, tensor)
-            copies[tensor] = source.clone() if _is_plain_state(source) else source
-        # A tensor that two modules share stays shared.
-        return {name: copies[self.before.get(name)] for name in self.passes.changed}
-
-    def compare(self, output: Any) -> None:
-        """Raise RuntimeError unless a second pass returned what the first did, up to rounding."""
-        outputs = _floating_tensors(output)
-        try:
-            if outputs.keys() != self.outputs.keys():
-                raise AssertionError(f"Expected {[*self.outputs]}, got {[*outputs]}")
-            for where, expected in self.outputs.items():
-                _check_same(where, outputs[where], expected, self.passes.dtypes)
-        except AssertionError as error:
-            raise RuntimeError(
-                f"GradCache called {type(self.passes.model).__name__} again in the backward pass, "
-                "and it returned something else than in the forward pass for rows "
-                f"{self.start} to {self.start + self.count - 1}. The gradient would be wrong."
-                f"\n\n{error}\n\n{_REASONS}"
-            ) from None
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-_REASONS = """The usual reasons are
-- random numbers of a torch.Generator or numpy.random.Generator of the model's own (those of \
-torch, random and numpy.random are drawn again as they were)
-- state outside of buffers that each call changes, such as a counter in an attribute \
-(register_buffer makes it a buffer, which is restored)
-- inputs, parameters, the training mode or settings that changed after the forward pass
-- kernels whose results vary (torch.use_deterministic_algorithms(True) finds them)"""
-
-
-def _check_same(where: str, result: Tensor, expected: Tensor, dtypes: set[torch.dtype]) -> None:
-    """Raise AssertionError with the differences unless two tensors are the same up to rounding.
-
-    The same kernels on the same shapes return the same bits. Others (atomics, another algorithm,
-    another number of threads) add up in another order, and the layers that follow amplify this
-    difference of the last digit. So half of the digits have to agree, of the least precise dtype
-    that is computed in, relative to the element and to the mean magnitude.
-    """
-    if expected.layout != torch.strided:
-        result, expected = result.to_dense(), expected.to_dense()
-    if result.dtype == expected.dtype and torch.equal(result, expected):
-        return
-    device = expected.device.type
-    dtypes = {expected.dtype.to_real(), *dtypes}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    if device != "cpu" and torch.float32 in dtypes:
-        dtypes.add(torch.float16)  # whose rounding is that of TF32
-    tolerance = max(_EPSILON.get(dtype, 0.0) for dtype in dtypes) ** 0.5
-    if torch.are_deterministic_algorithms_enabled():
-        tolerance = 0.0
-    magnitude = float(expected.abs().nan_to_num(0, 0, 0).mean(dtype=torch.float32))
-    torch.testing.assert_close(
-        result,
-        expected,
-        rtol=tolerance,
-        atol=tolerance * magnitude,
-        equal_nan=True,
-        check_stride=False,
-        msg=lambda differences: f"{where}: {differences}",
-    )
-
-
-_EPSILON = {
-    dtype: torch.finfo(dtype).eps
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return buffers and parameters by name."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _is_plain_state(tensor: Tensor) -> bool:
-    """Whether it is a buffer or frozen parameter of which copies can be made and compared."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)  # not uninitialized, quantized or sharded
-        and not tensor.requires_grad
-        and tensor.layout == torch.strided
-        and (tensor.itemsize > 1 or not tensor.is_floating_point())
-    )
-
-
-_BYTES_COPIED = 2**26  # 64 MiB
-
-
-def _small_state(model: nn.Module) -> set[str]:
-    """Return the names of the smallest buffers and frozen parameters, as many as may be copied.
-
-    Copying and comparing a large table would take longer than looking up the rows of a chunk.
-    """
-    tensors = {name: t for name, t in _state(model).items() if _is_plain_state(t)}
-    names = sorted(tensors, key=lambda name: tensors[name].nbytes)
-    ends = accumulate(tensors[name].nbytes for name in names)
-    return {name for name, end in zip(names, ends, strict=True) if end <= _BYTES_COPIED}
-
-
-def _random_state() -> tuple[Any, Any]:
-    """Return the states of `random`, and of `numpy.random` if NumPy is loaded."""
-    numpy_random = sys.modules.get("numpy.random")
-    return random.getstate(), numpy_random and numpy_random.get_state(legacy=False)
-
-
-def _set_random_state(state: tuple[Any, Any]) -> None:
-    random.setstate(state[0])
-    if state[1] is not None:
-        sys.modules["numpy.random"].set_state(state[1])
-
-
-@contextmanager
-def _drawing_again(state: tuple[Any, Any]) -> Iterator[None]:
-    """Let `random` and `numpy.random` continue from a state, and afterwards from where they are."""
-    now = _random_state()
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(now)
-
-
-# --- batches and outputs of any form
-
-
-def _map(function: Callable[..., Any], where: str, value: Any, *others: Any) -> Any:
-    """Apply `function(where, leaf, *leaves)` to the leaves of structures of the same form.
-
-    A structure is a tuple, a list or a mutable mapping (dict) of structures, or a leaf.
-    """
-    for other in others:
-        if _form(other) != _form(value):
-            raise ValueError(
-                "the model must return the same structure for every chunk, got "
-                f"{_form(value)} and {_form(other)} at {where}"
-            )
-    if isinstance(value, MutableMapping):
-        items = {
-            key: _map(function, f"{where}[{key!r}]", *(v[key] for v in (value, *others)))
-            for key in value
-        }
-        return _with_items(where, value, items)
-    if isinstance(value, (tuple, list)):
-        items = [
-            _map(function, f"{where}[{i}]", *leaves)
-            for i, leaves in enumerate(zip(value, *others, strict=True))
-        ]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return function(where, value, *others)
-
-
-def _with_items(where: str, value: MutableMapping, items: dict) -> MutableMapping:
-    """Copy a mapping with other items, which attributes of the copy show as those of it do."""
-    result = copy.copy(value)
-    attributes = getattr(result, "__dict__", {})
-    if getattr(value, "__dict__", None) is value:
-        attributes = result.__dict__ = result  # where every item is an attribute
-    for name, held in list(attributes.items()):
-        if isinstance(held, (dict, list)):  # perhaps the items themselves
-            attributes[name] = copy.copy(held)
-    for key, item in items.items():
-        before = value[key]
-        result[key] = item
-        if value[key] is not before:
-            value[key] = before
-            raise TypeError(
-                f"expected a mapping that copy.copy copies with its items at {where}, such as a "
-                f"dict, got {type(value).__name__}"
-            )
-        if attributes.get(key) is before:
-            attributes[key] = item
-    return result
-
-
-def _form(value: Any) -> str:
-    """Describe type and length or keys of a structure."""
-    name = type(value).__name__
-    if isinstance(value, MutableMapping):
-        return f"{name} with keys {list(value)}"
-    if isinstance(value, (tuple, list)):
-        return f"{name} of length {len(value)}"
-    return name
-
-
-def _is_batched(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
-def _tensors(where: str, value: Any) -> dict[str, Tensor]:
-    """Return the tensors in a structure by where they are, in the order of `_map`."""
-    found: dict[str, Tensor] = {}
-
-    def collect(where: str, leaf: Any) -> None:
-        if isinstance(leaf, Tensor):
-            found[where] = leaf
-
-    _map(collect, where, value)
-    return found
-
-
-def _batched_tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that have one row per example, in the order of `_map`."""
-    found = {**_tensors("args", args), **_tensors("kwargs", kwargs)}
-    found = {where: tensor for where, tensor in found.items() if _is_batched(tensor)}
-    if not found:
-        raise TypeError(
-            "expected at least one tensor with a row per example among the arguments, also in "
-            "tuples, lists and dicts, got "
-            + (", ".join(type(a).__name__ for a in (*args, *kwargs.values())) or "no argument")
-        )
-    if len({len(t) for t in found.values()}) > 1:
-        sizes = ", ".join(f"{len(t)} in {where}" for where, t in found.items())
-        raise ValueError(f"all tensor arguments must have one row per example, got rows: {sizes}")
-    return list(found.values())
-
-
-def _check_no_entry_per_example(count: int, where: str, value: Any) -> None:
-    """Raise TypeError if something without tensors has as many entries as there are examples.
-
-    It would be passed to every call unchanged, where its first entries would stand for the
-    examples of the chunk.
-    """
-    if isinstance(value, MutableMapping) or (
-        isinstance(value, (tuple, list)) and _tensors(where, value)
-    ):
-        for key in value if isinstance(value, MutableMapping) else range(len(value)):
-            _check_no_entry_per_example(count, f"{where}[{key!r}]", value[key])
-    elif not isinstance(value, (Tensor, str, bytes)) and _length(value) == count:
-        raise TypeError(
-            f"what has an entry per example must be a tensor, got {type(value).__name__} with "
-            f"{count} entries for {count} examples at {where}; make it an attribute of the model "
-            "if it is the same for every example"
-        )
-
-
-def _length(value: Any) -> int | None:
-    try:
-        return len(value)
-    except TypeError:
-        return None
-
-
-def _check_rows(count: int, where: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless an output has `count` rows or can be left as it is."""
-    if isinstance(value, Tensor):
-        if value.ndim == 0 or len(value) != count:
-            raise ValueError(
-                f"every tensor that the model returns must have one row per example, {count} "
-                f"here, got shape {tuple(value.shape)} at {where}"
-            )
-    elif not isinstance(value, (bool, int, float, str, type(None))):
-        raise TypeError(
-            "the model must return tensors, alone or in tuples, lists and dicts, got "
-            f"{type(value).__name__} at {where}"
-        )
-
-
-def _checked(count: int, output: Any) -> Any:
-    """Check a chunk's output, and copy tensors that are views of larger ones."""
-
-    def checked(where: str, value: Any) -> Any:
-        _check_rows(count, where, value)
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-        return value
-
-    return _map(checked, "output", output)
-
-
-def _floating_tensors(output: Any) -> dict[str, Tensor]:
-    """Return the tensors of an output that two passes are compared by."""
-    return {
-        where: tensor.detach()
-        for where, tensor in _tensors("output", output).items()
-        if tensor.is_floating_point() or tensor.is_complex()
-    }
-
-
-def _joined(where: str, *values: Any) -> Any:
-    """Join the outputs of the chunks."""
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if any(v != values[0] for v in values):
-        raise ValueError(
-            f"what the model returns beside tensors must be the same for every chunk, got {values} "
-            f"at {where}"
-        )
-    return values[0]

@@ -84,12 +84,12 @@ class Joined:
         self.labels = self.ref_labels = None
         dtype = torch.float64 if any(x.floating_labels for x in parts) else torch.int64
         if labels is not None:
-            self.labels = self.gather(plain(labels).to(device, dtype))
+            self.labels = gather_rows(plain(labels).to(device, dtype), self.rows)
         if ref_labels is not None:
-            self.ref_labels = self.gather_references(plain(ref_labels).to(device, dtype))
+            self.ref_labels = gather_rows(plain(ref_labels).to(device, dtype), self.ref_rows)
         self.mask = None
         if mask is not None:
-            self.mask = torch.cat(self.gather(mask.to(device, torch.uint8))).bool()
+            self.mask = torch.cat(gather_rows(mask.to(device, torch.uint8), self.rows)).bool()
 
     @property
     def own_rows(self) -> slice:
@@ -101,18 +101,10 @@ class Joined:
         """Reorder the parts of the ranks, so that this rank's comes first."""
         return [parts[self.rank], *parts[: self.rank], *parts[self.rank + 1 :]]
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Gather a tensor with a row for each of the embeddings; differentiable."""
-        return _gather_rows(x, self.rows)
-
-    def gather_references(self, x: Tensor) -> list[Tensor]:
-        """Gather a tensor with a row for each of the references; differentiable."""
-        return _gather_rows(x, self.ref_rows)
-
     def gather_constant(self, x: Tensor) -> Tensor:
         """The joined rows of a tensor, of which only those of this rank have a gradient."""
         with torch.no_grad():
-            parts = self.gather(x)
+            parts = gather_rows(x, self.rows)
         parts[self.rank] = x
         return torch.cat(parts)
 
@@ -156,7 +148,7 @@ class Joined:
             groups = [(found[:3], 1)]
         gathered = []
         for group, i in groups:
-            rows = _gather_rows(torch.stack(group, dim=1), [number[i] for number in numbers])
+            rows = gather_rows(torch.stack(group, dim=1), [number[i] for number in numbers])
             gathered += torch.cat(rows).unbind(dim=1)
         return tuple(gathered)
 
@@ -187,6 +179,19 @@ def with_gradient(x: Tensor, is_needed: bool) -> Tensor:
     return x.detach().requires_grad_() if is_needed and not x.requires_grad else x
 
 
+def gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
+    """Gather tensors with `rows[rank]` rows, in the order of the ranks.
+
+    It is differentiable: the gradient of x is the sum of those of the ranks.
+    """
+    longest = max(rows)
+    missing = longest - len(x)
+    if missing:
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    gathered = _Gather.apply(x) if longest else x.unsqueeze(0).expand(len(rows), *x.shape)
+    return [part[:number] for part, number in zip(gathered, rows, strict=True)]
+
+
 def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Part:
     """Describe the arguments of this rank."""
     given = [x is not None for x in (labels, ref_emb, ref_labels, mask)] + [has_tuple]
@@ -202,16 +207,6 @@ def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Pa
         needs_grad=torch.is_grad_enabled() and embeddings.requires_grad,
         ref_needs_grad=torch.is_grad_enabled() and ref_emb is not None and ref_emb.requires_grad,
     )
-
-
-def _gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
-    """Gather tensors with `rows[rank]` rows, in the order of the ranks; differentiable."""
-    longest = max(rows)
-    missing = longest - len(x)
-    if missing:
-        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-    gathered = _Gather.apply(x) if longest else x.unsqueeze(0).expand(len(rows), *x.shape)
-    return [part[:number] for part, number in zip(gathered, rows, strict=True)]
 
 
 def _gather(x: Tensor) -> Tensor:

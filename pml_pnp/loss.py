@@ -22,7 +22,7 @@ from pml_pnp.distances import (
     similarity_matrix,
 )
 from pml_pnp.ops.product import mean_of_losses, zero_or_nan
-from pml_pnp.ops.recompute import Call, RandomState, Recomputed, clone_constant
+from pml_pnp.ops.recompute import in_chunks
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
 from pml_pnp.pairs import Pairs, QueryColumns, plain
@@ -215,14 +215,12 @@ class PNPLoss(BaseMetricLossFunction):
         would have to wait for the GPU. A subclass that overrides this method or `forward` gets the
         losses of the queries.
         """
-        in_chunks = self.chunk_size is not None and self.chunk_size < len(embeddings)
-        if in_chunks and torch.compiler.is_compiling():
+        if self._needs_chunks(embeddings) and torch.compiler.is_compiling():
             eagerly = torch.compiler.disable(self.compute_loss)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         # PML's own losses recognize the batch as its own references by identity, too.
-        is_own_reference = ref_emb is embeddings and ref_labels is labels
-        references = None if is_own_reference else ref_emb  # in PML 0.9 always None
-        n, m = embeddings.shape[0], (embeddings if references is None else references).shape[0]
+        is_own = ref_emb is None or (ref_emb is embeddings and ref_labels is labels)
+        references = None if is_own else ref_emb  # in PML 0.9 always None
         settings = Settings.checked(
             b=self.b,
             alpha=self.alpha,
@@ -233,9 +231,8 @@ class PNPLoss(BaseMetricLossFunction):
             dtype=embeddings.dtype,
         )
         check_chunk_size(self.chunk_size, or_none=True)
-        pairs = Pairs(
-            labels, indices_tuple, ref_labels, n, m, references is None, embeddings.device
-        )
+        n, m = embeddings.shape[0], (embeddings if is_own else references).shape[0]
+        pairs = Pairs(labels, indices_tuple, ref_labels, n, m, is_own, embeddings.device)
         is_plain_mean = self._reducer_is_plain_mean()
         try:
             if is_plain_mean and self._similarity_is_product(embeddings):
@@ -249,48 +246,43 @@ class PNPLoss(BaseMetricLossFunction):
                     with_counts=self.collect_stats,
                 )
             else:
-                losses_of = partial(_losses_of, self.distance, settings, pairs, self.collect_stats)
-                if in_chunks:
-                    frozen_parts = _frozen(self.distance, settings)
-
-                    def in_backward():
-                        return partial(_losses_of, *_frozen(*frozen_parts), pairs, False)
-
-                    random_state = RandomState(embeddings)
-                    call = Call(losses_of, in_backward, self.chunk_size, random_state)
-                    tensors = map(clone_constant, (embeddings, references))
-                    losses, counted, counts = Recomputed.apply(call, *tensors, *self.parameters())
-                else:
-                    losses, counted, counts = losses_of(slice(0, n), embeddings, references)
-                losses = losses + _nan_unless_finite(self.distance, embeddings, references)
+                losses, counted, counts = self._query_losses(
+                    embeddings, references, pairs, settings
+                )
                 if is_plain_mean:
                     mean = losses.sum() / counted.sum().clamp(min=1)
         except RuntimeError as error:
-            if any(text in str(error) for text in LACK_OF_MEMORY):
-                error.add_note(
-                    f"There is not enough memory for the similarities of {n} queries and {m} "
-                    f"references, {n * m:,} numbers, and their gradient. Give PNPLoss a "
-                    "chunk_size to compare fewer queries at a time."
-                )
+            _add_note_on_memory(error, n, m)
             raise
         if self.collect_stats:
             # Tensor.tolist fails in torch 2.4 for a tensor that torch.func wraps.
             before, behind, positives = map(float, counts.view(-1, 3).sum(dim=0).cpu())
             self.negatives_before_positive = before / max(1, positives)
             self.positives_behind_negatives = behind / max(1, positives)
-        if is_plain_mean:
-            return _already_reduced(mean)
-        indices = counted.nonzero().squeeze(1)
-        if len(indices) == 0:
-            return _already_reduced(losses.sum())
-        return {
-            "loss": {
-                "losses": losses[indices],
-                "indices": indices,
-                "reduction_type": "element",
-                "divisor": len(indices),  # read by DivisorReducer alone
-            }
-        }
+        return _already_reduced(mean) if is_plain_mean else _elements(losses, counted)
+
+    def _needs_chunks(self, embeddings: Tensor) -> bool:
+        return self.chunk_size is not None and self.chunk_size < len(embeddings)
+
+    def _query_losses(
+        self, embeddings: Tensor, references: Tensor | None, pairs: Pairs, settings: Settings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """L(a) of all queries by any distance, which of them count, and `ranking_counts`."""
+        distance, function = self.distance, partial(_losses_of, pairs, self.collect_stats)
+        if not self._needs_chunks(embeddings):
+            rows = slice(0, embeddings.shape[0])
+            losses, *others = function(distance, settings, rows, embeddings, references)
+        else:
+            parts = _frozen(distance, settings)
+            losses, *others = in_chunks(
+                partial(function, distance, settings),
+                lambda: partial(_losses_of, pairs, False, *_frozen(*parts)),
+                self.chunk_size,
+                embeddings,
+                references,
+                self.parameters(),
+            )
+        return losses + _nan_unless_finite(distance, embeddings, references), *others
 
     def _reducer_is_plain_mean(self) -> bool:
         """Whether the reducer takes the mean of the losses, and no other code receives them."""
@@ -328,10 +320,10 @@ def _frozen(distance, settings: Settings) -> tuple[object, Settings]:
 
 
 def _losses_of(
-    distance,
-    settings: Settings,
     pairs: Pairs,
     with_counts: bool,
+    distance,
+    settings: Settings,
     rows: slice,
     queries: Tensor,
     references: Tensor | None,
@@ -362,6 +354,31 @@ def _nan_unless_finite(distance, *tensors: Tensor | None) -> Tensor:
     if normalizes:
         given = [torch.linalg.vector_norm(x, p, dim=1) for x in given]
     return sum(zero_or_nan(x) for x in given)
+
+
+def _add_note_on_memory(error: RuntimeError, n: int, m: int) -> None:
+    """Say what needs memory and what to do, if the error is a lack of memory."""
+    if any(text in str(error) for text in LACK_OF_MEMORY):
+        error.add_note(
+            f"There is not enough memory for the similarities of {n} queries and {m} references, "
+            f"{n * m:,} numbers, and their gradient. Give PNPLoss a chunk_size to compare fewer "
+            "queries at a time."
+        )
+
+
+def _elements(losses: Tensor, counted: Tensor) -> dict:
+    """The dictionary with the losses of the queries that count, which PML's reducers reduce."""
+    indices = counted.nonzero().squeeze(1)
+    if len(indices) == 0:
+        return _already_reduced(losses.sum())
+    return {
+        "loss": {
+            "losses": losses[indices],
+            "indices": indices,
+            "reduction_type": "element",
+            "divisor": len(indices),  # read by DivisorReducer alone
+        }
+    }
 
 
 def _already_reduced(loss: Tensor) -> dict:

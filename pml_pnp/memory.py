@@ -1,8 +1,6 @@
 """CrossBatchMemory, which adds the embeddings of earlier batches to the references of a batch."""
 
-import functools
 import warnings
-from collections.abc import Callable
 
 import torch
 from pytorch_metric_learning.losses import cross_batch_memory as pml
@@ -105,72 +103,29 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
                 "CrossBatchMemory has references of its own, and takes neither ref_emb nor "
                 "ref_labels, got ref_labels"
             )
-        arguments = self.enqueue(embeddings, labels, indices_tuple, enqueue_mask)
-        return add_up(self.loss, lambda part: part.loss(*arguments(part)))
+        batch = self.enqueue(embeddings, labels, indices_tuple, enqueue_mask)
+        return add_up(self.loss, lambda part: part.loss(*batch.arguments(part)))
 
-    def enqueue(
-        self, embeddings, labels, indices_tuple=None, enqueue_mask=None, own_rows=slice(None)
-    ) -> Callable[..., tuple]:
-        """Enqueue a batch, and return a function that makes the arguments of a loss.
-
-        Args:
-            embeddings: this and the next three are the arguments of `forward`
-            labels: (N,)
-            indices_tuple: pairs or triplets
-            enqueue_mask: (N,), bool
-            own_rows: slice of the batch
-
-        Returns:
-            `arguments(part, own=False)`, which returns queries, their labels, pairs, triplets or
-            QueryColumns, references and their labels, to call a part of the loss with. If `own`,
-            the queries are those of `own_rows`, else all.
-        """
+    def enqueue(self, embeddings, labels, indices_tuple=None, enqueue_mask=None) -> "Enqueued":
+        """Enqueue a batch, given the arguments of `forward`."""
         parts = parts_of(self.loss)
         check_miners(parts, self.miner is not None or indices_tuple is not None)
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         self.reset_stats()
         labels = self._on_one_device(embeddings, labels)
-        is_query = None
         if enqueue_mask is None:
             self.add_to_memory(embeddings, labels, len(embeddings))
+            batch = embeddings, labels, None, self.curr_batch_idx
         else:
-            enqueue_mask = enqueue_mask.to(embeddings.device)
-            enqueued, is_query = embeddings[enqueue_mask], ~enqueue_mask
-            self.add_to_memory(enqueued, labels[enqueue_mask], len(enqueued))
-        columns = None if is_query is not None else self.curr_batch_idx
+            mask = enqueue_mask.to(embeddings.device)
+            enqueued = embeddings[mask]
+            self.add_to_memory(enqueued, labels[mask], len(enqueued))
+            batch = embeddings, labels, ~mask, None
         size = self.memory_size if self.has_been_filled else self.queue_idx
-        references, ref_labels = self.embedding_memory[:size], self.label_memory[:size]
+        queue = self.embedding_memory[:size], self.label_memory[:size]
         if torch.is_grad_enabled() and any(_reads(part.loss, embeddings) for part in parts):
-            references, ref_labels = references.clone(), ref_labels.clone()
-
-        @functools.cache
-        def queries(own: bool) -> tuple[Tensor | None, ...]:
-            batch = embeddings, labels, is_query, columns
-            if own:
-                batch = tuple(None if x is None else x[own_rows] for x in batch)
-            x, y, is_chosen, at = batch
-            return (x, y, at) if is_chosen is None else (x[is_chosen], y[is_chosen], at)
-
-        @functools.cache
-        def pairs(own: bool, **miner) -> tuple[Tensor, ...]:
-            x, y, at = queries(own)
-            if at is not None:
-                self.curr_batch_idx = at
-            return self.create_indices_tuple(
-                x, y, references, ref_labels, indices_tuple, at is not None, **miner
-            )
-
-        def arguments(part: Part, own: bool = False) -> tuple:
-            x, y, at = queries(own)
-            if part.miner is not None:
-                indices = pairs(own, miner=part.miner)
-            elif indices_tuple is not None or self._lists_pairs(part.loss):
-                indices = pairs(own)
-            else:
-                indices = None if at is None else QueryColumns(at)
-            return x, y, indices, references, ref_labels
-
-        return arguments
+            queue = tuple(x.clone() for x in queue)
+        return Enqueued(self, batch, queue, indices_tuple)
 
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
         """Write embeddings and labels over the oldest ones of the queue."""
@@ -263,6 +218,52 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
             self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
             self.label_memory = self.label_memory.to(embeddings.device, dtype)
         return labels.to(embeddings.device, dtype)
+
+
+class Enqueued:
+    """Queries of a batch that a memory has enqueued, and what a loss of them is called with.
+
+    Args:
+        memory: CrossBatchMemory
+        batch: embeddings (N, d), labels (N,), which rows are queries, (N,) bool or None for all,
+            and the places of the rows in the queue, (N,) int64, or None if no query is there
+        queue: references (M, d) and their labels (M,)
+        indices_tuple: that of the call
+        rows: of the batch
+    """
+
+    def __init__(self, memory, batch, queue, indices_tuple, rows=slice(None)):
+        self._given = memory, batch, queue, indices_tuple
+        self._memory, self._queue, self._indices_tuple = memory, queue, indices_tuple
+        x, y, is_query, self._columns = (None if t is None else t[rows] for t in batch)
+        self._queries = (x, y) if is_query is None else (x[is_query], y[is_query])
+        self._pairs = {}  # by miner, which is called once for all losses
+
+    def of(self, rows: slice) -> "Enqueued":
+        """Return the queries in `rows` of the batch."""
+        return Enqueued(*self._given, rows)
+
+    def arguments(self, part: Part) -> tuple:
+        """Return queries, labels, pairs, triplets or QueryColumns, references, their labels."""
+        indices = None
+        lists_pairs = self._memory._lists_pairs(part.loss)
+        if part.miner is not None or self._indices_tuple is not None or lists_pairs:
+            indices = self._pairs_by(part.miner)
+        elif self._columns is not None:
+            indices = QueryColumns(self._columns)
+        return *self._queries, indices, *self._queue
+
+    def _pairs_by(self, miner) -> tuple[Tensor, ...]:
+        """Pairs or triplets by a miner or, if it is None, as the memory makes them."""
+        if miner not in self._pairs:
+            is_in_queue = self._columns is not None
+            if is_in_queue:
+                self._memory.curr_batch_idx = self._columns
+            own = {} if miner is None else {"miner": miner}  # which PML's method does not have
+            self._pairs[miner] = self._memory.create_indices_tuple(
+                *self._queries, *self._queue, self._indices_tuple, is_in_queue, **own
+            )
+        return self._pairs[miner]
 
 
 def takes_query_columns(loss) -> bool:

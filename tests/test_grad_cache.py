@@ -17,7 +17,7 @@ from helpers import DEVICE, IS_TORCH_2_4
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from pml_pnp import GradCache, PNPLoss, grad_cache
+from pml_pnp import GradCache, PNPLoss, passes
 
 
 def conv_net():
@@ -530,7 +530,7 @@ def test_other_outputs_in_the_second_pass_are_an_error():
 
 
 def test_a_table_is_copied_only_if_it_changes(monkeypatch):
-    monkeypatch.setattr(grad_cache, "_BYTES_COPIED", 4000)
+    monkeypatch.setattr(passes, "BYTES_COPIED", 4000)
     copied, clone = [], torch.Tensor.clone
     monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t.numel()) or clone(t))
     model = Stateful(lambda m, x: x + m.buffer)
@@ -573,7 +573,7 @@ def test_deterministic_algorithms_have_to_repeat_every_bit():
 
 @pytest.mark.parametrize("size", [10, 500])
 def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
-    monkeypatch.setattr(grad_cache, "_BYTES_COPIED", 4000)
+    monkeypatch.setattr(passes, "BYTES_COPIED", 4000)
 
     def state(m, x):
         m.buffer.mul_(0.5).add_(x.detach().mean())

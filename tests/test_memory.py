@@ -30,7 +30,7 @@ def pmls(size=40, loss=None, **kwargs):
 
 def arguments_of(ours, x, y):
     """What the loss of a memory is called with."""
-    return ours.enqueue(x, y)(Part(ours.loss))
+    return ours.enqueue(x, y).arguments(Part(ours.loss))
 
 
 def other_losses():

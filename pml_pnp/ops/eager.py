@@ -79,8 +79,6 @@ def losses_and_gradient(
     smallest, width = relation.sizes()
     if width == 0:
         return losses, grad_s.zero_(), grad_self.zero_()
-    f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
-    alpha, b = settings.alpha, settings.b
     listed, with_query = relation.query_column is not None, settings.include_self and not has_self
     # With classes of equal size, as samplers make them, all that is listed enters the loss. Nothing
     # is masked then, which saves about 10 of the 60 PyTorch calls of a step at N = 32.
@@ -92,16 +90,14 @@ def losses_and_gradient(
         number = relation.number + (has_self - (listed and not with_query))
         share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
-    few = n * (width + has_self) * m < FEW_SIGMOIDS
     buffers = None
     for rows, columns in blocks(n, m, width + has_self, block_entries(s.device)):
-        height = rows.stop - rows.start
+        part = s[rows]
         if buffers is None:  # the first block is the largest
-            buffers = s.new_empty(height, m), s.new_empty(height * columns[0].stop * m)
-        x, part = buffers[0][:height], s[rows]
-        losses_of_rows, grad_of_rows = losses[rows], grad_s[rows]
+            buffers = s.new_empty(part.shape), s.new_empty(part.numel() * columns[0].stop)
+        x = buffers[0][: len(part)]
         t_self = self_similarity[rows].unsqueeze(1) if has_self else None
-        middle = None if few else _middle(part, t_self, scale)
+        middle = None if n * (width + has_self) * m < FEW_SIGMOIDS else _middle(part, t_self, scale)
         # A reference that is not a negative is set to `ranked_last`, after every positive, and a
         # positive that is not used to `ranked_first`, before every negative: R = f(R) = 0.
         if middle is None:
@@ -119,28 +115,12 @@ def losses_and_gradient(
         if has_self:
             t_self = t_self.masked_fill(~relation.counted[rows].unsqueeze(1), ranked_first)
             t = torch.cat([t, t_self], dim=1)
-        x, grad_t = x.unsqueeze(1), torch.empty_like(t)
-        for cols in columns:
-            t_of_cols = t[:, cols].unsqueeze(2)
-            y = buffers[1][: height * t_of_cols.shape[1] * m].view(height, -1, m)
-            if middle is None:
-                # The difference before the scale, since large similarities times scale overflow.
-                torch.sub(x, t_of_cols, out=y).mul_(scale).sigmoid_()
-            else:
-                torch.div(t_of_cols, torch.add(x, t_of_cols, out=y), out=y)
-            r = y.sum(dim=2)
-            losses_of_rows += f(r, alpha, b).sum(dim=1)
-            if with_gradient:
-                w = derivative(r, alpha, b) * (factor if uniform else factor[rows])
-                # y = w * y * (1 - y), in one pass over memory.
-                _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
-                if cols.start == 0:
-                    torch.sum(y, dim=1, out=grad_of_rows)
-                else:
-                    grad_of_rows += y.sum(dim=1)
-                torch.sum(y, dim=2, out=grad_t[:, cols])
+        grad_of_rows = grad_s[rows] if with_gradient else None
+        weight = factor if uniform else factor[rows]
+        losses[rows], grad_t = _sum_over_pairs(
+            x, t, columns, settings, middle is not None, buffers[1], weight, grad_of_rows
+        )
         if with_gradient:
-            grad_t.neg_()
             if has_self:
                 grad_self[rows], grad_t = grad_t[:, width], grad_t[:, :width]
             grad_of_rows.scatter_add_(1, index, grad_t)
@@ -148,6 +128,57 @@ def losses_and_gradient(
     if not uniform:
         losses.masked_fill_(~relation.counted, 0)
     return losses, grad_s, grad_self
+
+
+def _sum_over_pairs(
+    x: Tensor,
+    t: Tensor,
+    columns: list[slice],
+    settings: Settings,
+    is_ratio: bool,
+    buffer: Tensor,
+    weight: float | Tensor,
+    grad_x: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the sums over p of f(R[a, p]) for a block of queries a, and their gradient.
+
+    Args:
+        x: similarities to references, (rows, M), or their g
+        t: those of the positives, (rows, P), or their g
+        columns: the columns of t in blocks
+        settings: hyperparameters
+        is_ratio: whether x and t are g
+        buffer: for the sigmoids of a block
+        weight: share * scale, a number or (rows, 1)
+        grad_x: (rows, M), to which the gradient is written, or None if it is not needed
+
+    Returns:
+        The sums, (rows,), and the gradient with respect to the similarities t, (rows, P).
+    """
+    height, m = x.shape
+    f, derivative = VARIANTS[settings.variant].f, VARIANTS[settings.variant].derivative
+    x, sums, grad_t = x.unsqueeze(1), None, torch.empty_like(t)
+    for cols in columns:
+        t_of_cols = t[:, cols].unsqueeze(2)
+        y = buffer[: height * t_of_cols.shape[1] * m].view(height, -1, m)
+        if is_ratio:
+            torch.div(t_of_cols, torch.add(x, t_of_cols, out=y), out=y)
+        else:
+            # The difference before the scale, since large similarities times scale overflow.
+            torch.sub(x, t_of_cols, out=y).mul_(settings.scale).sigmoid_()
+        r = y.sum(dim=2)
+        part = f(r, settings.alpha, settings.b).sum(dim=1)
+        sums = part if sums is None else sums + part
+        if grad_x is not None:
+            w = derivative(r, settings.alpha, settings.b) * weight
+            # y = w * y * (1 - y), in one pass over memory.
+            _sigmoid_backward(w.unsqueeze(2).expand_as(y), y, grad_input=y)
+            if cols.start == 0:
+                torch.sum(y, dim=1, out=grad_x)
+            else:
+                grad_x += y.sum(dim=1)
+            torch.sum(y, dim=2, out=grad_t[:, cols])
+    return sums, grad_t.neg_()
 
 
 def _middle(s: Tensor, t_self: Tensor | None, scale: float) -> float | None:

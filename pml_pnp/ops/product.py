@@ -11,8 +11,9 @@ gradient D of a direction z = x / |x| is turned into that of x, (D - <D, z> z) /
 over a matrix instead of autograd's nine (benchmarks/measure.py --only products).
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,12 @@ CPU_TILE = 512
 REFERENCES_BLOCK = 2**25
 
 
-class _Call(NamedTuple):
-    """The arguments that are not tensors, in one, since autograd takes time for each argument."""
+@dataclass
+class _Call:
+    """The arguments that are not tensors, in one, since autograd takes time for each argument.
+
+    Not a tuple, which torch.func would take apart.
+    """
 
     pairs: Pairs
     settings: Settings
@@ -45,7 +50,7 @@ class _Call(NamedTuple):
     with_gradient: bool
     with_grad_references: bool
     with_counts: bool
-    saved: "_SavedReferences"
+    node: Any = None  # of `_SaveReferences`
 
 
 def mean_of_losses(
@@ -73,17 +78,17 @@ def mean_of_losses(
         The mean, differentiable with respect to queries and references, zero if no query counts,
         NaN if an embedding or its length is NaN or infinite; and the counts (3,), or None.
     """
-    height, saved = len(queries) if chunk_size is None else chunk_size, _SavedReferences()
+    height = len(queries) if chunk_size is None else chunk_size
     if references is not None:
         height = min(height, REFERENCES_BLOCK // max(1, len(references)))
     with_grad_references = references is not None and references.requires_grad
     with_gradient = torch.is_grad_enabled() and (queries.requires_grad or with_grad_references)
+    flags = normalized, with_gradient, with_grad_references, with_counts
+    call = _Call(pairs, settings, max(1, height), *flags)
     if with_gradient and references is not None:
         # A tensor that was created in inference mode cannot be saved for backward.
         queries, references = (x.clone() if x.is_inference() else x for x in (queries, references))
-        queries = _SaveReferences.apply(queries, references, saved)
-    flags = normalized, with_gradient, with_grad_references, with_counts
-    call = _Call(pairs, settings, max(1, height), *flags, saved)
+        queries = _SaveReferences.apply(queries, references, call)
     return _Mean.apply(queries, references, call)[:2]
 
 
@@ -146,19 +151,13 @@ class _Mean(torch.autograd.Function):
         call, needed = ctx.call, ctx.needs_input_grad[:2]
         grad = grad / divisor
         if torch.is_grad_enabled():
-            (references,) = call.saved.node.saved_tensors if call.saved.node else (None,)
+            (references,) = call.node.saved_tensors if call.node else (None,)
             total = partial(_differentiable_sum, call=call)
             with autocast_off(grad.device.type):
                 found = differentiable_gradients(total, (queries, references), needed, grad)
             if found is not None:
                 return *found, None
         return *(g * grad if x else None for g, x in zip(gradients, needed, strict=True)), None
-
-
-class _SavedReferences:
-    """Refers to the node of `_SaveReferences`; not a list, which torch.func would take apart."""
-
-    node = None
 
 
 class _SaveReferences(torch.autograd.Function):
@@ -169,14 +168,14 @@ class _SaveReferences(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(queries: Tensor, references: Tensor, saved: _SavedReferences) -> Tensor:
+    def forward(queries: Tensor, references: Tensor, call: _Call) -> Tensor:
         return queries.view_as(queries)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, references, saved = inputs
+        _, references, call = inputs
         ctx.save_for_backward(references)
-        saved.node = ctx
+        call.node = ctx
 
     @staticmethod
     def backward(ctx, grad):

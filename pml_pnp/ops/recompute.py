@@ -4,8 +4,7 @@ Only the losses of a chunk are kept, so that memory does not grow with N x M. Th
 distance, reducer and variant; `product` is used where it applies, and computes nothing again.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,34 +13,55 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from pml_pnp.ops.product import blocks_of
 from pml_pnp.precision import autocast_off
 
-
-class Call(NamedTuple):
-    """The arguments of `Recomputed` that are not tensors."""
-
-    function: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
-    """Maps rows, all queries and all references to the losses of these rows, and to other tensors
-    that have no gradient; called in forward."""
-    in_backward: Callable[[], Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]]
-    """Makes the same function for one backward, with copies of the settings and modules of forward.
-    Another backward gets copies of its own, because calling a module may change its buffers."""
-    chunk_size: int
-    random_state: "RandomState"
+Function = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
-class RandomState:
-    """State of the random number generators; not a tuple, which torch.func would take apart."""
+def in_chunks(
+    function: Function,
+    in_backward: Callable[[], Function],
+    chunk_size: int,
+    queries: Tensor,
+    references: Tensor | None,
+    parameters: Iterable[Tensor],
+) -> tuple[Tensor, ...]:
+    """Concatenate the results of a function for all chunks of queries.
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
+    Args:
+        function: maps rows, all queries and all references to the losses of these rows, and to
+            other tensors that have no gradient; called in forward
+        in_backward: makes the same function for one backward, with copies of the settings and
+            modules of forward. Another backward gets copies of its own, because calling a module
+            may change its buffers
+        chunk_size: number of queries in a chunk
+        queries: (N, d)
+        references: (M, d), or None if they are the queries
+        parameters: those of modules that the function calls
 
-    def restore(self) -> None:
-        """Set the generators to this state."""
-        torch.set_rng_state(self.cpu)
-        set_device_states(self.devices, self.states)
+    Returns:
+        Tensors of N rows, the first differentiable by queries, references and parameters.
+    """
+    call = _Call(function, in_backward, chunk_size, queries)
+    return Recomputed.apply(call, *map(_clone_constant, (queries, references)), *parameters)
 
 
-def clone_constant(x: Tensor | None) -> Tensor | None:
+class _Call:
+    """The arguments that are not tensors, and the state of the random number generators.
+
+    Not a tuple, which torch.func would take apart.
+    """
+
+    def __init__(self, function, in_backward, chunk_size: int, queries: Tensor) -> None:
+        self.function, self.in_backward, self.chunk_size = function, in_backward, chunk_size
+        self.random_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(queries)
+
+    def restore_random_state(self) -> None:
+        """Set the generators to their state at the call."""
+        torch.set_rng_state(self.random_state)
+        set_device_states(self.devices, self.device_states)
+
+
+def _clone_constant(x: Tensor | None) -> Tensor | None:
     """Clone a tensor that has no gradient, before it is saved for backward.
 
     A CrossBatchMemory changes its references before backward, and a tensor that was created in
@@ -52,10 +72,7 @@ def clone_constant(x: Tensor | None) -> Tensor | None:
 
 
 class Recomputed(torch.autograd.Function):
-    """Concatenates the results of `call.function` for all chunks of queries.
-
-    The first one is differentiable with respect to queries, references and parameters.
-    """
+    """Computes what `in_chunks` returns."""
 
     @staticmethod
     def forward(call, queries, references, *parameters):  # noqa: D102
@@ -81,9 +98,9 @@ class Recomputed(torch.autograd.Function):
         with (
             torch.enable_grad(),
             autocast_off(grad.device.type),
-            torch.random.fork_rng(call.random_state.devices),
+            torch.random.fork_rng(call.devices),
         ):
-            call.random_state.restore()
+            call.restore_random_state()
             function = call.in_backward()
             queries, references = map(_view, (queries, references), needed)
             tensors = zip((queries, references, *parameters), needed, strict=True)

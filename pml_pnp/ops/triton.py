@@ -101,6 +101,43 @@ def _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK: tl.co
 
 # fmt: off
 @triton.jit
+def _sum_of_sigmoids(
+    row, t, first, last, scale, place, mask_row, m,
+    HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # fmt: on
+    """R of a group of positives, whose similarities are t."""
+    r = tl.zeros([BLOCK_P], dtype=tl.float32)
+    for begin in range(0, m, BLOCK_M):
+        j = begin + tl.arange(0, BLOCK_M)
+        y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
+        r += tl.sum(y, axis=1)
+    return r
+
+
+# fmt: off
+@triton.jit
+def _add_derivatives(
+    grad_row, group, w, row, t, first, last, scale, place, mask_row, m,
+    HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # fmt: on
+    """Write a group's derivatives to the row of the gradient, and return their sums for each t."""
+    grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
+    for begin in range(0, m, BLOCK_M):
+        j = begin + tl.arange(0, BLOCK_M)
+        y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
+        dy = w[:, None] * y * (1 - y)
+        grad_t += tl.sum(dy, axis=1)
+        grad = tl.sum(dy, axis=0)
+        if group > 0:
+            grad += tl.load(grad_row + j, mask=negative, other=0.0)
+        tl.store(grad_row + j, grad, mask=negative)
+    return grad_t
+
+
+# fmt: off
+@triton.jit
 def _query(  # place[j] is the position of reference j in `columns`
     s, s_stride, self_similarity, columns, start, number, place, not_negative, query_column,
     losses, grad_s, grad_self, m, scale, alpha, b,
@@ -121,13 +158,8 @@ def _query(  # place[j] is the position of reference j in `columns`
     first = tl.load(start + a)
     listed = tl.load(number + a)
     last = first + listed
-    targets = listed
-    if HAS_SELF:
-        targets += 1
-    share = targets
-    if LISTED and not WITH_QUERY:
-        share -= 1
-    share = 1.0 / tl.maximum(share, 1)
+    targets = listed + (1 if HAS_SELF else 0)
+    share = 1.0 / tl.maximum(targets - (1 if LISTED and not WITH_QUERY else 0), 1)
     total = 0.0
     if not HAS_MASK:
         # A query without positives, too, has to write its row of the gradient.
@@ -146,24 +178,20 @@ def _query(  # place[j] is the position of reference j in `columns`
             is_self = (i == listed) & counts
             t = tl.where(is_self, tl.load(self_similarity + a), t)
             used = used | is_self
-        r = tl.zeros([BLOCK_P], dtype=tl.float32)
-        for begin in range(0, m, BLOCK_M):
-            j = begin + tl.arange(0, BLOCK_M)
-            y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
-            r += tl.sum(y, axis=1)
+        # fmt: off
+        r = _sum_of_sigmoids(
+            row, t, first, last, scale, place, mask_row, m, HAS_MASK, BLOCK_M, BLOCK_P
+        )
+        # fmt: on
         total += tl.sum(tl.where(used, _f(r, alpha, b, VARIANT), 0.0), axis=0)
         if WITH_GRADIENT:
             w = tl.where(used, _derivative(r, alpha, b, VARIANT), 0.0) * (share * scale)
-            grad_t = tl.zeros([BLOCK_P], dtype=tl.float32)
-            for begin in range(0, m, BLOCK_M):
-                j = begin + tl.arange(0, BLOCK_M)
-                y, negative = _sigmoids(row, j, t, first, last, scale, place, mask_row, m, HAS_MASK)
-                dy = w[:, None] * y * (1 - y)
-                grad_t += tl.sum(dy, axis=1)
-                grad = tl.sum(dy, axis=0)
-                if group > 0:
-                    grad += tl.load(grad_row + j, mask=negative, other=0.0)
-                tl.store(grad_row + j, grad, mask=negative)
+            # fmt: off
+            grad_t = _add_derivatives(
+                grad_row, group, w, row, t, first, last, scale, place, mask_row, m, HAS_MASK,
+                BLOCK_M, BLOCK_P,
+            )
+            # fmt: on
             if HAS_SELF:
                 tl.store(grad_self + a + i * 0, -grad_t, mask=is_self)
             if HAS_MASK:
