@@ -12,6 +12,10 @@ from benchmark_trees import (
     write_products,
     write_vehicles,
 )
+from retrieval.configuration import configured, resumed, with_file
+from retrieval.data import load_splits
+from retrieval.errors import UserError
+from retrieval.network import load_best
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # What makes the experiment small; everything else is as configured.
@@ -44,8 +48,6 @@ def test_every_configuration_is_tested():
 
 @pytest.mark.parametrize("name", WRITE)
 def test_configurations_say_what_the_paper_does(name):
-    from retrieval.configuration import configured, with_file
-
     config = configured(with_file(str(CONFIGS / f"{name}.yaml"), {}))
     expected = {
         "dataset": NAMES[name],
@@ -100,10 +102,6 @@ def test_experiment_from_data_to_metrics(main, tmp_path, capsys, strict_json, na
 
 def recall_by_hand(run, classes):
     """Recall@k of the first test classes, as the run's best weights have it."""
-    from retrieval.configuration import resumed
-    from retrieval.data import load_splits
-    from retrieval.network import load_best
-
     _, config = resumed(str(run), {})
     splits = load_splits(config["dataset"], config["data_root"], config["val_fraction"], 0)
     model, transform = load_best(str(run))
@@ -125,8 +123,6 @@ def recall_by_hand(run, classes):
 
 @pytest.mark.parametrize("name", WRITE)
 def test_splits_are_those_of_the_files(tmp_path, name):
-    from retrieval.data import load_splits
-
     WRITE[name](tmp_path)
     splits = load_splits(NAMES[name], str(tmp_path), 0.2, 0)
     summary = splits.summary()
@@ -139,8 +135,6 @@ def test_splits_are_those_of_the_files(tmp_path, name):
 @pytest.mark.parametrize("inside", [False, True], ids=["its parent", "itself"])
 @pytest.mark.parametrize("name", ["online_products", "vehicle_id"])
 def test_folder_may_be_named_itself_or_by_its_parent(tmp_path, name, inside):
-    from retrieval.data import load_splits
-
     WRITE[name](tmp_path)
     (folder,) = tmp_path.iterdir()
     splits = load_splits(NAMES[name], str(folder if inside else tmp_path), 0.2, 0)
@@ -173,9 +167,6 @@ MISSING = {
     ("name", "absent"), [(name, x) for name, absent in MISSING.items() for x in absent]
 )
 def test_missing_file_is_named(tmp_path, name, absent):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
     WRITE[name](tmp_path)
     (tmp_path / absent).rename(tmp_path / "away")
     with pytest.raises(UserError, match=MISSING[name][absent]):
@@ -191,9 +182,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_line_is_named(tmp_path, name):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
     WRITE[name](tmp_path)
     file, line, expected = BROKEN[name]
     text = (tmp_path / file).read_text()
@@ -204,9 +192,6 @@ def test_broken_line_is_named(tmp_path, name):
 
 
 def test_products_without_their_header_are_refused(tmp_path):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
     write_products(tmp_path)
     file = tmp_path / "Stanford_Online_Products" / "Ebay_train.txt"
     file.write_text(file.read_text().partition("\n")[2])

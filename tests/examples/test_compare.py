@@ -5,6 +5,8 @@ import json
 import statistics
 
 import pytest
+from retrieval import commands
+from retrieval.configuration import configured
 
 METRICS = ["mean_average_precision_at_r", "precision_at_1", "r_precision"]
 REST = ["recall_at_10", "recall_at_100"]
@@ -13,8 +15,6 @@ REST = ["recall_at_10", "recall_at_100"]
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Make the two files of a run folder that the command reads; returns the folder's name."""
-    from retrieval.configuration import configured
-
     monkeypatch.chdir(tmp_path)
 
     def make(name, value=0.5, finished=True, seconds=100.0, test=20, **settings):
@@ -39,7 +39,6 @@ def make(tmp_path, monkeypatch):
 @pytest.fixture
 def compare(capsys):
     """Call the command; returns what it printed, the lines' words and the exit code."""
-    from retrieval import commands
 
     def call(*arguments):
         code = commands.run("compare", list(arguments), "compare")

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
+from retrieval.configuration import configured, parser, with_file
 
 
 @pytest.fixture
 def read(tmp_path):
     """What is given by a file with this text and by these flags."""
-    from retrieval.configuration import parser, with_file
 
     def given(text, *flags, name="settings.yaml"):
         file = tmp_path / name
@@ -67,8 +67,6 @@ def test_arguments_of_flags_are_added_to_those_of_the_same_loss(read):
 
 
 def test_null_is_the_default(read):
-    from retrieval.configuration import configured
-
     assert read("miner: null\nloss_args: null\nimage_size: null") == {}
     assert configured(read("image_size: null"))["image_size"] == 8
 

@@ -10,11 +10,13 @@ import zipfile
 
 import pytest
 from PIL import Image
+from retrieval import image_tree
+from retrieval.data import READERS, load_splits
+from retrieval.errors import UserError
+from retrieval.image_tree import read_zip
 
 
 def load(root):
-    from retrieval.data import load_splits
-
     return load_splits("folder", str(root), val_fraction=0.2, seed=0)
 
 
@@ -178,8 +180,6 @@ SKIPPED = {
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
-    from retrieval.data import READERS
-
     names = ["images_background", "images_evaluation"]
     for name in names:
         files = [*IMAGES, *LEFT_OUT, "greek/c0/0.png", "Korean/c0/deep/2.png"]
@@ -221,8 +221,6 @@ def zip_of(path, members):
 
 
 def test_of_members_of_one_name_the_last_counts(tmp_path):
-    from retrieval.image_tree import read_zip
-
     zip_of(tmp_path / "a.zip", [("x/0.png", b"first"), ("x/0.png", b"last"), ("./x/1.png", None)])
     skipped = []
     found = read_zip(tmp_path / "a.zip", 1, skipped)
@@ -233,8 +231,6 @@ def test_of_members_of_one_name_the_last_counts(tmp_path):
 
 
 def test_zip_leads_nowhere_else(tmp_path):
-    from retrieval.image_tree import read_zip
-
     link = zipfile.ZipInfo("x/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     zip_of(tmp_path / "a.zip", [(link, b"0.png"), ("../x/0.png", None), ("x/0.png", None)])
@@ -244,10 +240,6 @@ def test_zip_leads_nowhere_else(tmp_path):
 
 
 def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    from retrieval import image_tree
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
     folder = tmp_path / "omniglot-small"
     folder.mkdir()
     for name in ("images_background_small1", "images_background_small2"):
@@ -263,8 +255,6 @@ def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
 
 
 def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
-    from retrieval.image_tree import read_zip
-
     zip_of(tmp_path / "a.zip", [("a/x/0.png", None), ("b/x/0.png", None), ("README", b"")])
     skipped = []
     (found,) = read_zip(tmp_path / "a.zip", 1, skipped, top="a")
@@ -278,8 +268,6 @@ def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
 
 
 def test_a_file_counts_once_in_both_parts_of_omniglot(tmp_path):
-    from retrieval.data import READERS
-
     for name, alphabet in (("images_background", "Greek"), ("images_evaluation", "Korean")):
         for i in range(2):
             write(tmp_path / name / alphabet / "c0" / f"{i}.png")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from retrieval.errors import UserError
+from retrieval.metrics import RetrievalAccuracy, build_tester, metric_names
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY_CLASS = {
@@ -45,8 +47,6 @@ def example(sizes, ties):
 
 
 def calculator():
-    from retrieval.metrics import RetrievalAccuracy
-
     return RetrievalAccuracy(device=torch.device("cpu"))
 
 
@@ -90,8 +90,6 @@ def test_metrics_are_those_of_their_definition(request, sizes, parts):
 
 
 def test_recall_of_any_k(small_parts):
-    from retrieval.metrics import RetrievalAccuracy, metric_names
-
     embeddings, labels = example([300, 211, 97, 64, 5, 2], ties=False)
     recall_at = (1, 3, 50, 1000)  # more than there are images
     got = RetrievalAccuracy(recall_at, device=torch.device("cpu")).get_accuracy(embeddings, labels)
@@ -165,9 +163,6 @@ def test_memory_does_not_grow_with_the_largest_class(environment):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)
 def test_embeddings_that_are_not_finite_are_refused_on_every_way(value):
-    from retrieval.errors import UserError
-    from retrieval.metrics import build_tester
-
     embeddings, labels = example([50, 50], ties=False)
     embeddings[70] = value
     with pytest.raises(UserError, match="the embeddings are not finite"):

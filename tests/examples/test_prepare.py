@@ -5,6 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from retrieval.data import LabelledImages, Sample, load_splits
+from retrieval.errors import UserError
+from retrieval.network import load_best
+from retrieval.prepare import Prepare, as_eight_bits
+from retrieval.trunks import SmallTransform, TimmTransform
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 GREY = Image.fromarray(RAMP)
@@ -19,8 +24,6 @@ def stored(image, form, **kwargs):
 
 
 def read(content):
-    from retrieval.data import Sample
-
     return Sample("x", "y", content).open()
 
 
@@ -60,8 +63,6 @@ def test_every_mode_reads_alike(kind):
 
 
 def test_a_palette_with_alpha_reads_alike():
-    from retrieval.prepare import as_eight_bits
-
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"
     assert (pixels(image) == RAMP).all()
@@ -120,9 +121,6 @@ BROKEN_EXIF = {
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", BROKEN_EXIF)
 def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
-    from retrieval.data import LabelledImages, Sample
-    from retrieval.prepare import Prepare
-
     content = stored(GREY.convert("RGB"), form, exif=BROKEN_EXIF[exif], **dpi)
     assert np.abs(pixels(read(content)) - RAMP).max() < 40
     images = LabelledImages([Sample("x", "y", content)], ["y"], Prepare((8, 8)))
@@ -131,8 +129,6 @@ def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
 
 
 def test_a_turned_image_is_turned_once():
-    from retrieval.prepare import as_eight_bits
-
     exif = Image.Exif()
     exif[0x0112] = 6
     content = stored(GREY.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
@@ -140,9 +136,6 @@ def test_a_turned_image_is_turned_once():
 
 
 def test_an_error_of_a_transform_names_the_image():
-    from retrieval.data import LabelledImages, Sample
-    from retrieval.errors import UserError
-
     def transform(image):
         raise MemoryError("too large")
 
@@ -155,8 +148,6 @@ def test_an_error_of_a_transform_names_the_image():
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (123, 123), (64, 1), (3, 900)])
 def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_pct):
-    from retrieval.prepare import Prepare
-
     noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -178,15 +169,11 @@ def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_
 
 
 def test_pixels_that_are_not_finite_are_refused():
-    from retrieval.errors import UserError
-
     with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
         read(stored(wide(np.float32, np.nan), "TIFF"))
 
 
 def test_transforms_take_images_of_any_depth():
-    from retrieval.trunks import SmallTransform, TimmTransform
-
     deep = wide(np.uint16, 257)
     small = SmallTransform(8, "L")
     assert (small(deep) - small(GREY)).abs().max() < 0.01
@@ -218,8 +205,6 @@ DEPTHS = {
 @pytest.mark.parametrize("skip_verify", [False, True], ids=["", "skip-verify"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth, skip_verify):
-    from retrieval.data import load_splits
-
     dtype, whites, white = DEPTHS[depth]
     write_deep(tmp_path, dtype, whites)
     splits = load_splits("folder", str(tmp_path), 0.4, 0, skip_verify=skip_verify)
@@ -237,8 +222,6 @@ def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth,
 
 
 def test_a_trained_network_scales_as_its_training_did(main, tmp_path, strict_json):
-    from retrieval.network import load_best
-
     write_deep(tmp_path / "data", np.float32, [200, 100, 50, 20, 1])
     arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--epochs", 1]
     arguments += ["--output-dir", tmp_path, "--name", "run", "--image-size", 8, "--workers", 0]
@@ -251,8 +234,6 @@ def test_a_trained_network_scales_as_its_training_did(main, tmp_path, strict_jso
 
 
 def test_an_image_that_cannot_be_read_does_not_decide_the_depth(tmp_path):
-    from retrieval.data import load_splits
-
     write_deep(tmp_path, np.float32, [1, 1, 1, 1, 1])
     Image.fromarray(np.full((8, 8), np.inf, np.float32)).save(tmp_path / "a" / "0.tif")
     splits = load_splits("folder", str(tmp_path), 0.4, 0)

@@ -16,6 +16,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from retrieval import commands, ranking, report_parts
+from retrieval import report as module
+from retrieval.configuration import DATASET_DEFAULTS, configured
+from retrieval.data import LabelledImages, RetrievalSplits, Sample, load_splits
+from retrieval.embeddings import to_plane
+from retrieval.errors import UserError
+from retrieval.metrics import RetrievalAccuracy
+from retrieval.network import load_best, untrained
+from retrieval.ranking import rank_all
+from retrieval.records import read
+from retrieval.report import _settings, contents, render
+from retrieval.report_parts import LEGEND_CLASSES, MARKERS
+from retrieval.run_folder import RunFolder
+from retrieval.thumbnails import to_image
+from retrieval.trunks import SmallTransform
+
+from pml_pnp import PNPLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
@@ -86,8 +103,6 @@ def cells(row):
 @pytest.fixture(scope="module")
 def report():
     """Call the command `report` in this process; returns the exit code."""
-    from retrieval import commands
-
     return lambda *arguments: commands.run("report", [str(x) for x in arguments], "report")
 
 
@@ -135,8 +150,6 @@ def splits_of(run):
 
 
 def networks_of(run):
-    from retrieval.network import load_best, untrained
-
     config = json.loads((run / "config.json").read_text())
     return {"untrained": untrained(config), "trained": load_best(str(run))}
 
@@ -228,9 +241,6 @@ def test_settings_are_those_of_the_run(page, finished, strict_json):
 
 
 def test_settings_that_were_not_typed_are_not_bold():
-    from retrieval.configuration import DATASET_DEFAULTS, configured
-    from retrieval.report import _settings
-
     for dataset in DATASET_DEFAULTS:
         for other in ({}, {"loss": "CircleLoss"}, {"pretrained": True}, {"trunk": "resnet18"}):
             config = {**configured({"dataset": dataset, **other}), "threads": 3}
@@ -328,8 +338,6 @@ def test_every_box_that_scrolls_can_be_reached_by_keyboard(page):
 
 
 def test_markers_are_as_many_as_a_legend_has_classes():
-    from retrieval.report_parts import LEGEND_CLASSES, MARKERS
-
     assert len(set(MARKERS)) == LEGEND_CLASSES
 
 
@@ -357,7 +365,6 @@ def test_report_of_runs_with_other_losses(main, arguments, tmp_path, strict_json
 
 def assert_metrics_are_reproduced(run, strict_json):
     from retrieval.embeddings import embed
-    from retrieval.metrics import RetrievalAccuracy
 
     metrics = strict_json(run / "metrics.json")
     images = splits_of(run).test
@@ -415,9 +422,6 @@ def test_run_that_was_killed_in_its_first_epoch(copied, report):
 
 
 def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch):
-    from retrieval import report as module
-    from retrieval.errors import UserError
-
     def fail(config):
         raise UserError("no weights")
 
@@ -431,7 +435,6 @@ def test_neither_network_leaves_settings_and_curves(copied, report, monkeypatch)
 
 @pytest.mark.parametrize("size", [(960, 8), (8, 960), (1, 2000)])
 def test_thumbnail_of_a_long_strip(size):
-    from retrieval.data import Sample
     from retrieval.thumbnails import from_data_uri, sprite, thumbnail
 
     sample = Sample("strip", "0", np.zeros(size[::-1], dtype=np.uint8))
@@ -476,9 +479,6 @@ def test_sheet_shows_queries_in_frames(copied, report, tmp_path, capsys):
 
 
 def test_sheet_of_a_run_without_networks_is_refused(copied, report, tmp_path, capsys, monkeypatch):
-    from retrieval import report as module
-    from retrieval.errors import UserError
-
     def fail(config):
         raise UserError("no weights")
 
@@ -526,8 +526,6 @@ def test_folder_without_a_run_is_refused(report, tmp_path, capsys):
 def test_failure_of_the_report_does_not_lose_the_run(
     main, arguments, tmp_path, strict_json, capsys, monkeypatch
 ):
-    from retrieval import report as module
-
     def fail(content):
         raise OSError("disk full")
 
@@ -570,10 +568,6 @@ def test_missing_package_is_named_before_training(main, arguments, tmp_path, cap
 
 def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
     """Of noise, which no format makes smaller, in many classes."""
-    from retrieval.data import LabelledImages, RetrievalSplits, Sample
-    from retrieval.report import contents, render
-    from retrieval.run_folder import RunFolder
-
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (5000, 96, 96, 3), dtype=np.uint8)
     samples = [Sample(f"{i}.jpg", f"class {i % 500:03d}", x) for i, x in enumerate(noise)]
@@ -595,8 +589,6 @@ def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
 
 def test_of_many_images_a_part_are_queries(copied, report, monkeypatch):
     """The metrics stay those of all; a query finds what it finds where all are queries."""
-    from retrieval import report_parts
-
     monkeypatch.setattr(report_parts, "PAIRS_AT_MOST", 120 * 7)
     before = parsed(copied / "report.html")
     pages = []
@@ -620,7 +612,6 @@ def test_of_many_images_a_part_are_queries(copied, report, monkeypatch):
 
 
 def test_parts_of_few_queries_are_means_over_these():
-    from retrieval.data import LabelledImages, Sample
     from retrieval.report_parts import TestResults
 
     pixels = np.zeros((8, 8), dtype=np.uint8)
@@ -806,8 +797,6 @@ def test_on_a_narrow_screen_boxes_scroll_and_not_the_page(browser, copied):
 
 def test_images_that_stand_in_training_and_test_are_named(copied, report, images, tmp_path):
     """A copy of two images among the test images, one of them a little darker."""
-    from retrieval.data import load_splits
-
     data = shutil.copytree(images, tmp_path / "data")
     splits = load_splits("folder", str(data), 0.2, 0)
     for target, source, factor in zip(
@@ -824,8 +813,6 @@ def test_images_that_stand_in_training_and_test_are_named(copied, report, images
 
 
 def test_of_many_training_images_a_part_is_compared(copied, report, monkeypatch):
-    from retrieval import report as module
-
     embedded = {}
 
     def embed(network, images, *args, description, **options):
@@ -846,7 +833,6 @@ def test_of_many_training_images_a_part_is_compared(copied, report, monkeypatch)
 
 @pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 1), (48, 48)])
 def test_thumbnail_of_an_image_of_any_proportions(size):
-    from retrieval.data import Sample
     from retrieval.thumbnails import contact_sheet, from_data_uri, sprite, thumbnail
 
     sample = Sample("x", "y", np.full(size[::-1], 99, np.uint8))
@@ -859,9 +845,6 @@ def test_thumbnail_of_an_image_of_any_proportions(size):
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_ranking_is_that_of_loops_and_of_pml(monkeypatch, block):
-    from retrieval import ranking
-    from retrieval.metrics import RetrievalAccuracy
-
     monkeypatch.setattr(ranking, "PAIRS_AT_A_TIME", block)
     embeddings = torch.nn.functional.normalize(torch.randn(40, 5))
     labels = torch.arange(40) % 3
@@ -894,8 +877,6 @@ def test_ranking_is_that_of_loops_and_of_pml(monkeypatch, block):
 
 
 def test_fewer_images_than_neighbours_are_all_kept():
-    from retrieval.ranking import rank_all
-
     embeddings = torch.nn.functional.normalize(torch.randn(4, 3))
     assert rank_all(embeddings, torch.tensor([0, 0, 1, 1]), 10).nearest.shape == (4, 3)
 
@@ -918,7 +899,6 @@ def test_embed_keeps_order_and_mode(with_labels, batch_size):
 
 def test_embed_refuses_what_is_not_finite():
     from retrieval.embeddings import embed
-    from retrieval.errors import UserError
 
     with pytest.raises(UserError, match="the embeddings are not finite"):
         embed(torch.nn.Identity(), [torch.tensor([1.0, float("nan")])], 1)
@@ -926,16 +906,12 @@ def test_embed_refuses_what_is_not_finite():
 
 @pytest.mark.parametrize("shape", [(30, 8), (3, 8), (30, 1), (2, 1)])
 def test_plane_of_any_embeddings(shape):
-    from retrieval.embeddings import to_plane
-
     plane, method = to_plane(torch.randn(shape))
     assert plane.shape == (shape[0], 2) and np.isfinite(plane).all()
     assert method in ("PCA", "UMAP")
 
 
 def test_records_are_read_across_headers_and_cut_lines(tmp_path):
-    from retrieval.records import read
-
     assert read(tmp_path / "logs", "*", "loss") == []
     (tmp_path / "a.csv").write_text("~iteration~,other\n0,1\n")
     (tmp_path / "b.csv").write_text(
@@ -947,9 +923,6 @@ def test_records_are_read_across_headers_and_cut_lines(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_training_image_is_shown_as_it_was(mode):
-    from retrieval.thumbnails import to_image
-    from retrieval.trunks import SmallTransform
-
     shape = (8, 8) if mode == "L" else (8, 8, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     tensor = SmallTransform(8, mode)(Image.fromarray(pixels))
@@ -958,10 +931,6 @@ def test_training_image_is_shown_as_it_was(mode):
 
 def test_negatives_are_counted_where_they_are_recorded(main, quick, tmp_path, monkeypatch):
     """And only there, since counting takes longer than the loss of a large batch."""
-    from retrieval.records import read
-
-    from pml_pnp import PNPLoss
-
     forward, counted = PNPLoss.compute_loss, []
 
     def watched(self, *arguments):

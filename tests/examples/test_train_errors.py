@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from retrieval import commands, train
+from retrieval.errors import UserError
+from retrieval.network import load_best
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -104,8 +107,6 @@ def test_mistyped_argument_is_named(main, capsys, argv):
 
 @pytest.mark.parametrize("command", ["report", "search", "export", "compare", "", "trian"])
 def test_a_flag_that_no_command_has_is_one_line(capsys, command):
-    from retrieval import commands
-
     with pytest.raises(SystemExit) as exit_:
         commands.main([command, "run", "--no-such-flag"])
     assert exit_.value.code == 2
@@ -121,9 +122,6 @@ def test_script_exits_with_the_code_of_main(capsys, monkeypatch):
 
 
 def test_load_best_of_a_wrong_path_says_so(tmp_path):
-    from retrieval.errors import UserError
-    from retrieval.network import load_best
-
     with pytest.raises(UserError, match="^no run in"):
         load_best(str(tmp_path))
 
@@ -138,8 +136,6 @@ def test_folder_of_another_program_is_not_continued(main, capsys, tmp_path):
 def test_run_of_an_earlier_version_says_how_to_go_on(
     run, main, quick, capsys, strict_json, tmp_path, command
 ):
-    from retrieval import commands
-
     file = run / "config.json"
     config = strict_json(file)
     file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("amp", "patience")}))
@@ -163,8 +159,6 @@ def test_run_of_an_earlier_version_says_how_to_go_on(
 
 @pytest.mark.parametrize("common", [True, False])
 def test_a_mistake_of_one_process_is_said_by_that_process(main, capsys, monkeypatch, common):
-    from retrieval import commands, train
-
     def fail(args):
         raise commands.UserError("a broken image", common)
 

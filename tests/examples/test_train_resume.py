@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from retrieval.run_folder import RunFolder
+from retrieval.training import Training
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 EPOCHS = 3
@@ -59,7 +61,6 @@ def whole(main, quick, once):
 
 def copy_at_moments(patch, folder):
     """Copy the run folder at every moment: it is then what a kill at that moment leaves behind."""
-    from retrieval.run_folder import RunFolder
 
     def copy(*now):
         for name, moment in MOMENTS.items():
@@ -242,8 +243,6 @@ def best(run):
 
 def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch):
     """The kill came after last.pt, of an epoch that no later one surpasses."""
-    from retrieval.training import Training
-
     before = best(run)
     (run / "checkpoints" / "best.pt").unlink()
     monkeypatch.setattr(Training, "train", lambda self: None)

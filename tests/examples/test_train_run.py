@@ -12,6 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from retrieval.configuration import configured
+from retrieval.data import load_splits
+from retrieval.metrics import build_tester, metrics_of
+from retrieval.network import load_best
+from retrieval.progress import still_rising
+from retrieval.training import RetrievalTrainer, Training, schedule
+
+from pml_pnp import PNPLoss
 
 METRICS = {
     "mean_average_precision_at_r": "MAP@R",
@@ -133,8 +141,6 @@ def test_line_of_an_epoch(finished, metrics):
 
 
 def test_training_loss_is_the_mean_over_the_epoch(main, quick, tmp_path, capsys, monkeypatch):
-    from retrieval.training import Training
-
     losses = []
     hook = Training._end_of_iteration
 
@@ -161,8 +167,6 @@ def test_log_holds_what_was_on_the_screen(finished):
 
 
 def test_log_holds_errors_warnings_and_tracebacks(main, quick, tmp_path, monkeypatch):
-    from retrieval.training import Training
-
     def fail(self):
         warnings.warn("how odd", stacklevel=1)
         raise failure
@@ -189,8 +193,6 @@ def test_log_holds_errors_warnings_and_tracebacks(main, quick, tmp_path, monkeyp
 def test_training_that_makes_retrieval_worse_is_told(
     main, quick, tmp_path, capsys, monkeypatch, worse
 ):
-    from retrieval.training import Training
-
     monkeypatch.setattr(
         Training,
         "test_best",
@@ -258,10 +260,6 @@ def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics):
 
 
 def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
-    from retrieval.data import load_splits
-    from retrieval.metrics import build_tester, metrics_of
-    from retrieval.network import load_best
-
     model, transform = load_best(finished[1])
     splits = load_splits("digits", None, 0.2, 0)
     splits.test.transform = transform
@@ -434,8 +432,6 @@ def test_real_images_train_to_the_end(run_of_real_images, strict_json, name, fol
 def test_loss_that_is_zero_from_the_first_step_is_reported(
     main, quick, tmp_path, capsys, monkeypatch, zero
 ):
-    from pml_pnp import PNPLoss
-
     forward = PNPLoss.forward
     if zero:
         monkeypatch.setattr(PNPLoss, "forward", lambda *args: 0 * forward(*args))
@@ -453,8 +449,6 @@ def test_loss_that_is_zero_from_the_first_step_is_reported(
 def test_weights_that_diverge_in_the_last_iteration_end_in_one_line(
     main, quick, tmp_path, capsys, monkeypatch, settings, message
 ):
-    from retrieval.training import RetrievalTrainer
-
     step = RetrievalTrainer.step_optimizers
 
     def diverge(self):
@@ -499,8 +493,6 @@ def test_without_validation_the_last_epoch_is_kept(
 
 @pytest.mark.parametrize(("best", "last", "said"), [(3, 3, True), (2, 3, False), (1, 1, False)])
 def test_validation_that_was_still_rising_is_told(best, last, said):
-    from retrieval.progress import still_rising
-
     metrics = {"validation": {}, "best_epoch": best, "epochs_trained": last}
     metrics["validation"] = {"mean_average_precision_at_r": 0.5}
     assert bool(still_rising(metrics)) is said
@@ -508,8 +500,6 @@ def test_validation_that_was_still_rising_is_told(best, last, said):
 
 
 def test_without_a_test_nothing_is_tested(main, quick, tmp_path, strict_json, capsys):
-    from retrieval.network import load_best
-
     run = tmp_path / "run"
     arguments = [*quick, "--output-dir", tmp_path, "--name", "run", "--test-fraction", 0]
     assert main(*arguments, "--epochs", 1) == 0
@@ -604,9 +594,6 @@ def test_saved_data_root_is_absolute(main, quick, tmp_path, strict_json, monkeyp
 )
 def test_schedule_of_the_learning_rates(settings, expected):
     """Three epochs of three iterations."""
-    from retrieval.configuration import configured
-    from retrieval.training import schedule
-
     config = configured({"epochs": 3, "lr_gamma": 0.5, **settings})
     rates = [schedule(config, step / 3, 1 / 3) for step in range(9)]
     assert rates == pytest.approx(expected, abs=1e-4)

