@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker("application")
 
 
-@pytest.fixture
-def data_root(monkeypatch):
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch, request):
     """Unset the variable that names the data folder, so that a test decides itself."""
-    monkeypatch.delenv("PML_PNP_DATA", raising=False)
+    if "run_of_real_images" not in request.fixturenames:
+        monkeypatch.delenv("PML_PNP_DATA", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +60,8 @@ def main():
 
 
 @pytest.fixture(scope="session")
-def quick(once):
-    """Arguments that make an epoch of 12 iterations last a moment: 24 images of each digit."""
+def digits(once):
+    """24 images of each digit, one folder per class."""
     from sklearn.datasets import load_digits
 
     def write(root):
@@ -71,9 +72,48 @@ def quick(once):
                 image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
                 image.save(root / str(label) / f"{i:02d}.png")
 
-    root = once("digits", write)
-    data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
+    return once("digits", write)
+
+
+@pytest.fixture(scope="session")
+def quick(digits):
+    """Arguments that make an epoch of 12 iterations on them last a moment."""
+    data = ["--dataset", "folder", "--data-root", digits, "--image-size", 8, "--workers", 0]
     return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
+
+
+@pytest.fixture
+def trained(main, quick, tmp_path):
+    """Train for an epoch, or as further arguments say, the last of two counting; the run folder."""
+
+    def train(*arguments, name="run"):
+        new = ["--output-dir", tmp_path, "--name", name, "--epochs", 1]
+        assert main(*quick, *new, *arguments) == 0
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture
+def command():
+    """Call any command in this process; returns the exit code."""
+    from retrieval import commands
+
+    return lambda *arguments: commands.main([str(x) for x in arguments])
+
+
+@pytest.fixture
+def refused(main, capsys):
+    """Call what must end in one line and exit code 2; returns the line."""
+
+    def call(*arguments, by=main):
+        capsys.readouterr()
+        assert by(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +204,9 @@ def timm(monkeypatch):
 
 
 @pytest.fixture
-def run_of_timm(timm, main, quick, tmp_path):
+def run_of_timm(timm, trained):
     """A finished run of one epoch with the second of these."""
-    arguments = ["--output-dir", tmp_path, "--name", "run of timm", "--epochs", 1]
-    assert main(*quick, *arguments, "--trunk", "resnet", "--image-size", 16) == 0
-    return tmp_path / "run of timm"
+    return trained("--trunk", "resnet", "--image-size", 16, name="run of timm")
 
 
 @pytest.fixture
