@@ -1,5 +1,6 @@
 """Shared by the tests of the examples: the scripts importable, and run as a user runs them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,10 +28,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def no_data_root(monkeypatch, request):
+def no_data_root(monkeypatch):
     """Unset the variable that names the data folder, so that a test decides itself."""
-    if "run_of_real_images" not in request.fixturenames:
-        monkeypatch.delenv("PML_PNP_DATA", raising=False)
+    monkeypatch.delenv("PML_PNP_DATA", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +132,23 @@ def run(one_epoch, tmp_path):
     return shutil.copytree(one_epoch, tmp_path / "run")
 
 
+@pytest.fixture
+def limited():
+    """Run with a limit of the size of files, at which the system refuses as with a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
 class Transformer(torch.nn.Module):
     """As timm's: made for one size of image, without BatchNorm."""
 
@@ -207,22 +224,6 @@ def timm(monkeypatch):
 def run_of_timm(timm, trained):
     """A finished run of one epoch with the second of these."""
     return trained("--trunk", "resnet", "--image-size", 16, name="run of timm")
-
-
-@pytest.fixture
-def run_of_real_images(main, tmp_path):
-    """Train on a real data set for an epoch, if its folder is there; returns the run."""
-
-    def train(name, folder):
-        root = Path(os.environ.get("PML_PNP_DATA", ""))
-        if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
-            pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder}")
-        settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
-        batch = ["--samples-per-class", 4, "--batch-size", 128]
-        assert main(*settings, "--dataset", name, *batch) == 0
-        return tmp_path / "run"
-
-    return train
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """`search` and `export` of a trained run, as a user calls them."""
 
-import contextlib
 import csv
 import errno
 import json
@@ -372,23 +371,6 @@ def test_commands_are_listed(command, capsys):
 
 def found_beside(tmp_path):
     return sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*"))
-
-
-@pytest.fixture
-def limited():
-    """Run with a limit of the size of files, at which the system refuses as with a full disk."""
-    resource = pytest.importorskip("resource")
-
-    @contextlib.contextmanager
-    def limit(size):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limit
 
 
 @pytest.mark.parametrize("name", ["found.csv", "found.png", "found.pdf", "made/here/found.csv"])
