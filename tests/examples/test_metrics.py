@@ -65,13 +65,17 @@ def test_parts_give_what_pml_gives_at_once(small_parts, sizes, ties):
     assert {x: got[x] for x in BOTH_HAVE} == pytest.approx(expected, rel=1e-13, abs=0)
 
 
-@pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5], [150, 150, 1]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[30, 30, 30], [3, 7, 2], [200, 5], [150, 150, 1], [300, 211, 97, 5]], ids=str
+)
+@pytest.mark.parametrize("recall_at", [(1, 10, 100), (1, 3, 50, 1000)], ids=str)
 @pytest.mark.parametrize("parts", [1, 5])
-def test_metrics_are_those_of_their_definition(request, sizes, parts):
+def test_metrics_are_those_of_their_definition(request, sizes, recall_at, parts):
+    """Recall@k also for more than there are images."""
     if parts > 1:
         request.getfixturevalue("small_parts")
     embeddings, labels = example(sizes, ties=False)
-    got = calculator().get_accuracy(embeddings, labels)
+    got = RetrievalAccuracy(recall_at, device=torch.device("cpu")).get_accuracy(embeddings, labels)
     distances = torch.cdist(embeddings.double(), embeddings.double()).fill_diagonal_(torch.inf)
     r = labels.bincount()[labels] - 1
     matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
@@ -83,23 +87,10 @@ def test_metrics_are_those_of_their_definition(request, sizes, parts):
         "mean_average_precision_at_r": (hits / position * matches * within).sum(1) / r,
         "r_precision": (matches * within).double().sum(1) / r,
         "precision_at_1": matches[:, 0].double(),
-        "recall_at_10": matches[:, :10].any(1).double(),
-        "recall_at_100": matches[:, :100].any(1).double(),
+        **{f"recall_at_{k}": matches[:, :k].any(1).double() for k in recall_at[1:]},
     }
-    assert got == pytest.approx({k: v.mean().item() for k, v in expected.items()}, abs=1e-12)
-
-
-def test_recall_of_any_k(small_parts):
-    embeddings, labels = example([300, 211, 97, 64, 5, 2], ties=False)
-    recall_at = (1, 3, 50, 1000)  # more than there are images
-    got = RetrievalAccuracy(recall_at, device=torch.device("cpu")).get_accuracy(embeddings, labels)
-    assert len(small_parts) > 5
     assert got.keys() == metric_names(recall_at).keys()
-    distances = torch.cdist(embeddings.double(), embeddings.double()).fill_diagonal_(torch.inf)
-    matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
-    for k, name in ((1, "precision_at_1"), *((k, f"recall_at_{k}") for k in recall_at[1:])):
-        expected = matches[:, :k].any(1).double().mean().item()
-        assert got[name] == pytest.approx(expected, abs=1e-12)
+    assert got == pytest.approx({k: v.mean().item() for k, v in expected.items()}, abs=1e-12)
 
 
 def test_queries_that_are_no_references(small_parts):

@@ -13,7 +13,6 @@ from retrieval.trunks import SmallTransform, TimmTransform
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 GREY = Image.fromarray(RAMP)
-INVISIBLE = 0
 
 
 def stored(image, form, **kwargs):
@@ -36,11 +35,7 @@ def wide(dtype, factor):
 
 
 SAME = {
-    "L": stored(GREY, "PNG"),
-    "LA": stored(GREY.convert("LA"), "PNG"),
-    "P": stored(GREY.convert("P"), "PNG"),
-    "RGB": stored(GREY.convert("RGB"), "PNG"),
-    "RGBA": stored(GREY.convert("RGBA"), "PNG"),
+    **{mode: stored(GREY.convert(mode), "PNG") for mode in ("L", "LA", "P", "RGB", "RGBA")},
     "CMYK": stored(GREY.convert("RGB").convert("CMYK"), "TIFF"),
     "YCbCr": stored(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
     "I;16 PNG": stored(wide(np.uint16, 257), "PNG"),
@@ -62,13 +57,10 @@ def test_every_mode_reads_alike(kind):
     assert np.abs(pixels(image) - RAMP).max() <= 2
 
 
-def test_a_palette_with_alpha_reads_alike():
+def test_a_palette_with_alpha_and_one_bit_read_alike():
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"
     assert (pixels(image) == RAMP).all()
-
-
-def test_one_bit_reads_as_black_and_white():
     ink = RAMP > 100
     assert (pixels(read(stored(Image.fromarray(ink), "PNG"))) == ink * 255).all()
 
@@ -77,36 +69,34 @@ def test_one_bit_reads_as_black_and_white():
 def test_transparent_parts_become_white(mode):
     black = np.zeros((8, 8), np.uint8)
     black[:, 4:] = 90
-    image = Image.fromarray(black)
-    if mode in ("LA", "RGBA"):
-        image = image.convert(mode)
+    image, options = Image.fromarray(black), {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    if mode == "I;16":
+        image = Image.fromarray(black.astype(np.uint16) * 257)
+    elif mode in ("LA", "RGBA"):
+        image, options = image.convert(mode), {}
         image.putalpha(Image.fromarray(np.where(black == 0, 0, 255).astype(np.uint8)))
-        content = stored(image, "PNG")
-    elif mode == "I;16":
-        content = stored(Image.fromarray(black.astype(np.uint16) * 257), "PNG", transparency=0)
     else:
-        key = (0, 0, 0) if mode == "RGB" else INVISIBLE
-        content = stored(image.convert(mode), "PNG", transparency=key)
-    result = pixels(read(content))
+        image = image.convert(mode)
+    result = pixels(read(stored(image, "PNG", **options)))
     assert (result[:, :4] == 255).all()
     assert (abs(result[:, 4:] - 90) <= 1).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_image_upright(orientation):
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    image = GREY if orientation == 1 else GREY.transpose(turns[orientation])
+TURNS = [
+    *(None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180),
+    *(Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90),
+    *(Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270),
+]
+
+
+@pytest.mark.parametrize(("orientation", "turn"), list(enumerate(TURNS, 1)))
+def test_exif_turns_the_image_upright_once(orientation, turn):
+    image = GREY if turn is None else GREY.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (pixels(read(stored(image, "PNG", exif=exif))) == RAMP).all()
+    upright = read(stored(image, "PNG", exif=exif))
+    assert (pixels(upright) == RAMP).all()
+    assert (pixels(as_eight_bits(upright)) == RAMP).all()
 
 
 BROKEN_EXIF = {
@@ -128,20 +118,15 @@ def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
         assert images[0][0].shape == (3, 8, 8)
 
 
-def test_a_turned_image_is_turned_once():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = stored(GREY.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
-    assert (pixels(as_eight_bits(read(content))) == RAMP).all()
-
-
-def test_an_error_of_a_transform_names_the_image():
+def test_an_error_of_a_transform_or_of_pixels_names_the_image():
     def transform(image):
         raise MemoryError("too large")
 
     images = LabelledImages([Sample("x", "y", SAME["L"])], ["y"], transform)
     with pytest.raises(UserError, match="cannot read the image x: too large"):
         images[0]
+    with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
+        read(stored(wide(np.float32, np.nan), "TIFF"))
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
@@ -166,11 +151,6 @@ def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_
     assert made.shape == (3, 32, 32)
     assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() < 0.03
     assert (prepare.pixels(image) == made.numpy()).all()
-
-
-def test_pixels_that_are_not_finite_are_refused():
-    with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
-        read(stored(wide(np.float32, np.nan), "TIFF"))
 
 
 def test_transforms_take_images_of_any_depth():
@@ -221,13 +201,11 @@ def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth,
     assert seen == 20
 
 
-def test_a_trained_network_scales_as_its_training_did(main, tmp_path, strict_json):
+def test_a_trained_network_scales_as_its_training_did(trained, tmp_path, strict_json):
     write_deep(tmp_path / "data", np.float32, [200, 100, 50, 20, 1])
-    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--epochs", 1]
-    arguments += ["--output-dir", tmp_path, "--name", "run", "--image-size", 8, "--workers", 0]
-    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
-    assert strict_json(tmp_path / "run" / "config.json")["pixel_ranges"] == {"F": [0, 255]}
-    _, transform = load_best(tmp_path / "run")
+    run = trained("--data-root", tmp_path / "data", "--batch-size", 4)
+    assert strict_json(run / "config.json")["pixel_ranges"] == {"F": [0, 255]}
+    _, transform = load_best(run)
     dark, light = (transform(wide(np.float32, x / 255)).max() for x in (1, 300))
     assert dark == pytest.approx(1 / 127.5 - 1, abs=0.01)
     assert light == 1
