@@ -101,9 +101,6 @@ def recall_by_hand(embeddings, labels, classes):
     return lambda k: matches[:, :k].any(axis=1).mean()
 
 
-# --- layouts ------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def load(tmp_path):
     """Write a data set, change it by a function, and read it, also from below tmp_path."""

@@ -27,9 +27,6 @@ def contents(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-# --- the lock -------------------------------------------------------------------------------
-
-
 def test_run_in_use_is_refused_and_free_again_when_its_process_is_killed(
     refused, quick, tmp_path, environment
 ):
@@ -84,9 +81,6 @@ def fail_with(number):
         raise OSError(number, os.strerror(number))
 
     return fail
-
-
-# --- damaged files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.kills)])
@@ -173,8 +167,6 @@ def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):
             refused += 1
     assert refused > 80
 
-
-# --- the disk -------------------------------------------------------------------------------
 
 # file -> what to open in its place, so that what is written there meets a full disk
 # Files to which nothing can be written. Those that are replaced are written beside it before.

@@ -366,9 +366,6 @@ def test_commands_are_listed(command, capsys):
     assert "search" in out and "export" in out
 
 
-# --- what is written ------------------------------------------------------------------------
-
-
 def found_beside(tmp_path):
     return sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*"))
 
@@ -454,9 +451,6 @@ def test_what_is_new_can_be_read_by_whom_the_user_lets(tmp_path, kind):
         make(part, kind, "new")
     like = make(tmp_path / "plain", kind, "plain")
     assert (tmp_path / "output").stat().st_mode == like.stat().st_mode
-
-
-# --- a reader that goes away ----------------------------------------------------------------
 
 
 def test_reader_that_leaves_ends_the_command_quietly(run, folder, environment, tmp_path):
