@@ -41,12 +41,12 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def script(environment):
-    """Run train.py in a process of its own."""
+def python(environment):
+    """Run Python in a process of its own."""
 
-    def run(*arguments, launcher=()):
-        command = [sys.executable, *launcher, str(EXAMPLES / "train.py"), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    def run(*arguments, **options):
+        usual = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
+        return subprocess.run([sys.executable, *map(str, arguments)], **{**usual, **options})
 
     return run
 

@@ -1,7 +1,6 @@
 """Metrics in parts are those of PML's calculator, in bounded memory; what is not finite is said."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -136,9 +135,8 @@ print(json.dumps([*found, *peaks]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in /proc")
-def test_memory_does_not_grow_with_the_largest_class(environment):
-    command = [sys.executable, "-c", PEAK, str(EXAMPLES)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_memory_does_not_grow_with_the_largest_class(python):
+    process = python("-c", PEAK, EXAMPLES)
     assert process.returncode == 0, process.stderr
     metrics, expected, before, parts, at_once = json.loads(process.stdout)
     assert {x: metrics[x] for x in expected} == pytest.approx(expected, rel=1e-13, abs=0)

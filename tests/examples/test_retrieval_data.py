@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 import zipfile
 
@@ -205,7 +204,7 @@ def test_unreadable_images_and_single_image_classes_are_skipped_by_name(halves, 
     assert out.count("cannot read") == 5
 
 
-def test_very_large_images_are_named_once(tmp_path):
+def test_very_large_images_are_named_once(python, tmp_path):
     """And not warned of by Pillow, which does not name them."""
     write_classes(tmp_path, "abcd")
     name = tmp_path / "b" / "1.png"
@@ -221,7 +220,7 @@ def test_very_large_images_are_named_once(tmp_path):
             for sample in part.samples:
                 sample.open()
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert "1 images are so large that reading them takes long:\n" in done.stdout
     assert done.stdout.count(str(tmp_path)) == 1 and f"  {name}, 40 x 30\n" in done.stdout
     assert "Warning" not in done.stderr

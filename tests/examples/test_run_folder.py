@@ -225,13 +225,12 @@ def test_full_disk_stops_the_curves_in_one_line(run, refused, monkeypatch):
 
 
 @no_full
-def test_output_to_a_full_disk_is_told_and_ends_nothing(one_epoch, environment, tmp_path):
+def test_output_to_a_full_disk_is_told_and_ends_nothing(one_epoch, python, tmp_path):
     table = tmp_path / "table.csv"
-    command = [sys.executable, SCRIPT.parent / "retrieval", "compare", one_epoch, "--csv", table]
+    arguments = [SCRIPT.parent / "retrieval", "compare", one_epoch, "--csv", table]
     with FULL.open("w") as full:
-        process = subprocess.run(
-            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
-        )
+        pipes = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        process = python(*arguments, **pipes)
     assert process.stderr == f"cannot write the output: {os.strerror(errno.ENOSPC)}\n"
     assert process.returncode == 1
     assert table.is_file()

@@ -247,15 +247,17 @@ print(json.dumps(found))
 """
 
 
-def printed_by(code, folder, environment=None):
+@pytest.fixture
+def printed_by(python):
     """What code prints that runs in a folder; by default nothing of this repository is found."""
-    environment = environment or {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout.splitlines()
+
+    def run(code, folder, environment=None):
+        environment = environment or {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        process = python("-c", code, cwd=folder, env=environment)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.splitlines()
+
+    return run
 
 
 def code_of(page):
@@ -264,7 +266,7 @@ def code_of(page):
 
 @pytest.mark.parametrize("network", ["run", "run_of_timm"])
 def test_code_of_an_export_reaches_the_embedding_of_every_kind_of_image(
-    command, request, network, tmp_path
+    command, request, printed_by, network, tmp_path
 ):
     run = request.getfixturevalue(network)
     output, kinds = tmp_path / "exported", tmp_path / "kinds"
@@ -295,7 +297,9 @@ def config_of(run):
     return json.loads((run / "config.json").read_text())
 
 
-def test_network_for_onnxruntime_makes_the_same_embeddings(command, run, folder, tmp_path):
+def test_network_for_onnxruntime_makes_the_same_embeddings(
+    command, run, folder, printed_by, tmp_path
+):
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     output, image = tmp_path / "exported", folder / "7" / "00.png"
@@ -307,7 +311,7 @@ def test_network_for_onnxruntime_makes_the_same_embeddings(command, run, folder,
     assert json.loads(found) == [pytest.approx(embedded(run, [image])[0], abs=1e-4)]
 
 
-def test_three_lines_embed_files(run, folder, environment):
+def test_three_lines_embed_files(run, folder, printed_by, environment):
     """Those of the documentation."""
     page = (EXAMPLES.parent / "docs" / "training_example.md").read_text()
     code = code_of(page.partition("## Use the trained model")[2])[0]

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +19,13 @@ WORKER = Path(__file__).with_name("train_worker.py")
 
 
 @pytest.fixture(scope="module")
-def finished(environment, quick, once):
+def finished(python, quick, once):
     """Runs in two processes, and a mistake: what they printed, and the folder of their folders."""
-    folder = once("distributed", lambda folder: train_all(environment, quick, folder))
+    folder = once("distributed", lambda folder: train_all(python, quick, folder))
     return json.loads((folder / "printed.json").read_text()), folder
 
 
-def train_all(environment, quick, folder):
+def train_all(python, quick, folder):
     new = ["--output-dir", folder, *quick]
     memory = [*new, "--memory-size", 96]
     frozen = [*new, "--epochs", 1, "--freeze-batchnorm"]
@@ -47,13 +45,7 @@ def train_all(environment, quick, folder):
     augmented = [PLAIN not in arguments and BESIDE not in arguments for arguments in runs]
     runs = [[str(x) for x in arguments] for arguments in runs]
     runs = json.dumps(list(zip(ports, augmented, runs, strict=True)))
-    process = subprocess.run(
-        [sys.executable, *LAUNCHER, str(WORKER), str(folder / "died"), runs],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    process = python(*LAUNCHER, WORKER, folder / "died", runs)
     assert (folder / "in chunks" / "metrics.json").exists(), process.stderr
     printed = {name: getattr(process, name) for name in ("returncode", "stdout", "stderr")}
     (folder / "printed.json").write_text(json.dumps(printed))

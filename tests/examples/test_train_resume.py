@@ -20,7 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
+    "proxies": [
+        *("--loss", "ProxyAnchorLoss", "--loss-lr", 0.01, "--freeze-batchnorm"),
+        *("--lr-milestones", 1, 2, "--lr-gamma", 0.5),
+    ],
     "chunks": ["--grad-cache", 16],
     "schedule": ["--lr-cosine", "--warmup-epochs", 1],
     "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
@@ -120,6 +123,25 @@ def ends_alike(curves, strict_json):
 
 def best(run):
     return (run / "checkpoints" / "best.pt").read_bytes()
+
+
+def test_warmup_cosine_and_milestones_reach_every_optimizer(whole, curves):
+    run = whole("schedule")[0]
+    for name in ("trunk", "embedder"):
+        rates = [value for _, value in curves(run)[f"learning_rates/{name}"]]
+        # Every second iteration is recorded.
+        assert rates[:2] == pytest.approx([0.001 / 11, 0.003 / 11])
+        assert max(rates) == pytest.approx(0.001, rel=0.1)
+        assert 0 < rates[-1] < 0.0001
+    assert all(abs(rate) < 1e-12 for rate in last_rates(run).values())
+    names = ("trunk_optimizer", "embedder_optimizer", "metric_loss_optimizer")
+    expected = dict(zip(names, (0.00025, 0.00025, 0.0025), strict=True))
+    assert last_rates(whole("proxies")[0]) == pytest.approx(expected)
+
+
+def last_rates(run):
+    optimizers = torch.load(run / "checkpoints" / "last.pt")["shared"]["optimizers"]
+    return {k: v["param_groups"][0]["lr"] for k, v in optimizers.items()}
 
 
 def test_the_same_command_line_starts_continues_and_ends_a_run(

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -29,6 +30,9 @@ METRICS = {
 }
 
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
+
+
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
@@ -38,15 +42,14 @@ class Printed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(script, once):
+def finished(python, once):
     """The first epochs of the default run, in a process of its own that lists what it imports.
 
     What it printed, and the run.
     """
 
     def train(folder):
-        arguments = ["--output-dir", folder / "runs", "--epochs", 2]
-        process = script(*arguments, launcher=["-X", "importtime"])
+        process = python("-X", "importtime", SCRIPT, "--output-dir", folder / "runs", "--epochs", 2)
         assert process.returncode == 0, process.stderr
         for name in Printed._fields:
             (folder / name).write_text(getattr(process, name))
@@ -477,26 +480,3 @@ def test_schedule_of_the_learning_rates(settings, expected):
     config = configured({"epochs": 3, "lr_gamma": 0.5, **settings})
     rates = [schedule(config, step / 3, 1 / 3) for step in range(9)]
     assert rates == pytest.approx(expected, abs=1e-4)
-
-
-def test_warmup_and_cosine_reach_every_optimizer(trained, curves):
-    run = trained("--epochs", 3, "--lr", 0.01, "--lr-cosine", "--warmup-epochs", 1)
-    for name in ("trunk", "embedder"):
-        rates = [value for _, value in curves(run)[f"learning_rates/{name}"]]
-        # Every second iteration is recorded.
-        assert rates[:2] == pytest.approx([0.01 / 11, 0.03 / 11])
-        assert max(rates) == pytest.approx(0.01, rel=0.1)
-        assert 0 < rates[-1] < 0.001
-    assert all(abs(rate) < 1e-12 for rate in last_rates(run).values())
-
-
-def last_rates(run):
-    optimizers = torch.load(run / "checkpoints" / "last.pt")["shared"]["optimizers"]
-    return {k: v["param_groups"][0]["lr"] for k, v in optimizers.items()}
-
-
-def test_learning_rates_fall_at_the_milestones(trained):
-    arguments = ["--epochs", 3, "--lr", 0.01, "--loss-lr", 0.1, "--loss", "ProxyAnchorLoss"]
-    rates = last_rates(trained(*arguments, "--lr-milestones", 1, 2, "--lr-gamma", 0.5))
-    names = ("trunk_optimizer", "embedder_optimizer", "metric_loss_optimizer")
-    assert rates == pytest.approx(dict(zip(names, (0.0025, 0.0025, 0.025), strict=True)))
