@@ -44,9 +44,11 @@ def test_yaml_and_json_say_the_same(read):
     assert read(text) == read(settings, name="settings.json") == settings
 
 
-def test_flags_win(read):
+def test_flags_win_and_null_is_the_default(read):
     given = read("epochs: 3\nlr: 0.1\npretrained: true", "--epochs", 5, "--no-pretrained")
     assert given == {"epochs": 5, "lr": 0.1, "pretrained": False}
+    assert read("miner: null\nloss_args: null\nimage_size: null") == {}
+    assert configured(read("image_size: null"))["image_size"] == 8
 
 
 LOSS = "loss_args: {variant: Dq, alpha: 4}"
@@ -72,11 +74,6 @@ def test_arguments_of_flags_are_added_to_those_of_the_same_loss(read, text, flag
     given = read(text, *flags.split())
     found = [value for name, value in given.items() if name.endswith("_args")]
     assert found == ([] if expected is None else [expected])
-
-
-def test_null_is_the_default(read):
-    assert read("miner: null\nloss_args: null\nimage_size: null") == {}
-    assert configured(read("image_size: null"))["image_size"] == 8
 
 
 @pytest.mark.parametrize(

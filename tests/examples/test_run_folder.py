@@ -279,12 +279,11 @@ def test_reason_of_the_system_is_told_and_the_old_file_stays(tmp_path, number):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
-def test_folder_that_cannot_be_made_is_named(refused, quick, tmp_path):
+def test_folder_that_cannot_be_made_is_named_and_a_mistake_of_the_program_is_none(
+    refused, quick, tmp_path
+):
     (tmp_path / "file").touch()
     error = refused(*quick, "--output-dir", tmp_path / "file", "--epochs", 1)
     assert f"cannot make the run folder {tmp_path / 'file'}" in error
-
-
-def test_mistakes_of_the_program_are_no_errors_of_the_disk(tmp_path):
     with pytest.raises(RuntimeError, match="of another kind"), writing(tmp_path):
         raise RuntimeError("of another kind")

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from pytorch_metric_learning.losses import ContrastiveLoss
 from retrieval.configuration import configured
 from retrieval.data import load_splits
 from retrieval.metrics import RetrievalTester, build_tester, metrics_of
 from retrieval.network import load_best
 from retrieval.progress import still_rising
 from retrieval.training import RetrievalTrainer, Training, schedule
-
-from pml_pnp import PNPLoss
 
 METRICS = {
     "mean_average_precision_at_r": "MAP@R",
@@ -64,8 +63,9 @@ def metrics(finished, strict_json):
     return strict_json(finished[1] / "metrics.json")
 
 
-def test_run_folder_holds_everything(finished, strict_json):
+def test_run_folder_holds_everything_and_its_name_is_taken(finished, refused, strict_json):
     run = finished[1]
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert {p.name for p in run.iterdir()} == {
         *("config.json", "classes.csv", "skipped.csv", "images.csv", "lock", "log.txt", "logs"),
         *("tensorboard", "checkpoints", "metrics.json", "report.html"),
@@ -75,6 +75,9 @@ def test_run_folder_holds_everything(finished, strict_json):
     config = strict_json(run / "config.json")
     assert (config["dataset"], config["loss"], config["world_size"]) == ("digits", "PNPLoss", 1)
     assert config["versions"]["torch"] and config["versions"]["pytorch-metric-learning"]
+    error = refused("--output-dir", run.parent, "--name", run.name)
+    assert "exists; take another --name, or continue it with --resume" in error
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
 def test_metrics_are_all_there_and_rise_on_unseen_digits(metrics):
@@ -170,13 +173,18 @@ def test_log_holds_errors_warnings_and_tracebacks(main, trained, tmp_path, monke
     assert "--lr" not in log.partition("interrupted")[2]
 
 
-def test_training_that_makes_retrieval_worse_is_told(trained, capsys, monkeypatch):
+def test_loss_of_zero_and_training_that_makes_retrieval_worse_are_told(
+    trained, capsys, monkeypatch
+):
     def test_best(self):
         return {k: v - 0.01 for k, v in self.state["untrained"].items()}
 
+    forward = ContrastiveLoss.forward
     monkeypatch.setattr(Training, "test_best", test_best)
+    monkeypatch.setattr(ContrastiveLoss, "forward", lambda *args: 0 * forward(*args))
     trained("--ema-decay", 0, "--loss", "ContrastiveLoss")
     out = capsys.readouterr().out
+    assert "the loss has been zero since the first step" in out
     assert "Training made retrieval of unseen classes worse: MAP@R fell from" in out
     for tried in ("a smaller --lr", "--ema-decay 0.997", "variant=Ds anneal=0.03"):
         assert tried in out
@@ -231,14 +239,6 @@ def test_best_checkpoint_gives_the_reported_metrics(finished, metrics):
     assert metrics_of(tester, "test") == pytest.approx(metrics["trained"], abs=1e-6)
 
 
-def test_name_that_exists_is_refused_and_left_alone(finished, refused):
-    run = finished[1]
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    error = refused("--output-dir", run.parent, "--name", run.name)
-    assert "exists; take another --name, or continue it with --resume" in error
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
-
-
 OPTIONS = {
     "": [],
     "ema-decay 0, freeze-batchnorm": ["--ema-decay", 0, "--freeze-batchnorm", "--workers", 1],
@@ -278,13 +278,17 @@ def test_option_trains_to_the_end(run_of, strict_json, option):
     assert strict_json(run_of(option) / "metrics.json")["epochs_trained"] == 1
 
 
-def test_each_new_run_gets_a_new_folder_named_after_its_losses(run_of):
+def test_each_new_run_gets_a_new_folder_named_after_its_losses(run_of, strict_json):
     runs = [run_of(option) for option in ("", "memory", "ema-decay 0, freeze-batchnorm")]
     assert len(set(runs)) == 3
     stem = "folder-PNPLoss-Ds"
     made = {x.name for x in runs[0].parent.iterdir() if x.name.startswith(stem)}
     assert made == {f"{stem}-{number}" for number in range(1, len(made) + 1)}
     assert run_of("beside").name == "folder-PNPLoss-Dq-MultiSimilarityLoss-1"
+    config = strict_json(run_of("beside another") / "config.json")
+    assert config["loss_args"] == {}  # and PNPLoss has its defaults also beside another
+    assert config["beside_args"] == strict_json(run_of("") / "config.json")["loss_args"]
+    assert strict_json(run_of("beside") / "config.json")["beside_args"] == {}
 
 
 CURVES = {
@@ -296,13 +300,6 @@ CURVES = {
         for name in ("best_accuracy", "best_epoch", *(f"{x}_level0" for x in METRICS))
     ),
 }
-
-
-def test_pnp_beside_another_loss_has_the_same_defaults(run_of, strict_json):
-    config = strict_json(run_of("beside another") / "config.json")
-    assert config["loss_args"] == {}
-    assert config["beside_args"] == strict_json(run_of("") / "config.json")["loss_args"]
-    assert strict_json(run_of("beside") / "config.json")["beside_args"] == {}
 
 
 @pytest.mark.parametrize("option", ["", "memory", "miner", "beside", "beside another"])
@@ -332,13 +329,6 @@ def test_training_stops_early_when_validation_does_not_improve(trained, strict_j
     metrics = strict_json(run / "metrics.json")
     assert metrics["stopped_early"]
     assert (metrics["best_epoch"], metrics["epochs_trained"]) == (1, 3)
-
-
-def test_loss_that_is_zero_from_the_first_step_is_reported(trained, capsys, monkeypatch):
-    forward = PNPLoss.forward
-    monkeypatch.setattr(PNPLoss, "forward", lambda *args: 0 * forward(*args))
-    trained()
-    assert "the loss has been zero since the first step" in capsys.readouterr().out
 
 
 def test_diverging_loss_and_weights_are_named(main, quick, tmp_path, capsys, monkeypatch):

@@ -113,25 +113,17 @@ def test_ntxent_in_rows_is_that_of_pml():
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
 
 
-def test_losses_side_by_side_are_a_sum_with_a_weight():
+def test_a_sum_has_a_weight_and_a_batch_the_temperature_of_its_negatives():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
     params = {"anneal": 0.2, "weight": 3.0, "pos_margin": 0.1, "neg_margin": 0.9}
     got = objective("PNP-Ds + Contrastive", params, 4)(x, labels)
     contrastive = pml_losses.ContrastiveLoss(pos_margin=0.1, neg_margin=0.9)(x, labels)
     ranking = losses.PNPLoss(variant="Ds", anneal=0.2)(x, labels)
     torch.testing.assert_close(got, contrastive + 3 * ranking)
-
-
-def test_the_temperature_of_a_batch_is_a_share_of_the_spread_of_its_negatives():
-    x, labels = torch.randn(12, 4), torch.arange(12) // 3
     unit = torch.nn.functional.normalize(x)
-    negatives = [
-        (unit[i] @ unit[j]).item() for i in range(12) for j in range(12) if labels[i] != labels[j]
-    ]
-    share = 0.5 * torch.tensor(negatives).std().item()
+    share = 0.5 * (unit @ unit.T)[labels[:, None] != labels].std().item()
     got = TemperatureOfBatch(losses.PNPLoss(variant="Ds"), 0.5)(x, labels)
-    expected = losses.PNPLoss(variant="Ds", anneal=share)(x, labels)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, losses.PNPLoss(variant="Ds", anneal=share)(x, labels))
 
 
 # --- splits ---------------------------------------------------------------------------------
@@ -240,11 +232,16 @@ def test_a_data_set_with_a_part_of_its_test_is_not_split_anew(shorter, study_of)
     assert study.rows() == []
 
 
-def test_what_is_without_training_is_measured_once(shorter, study_of):
+def test_what_has_a_row_is_not_run_again(shorter, study_of):
     study = study_of()
+    study.untuned(seeds=1)
+    before = study.rows()
+    study.untuned(seeds=2)
+    assert study.rows()[: len(before)] == before
+    assert len(study.rows()) == 2 * len(before) == 2 * len(SOME)
     study.untrained()
     study.untrained()
-    (row,) = study.rows()
+    (row,) = study.rows("untrained")
     test = shorter.read("test", None)
     expected = retrieval_metrics(test.inputs, test.labels)["map_at_r"]
     assert float(row["map_at_r"]) == pytest.approx(expected, abs=1e-6)
@@ -265,15 +262,6 @@ def test_the_best_trial_is_run_with_every_seed_when_all_are_complete(shorter, st
     assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
     with sqlite3.connect(study.database) as database:
         assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (3,)
-
-
-def test_what_has_a_row_is_not_run_again(study_of):
-    study = study_of()
-    study.untuned(seeds=1)
-    before = study.rows()
-    study.untuned(seeds=2)
-    assert study.rows()[: len(before)] == before
-    assert len(study.rows()) == 2 * len(before) == 2 * len(SOME)
 
 
 @pytest.mark.parametrize("database_is_lost", [False, True], ids=["database", "rows alone"])
