@@ -44,6 +44,15 @@ def end_of(process):
     return output
 
 
+def found_by(*arguments, cwd=None):
+    """What Python prints last, as JSON."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=900
+    )
+    assert process.returncode == 0, process.stderr[-6000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
 def query(path, sql):
     connection = sqlite3.connect(path)
     connection.row_factory = sqlite3.Row
@@ -160,9 +169,7 @@ def said(finished, tmp_path_factory):
     for case, (script, flags, _) in cases.items():
         flags = [str(x).replace("FINISHED", str(folder)) for x in flags]
         lines.append([str(EXAMPLE / script), [x.replace("ROOT", str(roots[case])) for x in flags]])
-    worker = Path(__file__).with_name("command_lines.py")
-    output = end_of(start(worker, json.dumps(lines)))
-    found = json.loads(output.splitlines()[-1])
+    found = found_by(Path(__file__).with_name("command_lines.py"), json.dumps(lines))
     files = [[path for path in root.rglob("*") if path.is_file()] for root in roots.values()]
     return {case: (*x, y) for case, x, y in zip(cases, found, files, strict=True)}
 
@@ -271,11 +278,7 @@ def script(tmp_path_factory):
     """What a script found, on powerful-benchmarker's own configs, and its folder."""
     folder = tmp_path_factory.mktemp("script")
     flags = ["--experiment_name", "x", "--config_loss_and_miners", "[default,", "with_pnp]"]
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *flags], capture_output=True, text=True, cwd=folder
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1]), folder
+    return found_by("-c", SCRIPT, *flags, cwd=folder), folder
 
 
 def test_on_its_own_configs_a_search_and_what_is_named_inside_others_are_made(script):
