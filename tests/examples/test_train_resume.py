@@ -289,9 +289,7 @@ def test_resume_refuses_other_processes_and_accepts_what_the_run_has(
     assert "started with 2 processes" in refused("--resume", run)
 
 
-def test_resume_with_and_without_chunks_and_fewer_epochs_not(
-    whole, main, trained, refused, strict_json
-):
+def test_resume_with_and_without_chunks(whole, main, trained, strict_json):
     """BatchNorm frozen, chunks change nothing but the memory."""
     run = trained(*SETTINGS["proxies"], "--grad-cache", 16)
     assert main("--resume", run, "--epochs", 2, "--grad-cache", 0) == 0
