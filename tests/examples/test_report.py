@@ -691,33 +691,29 @@ def test_pointer_and_arrow_keys_show_an_image(shown, page):
     assert f"background-position: {position}" in after.find("div").get("style")
 
 
-def test_on_paper_nothing_is_cut_off(shown, copied):
-    """At the width of a page, no box is wider than it, in the rules for print."""
-    text = (copied / "report.html").read_text(encoding="utf-8")
-    (copied / "report.html").write_text(text.replace("@media print", "@media all"))
-    script = """
-        const page = 718;  // A4 less Chromium's margins, in pixels of CSS
-        document.body.style.width = `${page}px`;
-        document.body.dataset.wide = [...document.querySelectorAll('table, img, svg, ol')]
-            .filter((x) => x.getBoundingClientRect().right > page + 1)
-            .map((x) => x.closest('section')?.id).join();
-    """
-    assert shown(script, "--window-size=718,1000").get("data-wide") == ""
-
-
-def test_on_a_narrow_screen_boxes_scroll_and_not_the_page(shown):
+def test_on_paper_nothing_is_cut_off_and_on_a_narrow_screen_boxes_scroll(shown, copied):
     """The histogram stays large enough to be read, and names have room for words."""
-    script = """
+    narrow = """
         const widths = [innerWidth, document.documentElement.scrollWidth];
         for (const what of ['#negatives img', '#classes td.name']) {
           widths.push(Math.round(document.querySelector(what).getBoundingClientRect().width));
         }
         document.body.dataset.widths = widths.join();
     """
-    widths = shown(script, "--window-size=400,800").get("data-widths")
+    widths = shown(narrow, "--window-size=400,800").get("data-widths")
     window, content, histogram, name = map(int, widths.split(","))
     assert content <= window <= 500
     assert histogram >= 600 and name >= 110
+    text = (copied / "report.html").read_text(encoding="utf-8")
+    (copied / "report.html").write_text(text.replace("@media print", "@media all"))
+    paper = """
+        const page = 718;  // A4 less Chromium's margins, in pixels of CSS
+        document.body.style.width = `${page}px`;
+        document.body.dataset.wide = [...document.querySelectorAll('table, img, svg, ol')]
+            .filter((x) => x.getBoundingClientRect().right > page + 1)
+            .map((x) => x.closest('section')?.id).join();
+    """
+    assert shown(paper, "--window-size=718,1000").get("data-wide") == ""
 
 
 # --- the parts ------------------------------------------------------------------------------

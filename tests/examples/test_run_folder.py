@@ -27,9 +27,7 @@ def contents(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-def test_run_in_use_is_refused_and_free_again_when_its_process_is_killed(
-    refused, quick, tmp_path, environment
-):
+def test_run_in_use_is_refused_until_it_is_killed(refused, quick, tmp_path, environment):
     """Its loader process lives on for a while, and must not keep the lock."""
     pytest.importorskip("fcntl")
     run = tmp_path / "run"
@@ -279,9 +277,7 @@ def test_reason_of_the_system_is_told_and_the_old_file_stays(tmp_path, number):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
-def test_folder_that_cannot_be_made_is_named_and_a_mistake_of_the_program_is_none(
-    refused, quick, tmp_path
-):
+def test_folder_that_cannot_be_made_is_named(refused, quick, tmp_path):
     (tmp_path / "file").touch()
     error = refused(*quick, "--output-dir", tmp_path / "file", "--epochs", 1)
     assert f"cannot make the run folder {tmp_path / 'file'}" in error

@@ -61,9 +61,7 @@ def rows(path):
         ]
 
 
-def test_nearest_images_are_those_of_brute_force_but_not_the_query(
-    search, run, folder, digits, tmp_path
-):
+def test_nearest_images_are_those_of_brute_force(search, run, folder, digits, tmp_path):
     query, table = digits / "9" / "00.png", tmp_path / "found.csv"
     search("-k", 5, "--csv", table, query=query)
     paths = sorted(folder.rglob("*.png"))
@@ -143,9 +141,7 @@ def test_sheet_shows_and_names_queries_and_neighbors(search, folder, tmp_path, m
     assert all(re.fullmatch(r"[01]\.\d{3}\n[78]/\d\d\.png", x) for x in drawn if "query" not in x)
 
 
-def test_files_and_folders_of_any_name_are_searched_and_exported(
-    command, search, run, folder, tmp_path
-):
+def test_any_name_is_searched_and_exported(command, search, run, folder, tmp_path):
     image = (folder / "7" / "00.png").read_bytes()
     shutil.rmtree(folder / "7")
     shutil.rmtree(folder / "8")
@@ -288,9 +284,7 @@ def config_of(run):
     return json.loads((run / "config.json").read_text())
 
 
-def test_network_for_onnxruntime_makes_the_same_embeddings(
-    command, run, folder, printed_by, tmp_path
-):
+def test_onnxruntime_makes_the_same_embeddings(command, run, folder, printed_by, tmp_path):
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     output, image = tmp_path / "exported", folder / "7" / "00.png"
@@ -323,9 +317,7 @@ def test_embedding_an_image_that_cannot_be_read_is_an_error_with_its_name(run, f
         load_best(run).embed("7.png")
 
 
-def test_export_embeds_the_test_images_and_overwrites_nothing(
-    command, run, refused, tmp_path, monkeypatch
-):
+def test_export_embeds_the_test_images(command, run, refused, tmp_path, monkeypatch):
     error = refused("export", run, "--data-root", tmp_path / "none", by=command)
     assert str(tmp_path / "none") in error
     with monkeypatch.context() as patch:
@@ -383,9 +375,7 @@ def test_search_of_which_the_disk_takes_only_a_part(search, limited, tmp_path, n
 @pytest.mark.parametrize(
     "file", ["model.pt2", "embeddings.npz", "transform.json", "prepare.py", "README.md"]
 )
-def test_export_of_which_the_disk_takes_only_a_part(
-    command, run, refused, tmp_path, monkeypatch, file
-):
+def test_export_to_a_full_disk_leaves_nothing(command, run, refused, tmp_path, monkeypatch, file):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
@@ -406,9 +396,7 @@ def test_export_of_which_the_disk_takes_only_a_part(
 
 
 @pytest.mark.parametrize(("name", "file"), [("export", "export"), ("report", "report.html")])
-def test_what_the_system_refuses_leaves_the_process_alive_and_what_was_there(
-    command, run, refused, limited, tmp_path, name, file
-):
+def test_what_the_system_refuses_is_left(command, run, refused, limited, tmp_path, name, file):
     """The writer of torch, for one, ends the process where it may not write."""
     (run / "report.html").write_text("old")
     before = found_beside(tmp_path)

@@ -129,7 +129,7 @@ def test_folder_without_a_run_or_of_another_program_is_refused(command, refused,
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_run_of_an_earlier_version_says_how_to_go_on(
+def test_run_of_an_earlier_version_is_told(
     run, main, command, refused, strict_json, tmp_path, words
 ):
     file = run / "config.json"

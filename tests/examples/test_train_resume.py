@@ -222,9 +222,7 @@ def test_a_checkpoint_of_another_version_is_refused(whole, refused, tmp_path, st
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_any_moment_continues_to_the_same_end(
-    whole, main, ends_alike, tmp_path, moment
-):
+def test_a_run_killed_at_any_moment_ends_alike(whole, main, ends_alike, tmp_path, moment):
     run, copies = whole("default")
     continued = shutil.copytree(copies / moment, tmp_path / "whole")
     assert not (continued / "metrics.json").exists()
@@ -235,9 +233,7 @@ def test_a_run_killed_at_any_moment_continues_to_the_same_end(
 
 
 @pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
-def test_a_killed_run_with_more_state_continues_to_the_same_end(
-    whole, main, ends_alike, tmp_path, setting
-):
+def test_a_killed_run_with_more_state_ends_alike(whole, main, ends_alike, tmp_path, setting):
     run, copies = whole(setting)
     continued = shutil.copytree(copies / "after the second epoch", tmp_path / "run")
     assert main("--resume", continued) == 0
@@ -254,9 +250,7 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
-def test_more_epochs_continue_a_finished_run_and_fewer_do_not(
-    whole, run, main, refused, ends_alike, cut_off
-):
+def test_more_epochs_continue_a_finished_run(whole, run, main, refused, ends_alike, cut_off):
     """Also where a full disk cut off rows."""
     logs = run / "logs"
     for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
@@ -280,9 +274,7 @@ def test_resume_refuses_what_contradicts_the_run(run, refused, arguments):
     assert CONTRADICTIONS[arguments] in refused("--resume", run, *arguments.split())
 
 
-def test_resume_refuses_other_processes_and_accepts_what_the_run_has(
-    run, main, refused, strict_json
-):
+def test_resume_refuses_another_number_of_processes(run, main, refused, strict_json):
     assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
     config = strict_json(run / "config.json")
     (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
@@ -434,9 +426,7 @@ def listed_images(run):
         return {row["path"]: row for row in csv.DictReader(file)}
 
 
-def test_a_missing_image_is_said_before_a_name_is_taken(
-    refused, quick, digits, tmp_path, monkeypatch
-):
+def test_a_missing_image_is_said_first(refused, quick, digits, tmp_path, monkeypatch):
     root = shutil.copytree(digits, tmp_path / "images")
     splits_of = train_module.splits_of
 

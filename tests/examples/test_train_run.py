@@ -173,9 +173,7 @@ def test_log_holds_errors_warnings_and_tracebacks(main, trained, tmp_path, monke
     assert "--lr" not in log.partition("interrupted")[2]
 
 
-def test_loss_of_zero_and_training_that_makes_retrieval_worse_are_told(
-    trained, capsys, monkeypatch
-):
+def test_loss_of_zero_and_worse_retrieval_are_told(trained, capsys, monkeypatch):
     def test_best(self):
         return {k: v - 0.01 for k, v in self.state["untrained"].items()}
 
@@ -432,9 +430,7 @@ def test_closed_set_is_called_so_and_the_data_root_saved_is_absolute(
 
 
 @pytest.mark.parametrize("when", ["untrained", "validation", "test"])
-def test_every_evaluation_of_what_is_not_finite_ends_in_one_line(
-    main, quick, tmp_path, capsys, monkeypatch, when
-):
+def test_no_evaluation_of_what_is_not_finite(main, quick, tmp_path, capsys, monkeypatch, when):
     moments = ["untrained", "validation", "test"]
     calls = []
     evaluate = RetrievalTester.test
