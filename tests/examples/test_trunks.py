@@ -177,7 +177,7 @@ def test_trunk_that_cannot_be_used_is_refused_before_the_run(timm, refused, tmp_
 def test_fine_tuning_freezes_batchnorm_where_there_is_any(
     timm, main, trained, strict_json, capsys, name, frozen
 ):
-    run = trained("--trunk", name, "--pretrained", "--image-size", 16)
+    run = trained("--trunk", name, "--pretrained", "--image-size", 16, "--embedding-size", 9)
     assert strict_json(run / "config.json")["freeze_batchnorm"] is frozen
     # It is said before, since a download may take long; a checkpoint brings weights of its own.
     said = f"pretrained weights of {name}: from timm's cache, or downloaded now\n"
@@ -186,7 +186,7 @@ def test_fine_tuning_freezes_batchnorm_where_there_is_any(
     assert main("--resume", run, "--epochs", 2, "--no-report") == 0
     assert said not in capsys.readouterr().out and {x[1] for x in timm.made} == {False}
     model, transform = load_best(run)  # also a transformer of another size than its own
-    assert model(transform(Image.new("L", (9, 9)))[None]).shape == (1, 128)
+    assert model(transform(Image.new("L", (9, 9)))[None]).shape == (1, 9)
 
 
 TUNED = {"dataset": "folder", "trunk": "resnet18", "pretrained": True}
