@@ -1,4 +1,4 @@
-"""Small data sets in the exact layout of those of the literature, split files included."""
+"""Small data sets of images, among them some in the exact layout of those of the literature."""
 
 import io
 from pathlib import Path
@@ -12,15 +12,29 @@ TRAIN, TEST, IMAGES = range(1, 5), range(5, 9), 5
 
 
 def jpeg(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
+    return png(seed, (24, 20), form="JPEG")
 
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+
+
+def png(seed=0, size=(12, 10), mode="RGB", form="PNG", **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def write_classes(root, classes, count=5):
+    for name in classes:
+        for i in range(count):
+            write(root / name / f"{i}.png", png(i))
+
+
+def class_names(images):
+    return {s.label for s in images.samples}
 
 
 def write_products(root):

@@ -1,5 +1,6 @@
 """A run that is stopped at any moment goes on to the end of one that was not."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -76,7 +77,8 @@ def hook_container():
     return dict(adapters.replacements())["hook_container"]
 
 
-def stop_at(moment, monkeypatch):
+@contextlib.contextmanager
+def stopped_at(moment):
     """Raise at one of the steps that a kill could fall between; None to count them."""
     steps = itertools.count(1)
 
@@ -89,16 +91,16 @@ def stop_at(moment, monkeypatch):
         return step
 
     writer = pytest.importorskip("record_keeper").RecordWriter
-    monkeypatch.setattr(torch, "save", stopping(torch.save))
-    monkeypatch.setattr(os, "remove", stopping(os.remove))
-    monkeypatch.setattr(writer, "save_records", stopping(writer.save_records))
-    return steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", stopping(torch.save))
+        patch.setattr(os, "remove", stopping(os.remove))
+        patch.setattr(writer, "save_records", stopping(writer.save_records))
+        yield steps
 
 
 def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
     epochs = 2  # the second replaces what the first saved
-    with pytest.MonkeyPatch.context() as patch:
-        steps = stop_at(None, patch)
+    with stopped_at(None) as steps:
         run(tmp_path / "whole", hook_container, epochs)
         number = next(steps) - 1
     want = checkpoint_files(tmp_path / "whole")
@@ -106,10 +108,8 @@ def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
     assert number > 5 * epochs
     for moment in range(1, number + 1):
         folder = tmp_path / str(moment)
-        with pytest.MonkeyPatch.context() as patch:
-            stop_at(moment, patch)
-            with pytest.raises(Killed):
-                run(folder, hook_container, epochs)
+        with stopped_at(moment), pytest.raises(Killed):
+            run(folder, hook_container, epochs)
         users_own = folder / "models" / "resnet.pth"
         torch.save({}, users_own)
         run(folder, hook_container, epochs)
@@ -189,23 +189,21 @@ def test_without_records_nothing_is_touched(tmp_path, hook_container):
     assert epoch == EPOCHS + 1 and checkpoint_files(tmp_path).keys() == before
 
 
-def test_pmls_own_does_not(tmp_path):
+def test_pmls_own_does_not(tmp_path, monkeypatch):
     """Or there were nothing to adapt: stopped between two files, it forgets the optimizer."""
     own = logging_presets.HookContainer
     if not requirements.is_pinned():
         own = adapters.with_old_table_names(own)
     run(tmp_path / "whole", own)
-    with pytest.MonkeyPatch.context() as patch:
-        save = torch.save
 
-        def stopping(state, path):
-            if "optimizer_2" in str(path):
-                raise Killed
-            save(state, path)
+    def stopping(state, path, save=torch.save):
+        if "optimizer_2" in str(path):
+            raise Killed
+        save(state, path)
 
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch, "save", stopping)
-        with pytest.raises(Killed):
-            run(tmp_path / "stopped", own)
+        run(tmp_path / "stopped", own)
     run(tmp_path / "stopped", own)
     name = f"trunk_{EPOCHS}.pth"
     got, want = (checkpoint_files(tmp_path / x)[name] for x in ("stopped", "whole"))

@@ -54,8 +54,8 @@ class Parser:
             raise ValueError  # noqa: B904
 
 
-def run(scale, error):
-    return divergence.api_parser(Parser)(scale, error).run_train_or_eval()
+def run(scale, error, parser=Parser):
+    return divergence.api_parser(parser)(scale, error).run_train_or_eval()
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,22 @@ def test_an_error_of_a_diverged_model_counts_as_0(error):
     assert run(3e38, error) == (0, 0)  # weights are finite, outputs are not
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("k must be larger")])
-def test_another_error_is_raised_with_its_text(error):
+class FailingBesideTraining(Parser):
+    def run_train_or_eval(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("parser", "error"),
+    [
+        (Parser, RuntimeError("out of memory")),
+        (Parser, ValueError("k must be larger")),
+        (FailingBesideTraining, ValueError("no such split")),
+    ],
+)
+def test_another_error_is_raised_as_it_is(parser, error):
     with pytest.raises(type(error)) as raised:
-        run(1.0, error)
-    assert raised.value is error
-
-
-def test_an_error_beside_training_is_raised_as_it_is():
-    class Failing(Parser):
-        def run_train_or_eval(self):
-            raise self.error
-
-    error = ValueError("no such split")
-    with pytest.raises(ValueError) as raised:
-        divergence.api_parser(Failing)(1.0, error).run_train_or_eval()
+        run(1.0, error, parser)
     assert raised.value is error
 
 

@@ -26,8 +26,8 @@ def pins(path):
 @pytest.fixture
 def everything_is_there(monkeypatch):
     found = set(requirements.MODULES) | {"ax"}
-    monkeypatch.setattr(requirements, "is_there", found.__contains__)
     version = metadata.version
+    monkeypatch.setattr(requirements, "is_there", found.__contains__)
     monkeypatch.setattr(
         requirements.metadata,
         "version",
@@ -35,6 +35,13 @@ def everything_is_there(monkeypatch):
     )
     monkeypatch.setattr(requirements.importlib, "import_module", lambda name: None)
     return found
+
+
+def fail_with(error):
+    def fail(name):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("module", [*requirements.MODULES, "ax"])
@@ -48,25 +55,22 @@ def test_the_first_missing_module_is_named_with_the_line_that_installs_it(
     assert isinstance(raised.value, ImportError) and raised.value.name == module
     line = str(raised.value).splitlines()[-1]
     assert line.strip() == requirements.install_command(requirements.recipe(), bayes_opt=True)
-
-
-def test_ax_is_asked_for_by_a_search_alone(everything_is_there):
-    everything_is_there.remove("ax")
-    requirements.check_installed(bayes_opt=False)
-
-
-def test_another_release_of_powerful_benchmarker_is_refused(everything_is_there, monkeypatch):
-    monkeypatch.setattr(requirements.metadata, "version", lambda name: "0.0.1")
-    with pytest.raises(requirements.MissingPackage, match="expected .* 0.9.33, .* got 0.0.1"):
+    if module == "ax":
         requirements.check_installed(bayes_opt=False)
 
 
-def test_a_checkout_of_powerful_benchmarker_is_refused(everything_is_there, monkeypatch):
-    def fail(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(requirements.metadata, "version", fail)
-    with pytest.raises(requirements.MissingPackage, match="got one that is not installed"):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (lambda name: "0.0.1", "expected .* 0.9.33, .* got 0.0.1"),
+        (fail_with(metadata.PackageNotFoundError("x")), "got one that is not installed"),
+    ],
+)
+def test_another_release_or_a_checkout_of_powerful_benchmarker_is_refused(
+    everything_is_there, monkeypatch, version, message
+):
+    monkeypatch.setattr(requirements.metadata, "version", version)
+    with pytest.raises(requirements.MissingPackage, match=message):
         requirements.check_installed(bayes_opt=False)
 
 
@@ -77,11 +81,8 @@ def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, ba
     with requirements.check_imports(bayes_opt):
         pass
     assert any("bayes_opt" in name for name in imported) == bayes_opt
-
-    def fail(name):
-        raise ImportError("cannot import name 'assert_md5sum'", name="gdown")
-
-    monkeypatch.setattr(requirements.importlib, "import_module", fail)
+    error = ImportError("cannot import name 'assert_md5sum'", name="gdown")
+    monkeypatch.setattr(requirements.importlib, "import_module", fail_with(error))
     with pytest.raises(requirements.MissingPackage, match="does not import .*assert_md5sum") as e:
         with requirements.check_imports(bayes_opt):
             pass
@@ -92,26 +93,19 @@ def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, ba
 def test_a_torchvision_that_does_not_import_is_told_from_a_missing_one(
     everything_is_there, monkeypatch, error
 ):
-    def fail(name):
-        raise error
-
-    monkeypatch.setattr(requirements.importlib, "import_module", fail)
+    monkeypatch.setattr(requirements.importlib, "import_module", fail_with(error))
     with pytest.raises(requirements.MissingPackage, match="does not fit the installed torch") as e:
         requirements.check_installed(bayes_opt=False)
     assert str(error) in str(e.value) and "pip install --no-deps torchvision==" in str(e.value)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_line_names_files_that_exist(recipe):
+def test_the_line_names_files_that_pin_what_powerful_benchmarker_was_run_with(recipe):
     command = requirements.install_command(recipe, bayes_opt=True)
     files = [Path(x) for x in shlex.split(command) if x.endswith(".txt")]
-    assert len(files) == 3 and all(f.is_file() and f.name.startswith(recipe) for f in files)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_pin_what_powerful_benchmarker_was_run_with(recipe):
-    files = [requirements.FOLDER / f"{recipe}-{x}.txt" for x in ("base", "no-deps", "bayes")]
-    base, no_deps, bayes = map(pins, files)
+    names = ("base", "no-deps", "bayes")
+    assert sorted(files) == sorted(requirements.FOLDER / f"{recipe}-{x}.txt" for x in names)
+    base, no_deps, bayes = (pins(requirements.FOLDER / f"{recipe}-{x}.txt") for x in names)
     assert no_deps["powerful-benchmarker"] == "0.9.33" and "ax-platform" in bayes
     assert no_deps["pytorch-metric-learning"].startswith("0." if recipe == "pinned" else "2.")
     assert not base.keys() & no_deps.keys()

@@ -32,18 +32,25 @@ SMALL = [
 ]
 
 
-def start(script, *flags, **kwargs):
+def start(script, *flags):
     command = [sys.executable, str(EXAMPLE / script), *map(str, flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
 
-def run(script, *flags):
-    process = start(script, *flags)
+def end_of(process):
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-6000:]
     return output
+
+
+def found_by(*arguments, cwd=None):
+    """What Python prints last, as JSON."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=900
+    )
+    assert process.returncode == 0, process.stderr[-6000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def query(path, sql):
@@ -66,31 +73,25 @@ def benchmark_flags(folder, epochs=4):
 
 
 def benchmark(folder):
-    return start("benchmark.py", *benchmark_flags(folder), start_new_session=True)
+    return start("benchmark.py", *benchmark_flags(folder))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that nobody stopped: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    process = benchmark(folder)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-6000:]
+    output = end_of(benchmark(folder))
     return folder / "digits", output
 
 
 def test_a_run_trains_evaluates_and_ensembles_every_fold(finished):
+    """And its logs, in CSV, SQLite and TensorBoard, hold arguments and records of this loss."""
     folder, output = finished
     assert "| with_pnp | " in output and "| untrained | " in output
     rows = results(folder)
     kinds = [row["models"] for row in rows]
     assert sorted(kinds) == ["ensemble", "fold", "fold", "untrained", "untrained"]
     assert all(0 < float(r["mean_average_precision_at_r"]) <= 1 for r in rows)
-
-
-def test_the_logs_hold_the_arguments_and_records_of_this_loss(finished):
-    """CSV, SQLite and TensorBoard."""
-    folder, _ = finished
     folds = sorted((folder / "with_pnp-0").glob("Test50_50_Partitions*"))
     assert len(folds) == 2
     for fold in folds:
@@ -123,60 +124,38 @@ def test_a_run_killed_at_any_time_goes_on_to_the_same_end(finished, tmp_path):
     assert "with_pnp-0: training" in output
     output = kill_at(benchmark(tmp_path), models, "*_1/saved_models/embedder_1.pth")
     assert "with_pnp-0: continuing" in output
-    process = benchmark(tmp_path)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-6000:]
-    assert "with_pnp-0: continuing" in output
+    assert "with_pnp-0: continuing" in end_of(benchmark(tmp_path))
     assert results(tmp_path / "digits") == results(finished[0])
-    best = [*models.glob("*/saved_models/trunk_best?.pth")]
-    best += models.glob("*/saved_models/embedder_best?.pth")
+    best = [path for name in ("trunk", "embedder") for path in models.glob(f"*/*/{name}_best?.pth")]
     assert len(best) >= 4
     for path in best:
-        weights = torch.load(path, weights_only=True)
         expected = finished[0] / path.relative_to(tmp_path / "digits")
-        torch.testing.assert_close(weights, torch.load(expected, weights_only=True), rtol=0, atol=0)
+        weights = (torch.load(x, weights_only=True) for x in (path, expected))
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 # What ends before training: (script, flags, part of the message). FINISHED and ROOT are folders.
 NEW = ["--experiment_name", "x", "--root_experiment_folder", "ROOT"]
 TAKEN = ["--experiment_name", "with_pnp-0", "--root_experiment_folder", "FINISHED/digits"]
 OMNIGLOT = ["--config_dataset", "[default, omniglot]", "--dataset_root", "ROOT/no"]
+OVERLAY = ["--config_loss_and_miners", "[default, nope]"]
+OTHER = benchmark_flags("FINISHED", epochs=5)
+NO_DATA = ["--dataset", "omniglot", "--dataset-root", "ROOT/no", "--output", "ROOT"]
+NO_LOSS = ["--output", "ROOT", "--losses", "nope"]
+UNKNOWN = "unknown flag --sed: did you mean --seed"
+NO_SEARCH = "needs a config with a key that ends in ~BAYESIAN~"
 MISTAKES = {
-    "other epochs": (
-        "benchmark.py",
-        benchmark_flags("FINISHED", epochs=5),
-        "error: with_pnp-0 was begun with {'epochs': 4",
-    ),
+    "other epochs": ("benchmark.py", OTHER, "error: with_pnp-0 was begun with {'epochs': 4"),
+    "no data to benchmark": ("benchmark.py", NO_DATA, "benchmark.py: error: .*omniglot"),
+    "no loss": ("benchmark.py", NO_LOSS, "--losses must be of contrastive, .* got nope"),
     "a folder that is taken": ("run.py", TAKEN, "continue it with --resume_training latest"),
-    "no data to benchmark": (
-        "benchmark.py",
-        ["--dataset", "omniglot", "--dataset-root", "ROOT/no", "--output", "ROOT"],
-        "benchmark.py: error: .*omniglot",
-    ),
     "no data": ("run.py", [*NEW, *OMNIGLOT], "run.py: error: .*omniglot"),
-    "no loss": (
-        "benchmark.py",
-        ["--output", "ROOT", "--losses", "nope"],
-        "--losses must be of contrastive, .* got nope",
-    ),
-    "no overlay": (
-        "run.py",
-        [*NEW, "--config_loss_and_miners", "[default, nope]"],
-        "no nope.yaml in .* with_pnp,",
-    ),
-    "nothing to resume": (
-        "run.py",
-        [*NEW, "--resume_training", "latest"],
-        "no experiment 'x' in ",
-    ),
+    "no overlay": ("run.py", [*NEW, *OVERLAY], "no nope.yaml in .* with_pnp,"),
+    "nothing to resume": ("run.py", [*NEW, "--resume_training", "latest"], "no experiment 'x' in "),
     "nothing to evaluate": ("run.py", [*NEW, "--evaluate"], "no experiment 'x' in "),
     "reproductions": ("run.py", [*NEW, "--reproductions", "a"], "--reproductions"),
-    "flag": ("run.py", [*NEW, "--sed", "0"], "unknown flag --sed: did you mean --seed"),
-    "nothing to search": (
-        "run.py",
-        [*NEW, "--bayes_opt_iters", "3"],
-        "needs a config with a key that ends in ~BAYESIAN~",
-    ),
+    "flag": ("run.py", [*NEW, "--sed", "0"], UNKNOWN),
+    "nothing to search": ("run.py", [*NEW, "--bayes_opt_iters", "3"], NO_SEARCH),
 }
 
 
@@ -184,19 +163,14 @@ MISTAKES = {
 def said(finished, tmp_path_factory):
     """{case: exit code, output, files written}, of one process that ran all command lines."""
     folder = finished[0].parent
-    lines, roots = [], []
-    for script, flags, _ in [("benchmark.py", benchmark_flags("FINISHED"), ""), *MISTAKES.values()]:
-        roots.append(tmp_path_factory.mktemp("root"))
+    cases = {"finished before": ("benchmark.py", benchmark_flags("FINISHED"), ""), **MISTAKES}
+    roots = {case: tmp_path_factory.mktemp("root") for case in cases}
+    lines = []
+    for case, (script, flags, _) in cases.items():
         flags = [str(x).replace("FINISHED", str(folder)) for x in flags]
-        flags = [x.replace("ROOT", str(roots[-1])) for x in flags]
-        lines.append([str(EXAMPLE / script), flags])
-    worker = Path(__file__).with_name("command_lines.py")
-    command = [sys.executable, str(worker), json.dumps(lines)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stderr[-6000:]
-    found = json.loads(process.stdout.splitlines()[-1])
-    files = [[path for path in root.rglob("*") if path.is_file()] for root in roots]
-    cases = ["finished before", *MISTAKES]
+        lines.append([str(EXAMPLE / script), [x.replace("ROOT", str(roots[case])) for x in flags]])
+    found = found_by(Path(__file__).with_name("command_lines.py"), json.dumps(lines))
+    files = [[path for path in root.rglob("*") if path.is_file()] for root in roots.values()]
     return {case: (*x, y) for case, x, y in zip(cases, found, files, strict=True)}
 
 
@@ -304,36 +278,20 @@ def script(tmp_path_factory):
     """What a script found, on powerful-benchmarker's own configs, and its folder."""
     folder = tmp_path_factory.mktemp("script")
     flags = ["--experiment_name", "x", "--config_loss_and_miners", "[default,", "with_pnp]"]
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *flags], capture_output=True, text=True, cwd=folder
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1]), folder
+    return found_by("-c", SCRIPT, *flags, cwd=folder), folder
 
 
-def test_on_its_own_configs_the_overlay_is_found_and_the_loss_is_this_one(script):
+def test_on_its_own_configs_a_search_and_what_is_named_inside_others_are_made(script):
     found, folder = script
     assert found["ours"] and found["arguments"] == ["Dq", 4, 0.01]
     assert found["dataset"] == ["CUB200"]
-    assert [path.name for path in folder.iterdir()] == ["searches"]
-
-
-def test_losses_inside_others_can_be_named_fold_after_fold(script):
-    found, _ = script
     alone, nested = found["alone"], found["nested"]
     assert nested["memory"] == pytest.approx(alone, rel=1e-5)  # of a memory that is the batch
     assert nested["sum"] == pytest.approx(alone / 2, rel=1e-5) and found["classes"] == 5
     assert nested["mined"] > 0
     assert found["mined"] == (8 if requirements.is_pinned() else None)
-
-
-def test_schedulers_and_clipped_gradients_can_be_named_fold_after_fold(script):
-    found, _ = script
     assert found["norm"] == pytest.approx(0.5, rel=1e-4) and found["rate"] == pytest.approx(0.1)
-
-
-def test_a_search_is_prepared_and_goes_on_where_no_folder_was_made(script):
-    found, folder = script
+    assert [path.name for path in folder.iterdir()] == ["searches"]
     assert found["parameters"] == ["loss_funcs/metric_loss/PNPLoss/alpha"]
     logs = folder / "searches" / "search" / "bayes_opt_ax_logs"
     assert [path.name for path in logs.iterdir()] == ["log00000.json"]
@@ -348,11 +306,10 @@ def test_three_trials_of_a_search_that_is_killed_after_one_that_diverged(tmp_pat
     flags += ["--config_loss_and_miners", "[default,", "with_pnp_bayes_opt]"]
     flags += ["--bayes_opt_iters", 3, "--reproductions", 2, "--num_epochs_train", 1]
     folder = tmp_path / "search"
-    process = start("run.py", *flags, *SMALL, start_new_session=True)
-    kill_at(process, folder, "search1/*/saved_models/embedder_1.pth")
+    kill_at(start("run.py", *flags, *SMALL), folder, "search1/*/saved_models/embedder_1.pth")
     first = sorted((folder / "search0").rglob("*.pth"))
     times = [path.stat().st_mtime for path in first]
-    run("run.py", *flags, *SMALL)
+    end_of(start("run.py", *flags, *SMALL))
     assert first and times == [path.stat().st_mtime for path in first]  # not trained again
     best = yaml.safe_load((folder / "best_parameters.yaml").read_text())
     parameters = {k.rpartition("/")[2]: v for k, v in best["best_parameters"].items()}

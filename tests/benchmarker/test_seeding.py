@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import torch
+from damage import same
 from pytorch_metric_learning import losses, samplers, trainers
 from pytorch_metric_learning.utils import common_functions
 
@@ -92,19 +93,15 @@ def run(*args, seed=0, name="trial"):
 
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped():
     whole = run((1, 4))
-    assert all(torch.equal(a, b) for a, b in zip(whole.values(), run((1, 4)).values(), strict=True))
+    assert same(whole, run((1, 4)))
     torch.rand(17), np.random.rand(3)
-    rest = run((3, 4), run((1, 2)))
-    assert all(torch.equal(a, b) for a, b in zip(whole.values(), rest.values(), strict=True))
+    assert same(whole, run((3, 4), run((1, 2))))
 
 
 def test_seeds_and_reproductions_differ():
-    ends = [
-        run((1, 1)),
-        run((1, 1), seed=1),
-        run((1, 1), name="search3_reproduction0"),
-        run((1, 1), name="search3_reproduction1"),
-    ]
-    assert len({float(end["weight"][0, 0]) for end in ends}) == 4
+    names = ("trial", "search3_reproduction0", "search3_reproduction1")
+    ends = [run((1, 1), name=name)["weight"] for name in names]
+    ends.append(run((1, 1), seed=1)["weight"])
+    assert len({float(weight[0, 0]) for weight in ends}) == 4
     again = run((1, 1), name="search3")["weight"]
-    assert torch.equal(again, ends[0]["weight"])  # trials of a search are compared on one seed
+    assert torch.equal(again, ends[0])  # trials of a search are compared on one seed

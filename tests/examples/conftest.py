@@ -1,5 +1,6 @@
 """Shared by the tests of the examples: the scripts importable, and run as a user runs them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,8 +27,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("application")
 
 
-@pytest.fixture
-def data_root(monkeypatch):
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch):
     """Unset the variable that names the data folder, so that a test decides itself."""
     monkeypatch.delenv("PML_PNP_DATA", raising=False)
 
@@ -40,12 +41,12 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def script(environment):
-    """Run train.py in a process of its own."""
+def python(environment):
+    """Run Python in a process of its own."""
 
-    def run(*arguments, launcher=()):
-        command = [sys.executable, *launcher, str(EXAMPLES / "train.py"), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    def run(*arguments, **options):
+        usual = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
+        return subprocess.run([sys.executable, *map(str, arguments)], **{**usual, **options})
 
     return run
 
@@ -59,8 +60,8 @@ def main():
 
 
 @pytest.fixture(scope="session")
-def quick(once):
-    """Arguments that make an epoch of 12 iterations last a moment: 24 images of each digit."""
+def digits(once):
+    """24 images of each digit, one folder per class."""
     from sklearn.datasets import load_digits
 
     def write(root):
@@ -71,9 +72,48 @@ def quick(once):
                 image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
                 image.save(root / str(label) / f"{i:02d}.png")
 
-    root = once("digits", write)
-    data = ["--dataset", "folder", "--data-root", root, "--image-size", 8, "--workers", 0]
+    return once("digits", write)
+
+
+@pytest.fixture(scope="session")
+def quick(digits):
+    """Arguments that make an epoch of 12 iterations on them last a moment."""
+    data = ["--dataset", "folder", "--data-root", digits, "--image-size", 8, "--workers", 0]
     return [*data, "--ema-decay", 0.9, "--batch-size", 8, "--samples-per-class", 2, "--no-report"]
+
+
+@pytest.fixture
+def trained(main, quick, tmp_path):
+    """Train for an epoch, or as further arguments say, the last of two counting; the run folder."""
+
+    def train(*arguments, name="run"):
+        new = ["--output-dir", tmp_path, "--name", name, "--epochs", 1]
+        assert main(*quick, *new, *arguments) == 0
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture
+def command():
+    """Call any command in this process; returns the exit code."""
+    from retrieval import commands
+
+    return lambda *arguments: commands.main([str(x) for x in arguments])
+
+
+@pytest.fixture
+def refused(main, capsys):
+    """Call what must end in one line and exit code 2; returns the line."""
+
+    def call(*arguments, by=main):
+        capsys.readouterr()
+        assert by(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +130,23 @@ def one_epoch(main, quick, once):
 def run(one_epoch, tmp_path):
     """A finished run of one epoch, a copy for every test."""
     return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+@pytest.fixture
+def limited():
+    """Run with a limit of the size of files, at which the system refuses as with a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 class Transformer(torch.nn.Module):
@@ -164,27 +221,9 @@ def timm(monkeypatch):
 
 
 @pytest.fixture
-def run_of_timm(timm, main, quick, tmp_path):
+def run_of_timm(timm, trained):
     """A finished run of one epoch with the second of these."""
-    arguments = ["--output-dir", tmp_path, "--name", "run of timm", "--epochs", 1]
-    assert main(*quick, *arguments, "--trunk", "resnet", "--image-size", 16) == 0
-    return tmp_path / "run of timm"
-
-
-@pytest.fixture
-def run_of_real_images(main, tmp_path):
-    """Train on a real data set for an epoch, if its folder is there; returns the run."""
-
-    def train(name, folder):
-        root = Path(os.environ.get("PML_PNP_DATA", ""))
-        if "PML_PNP_DATA" not in os.environ or not (root / folder).is_dir():
-            pytest.skip(f"the environment variable PML_PNP_DATA names no folder with {folder}")
-        settings = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, "--image-size", 16]
-        batch = ["--samples-per-class", 4, "--batch-size", 128]
-        assert main(*settings, "--dataset", name, *batch) == 0
-        return tmp_path / "run"
-
-    return train
+    return trained("--trunk", "resnet", "--image-size", 16, name="run of timm")
 
 
 @pytest.fixture(scope="session")

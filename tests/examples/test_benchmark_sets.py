@@ -12,6 +12,10 @@ from benchmark_trees import (
     write_products,
     write_vehicles,
 )
+from retrieval.configuration import configured, with_file
+from retrieval.data import load_splits, splits_of
+from retrieval.errors import UserError
+from retrieval.network import load_best
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # What makes the experiment small; everything else is as configured.
@@ -19,36 +23,24 @@ SMALL = ["--trunk", "small", "--no-pretrained", "--image-size", 16, "--embedding
 SMALL += ["--batch-size", 8, "--samples-per-class", 2, "--epochs", 2, "--workers", 0]
 
 
-@pytest.fixture(autouse=True)
-def no_data_root(monkeypatch):
-    monkeypatch.delenv("PML_PNP_DATA", raising=False)
-
-
-WRITE = {
-    "online_products": write_products,
-    "inaturalist": write_inaturalist,
-    "vehicle_id": write_vehicles,
+# How it is written, the name of the data set, the k of Recall@k, and the classes of its parts.
+SETS = {
+    "online_products": (write_products, "StanfordOnlineProducts", (10, 100, 1000), {}),
+    "inaturalist": (write_inaturalist, "INaturalist2018", (4, 16, 32), {}),
+    "vehicle_id": (write_vehicles, "VehicleID", (5,), {"small": 2, "medium": 3, "large": 4}),
 }
-NAMES = {
-    "online_products": "StanfordOnlineProducts",
-    "inaturalist": "INaturalist2018",
-    "vehicle_id": "VehicleID",
-}
-RECALL_AT = {"online_products": (10, 100, 1000), "inaturalist": (4, 16, 32), "vehicle_id": (5,)}
-PARTS = {"vehicle_id": {"small": 2, "medium": 3, "large": 4}}
 
 
 def test_every_configuration_is_tested():
-    assert {x.stem for x in CONFIGS.glob("*.yaml")} == set(WRITE)
+    assert {x.stem for x in CONFIGS.glob("*.yaml")} == set(SETS)
 
 
-@pytest.mark.parametrize("name", WRITE)
+@pytest.mark.parametrize("name", SETS)
 def test_configurations_say_what_the_paper_does(name):
-    from retrieval.configuration import configured, with_file
-
     config = configured(with_file(str(CONFIGS / f"{name}.yaml"), {}))
+    _, dataset, recall_at, _ = SETS[name]
     expected = {
-        "dataset": NAMES[name],
+        "dataset": dataset,
         "trunk": "resnet50.tv_in1k",
         "pretrained": True,
         "freeze_batchnorm": True,
@@ -65,86 +57,78 @@ def test_configurations_say_what_the_paper_does(name):
         "lr_milestones": [120, 220, 250, 280],
         "lr_gamma": 0.3,
         "color_jitter": 0,
-        "recall_at": [1, *RECALL_AT[name]],
+        "recall_at": [1, *recall_at],
     }
     assert {k: config[k] for k in expected} == expected
 
 
-@pytest.mark.parametrize("name", WRITE)
+@pytest.mark.parametrize("name", SETS)
 def test_experiment_from_data_to_metrics(main, tmp_path, capsys, strict_json, name):
-    WRITE[name](tmp_path / "data")
+    write, _, recall_at, parts = SETS[name]
+    write(tmp_path / "data")
     arguments = ["--config", CONFIGS / f"{name}.yaml", "--data-root", tmp_path / "data", *SMALL]
     arguments += ["--grad-cache", 3, "--output-dir", tmp_path, "--name", "run"]
     assert main(*arguments) == 0
     out = capsys.readouterr().out
-    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    metrics, config = (strict_json(tmp_path / "run" / x) for x in ("metrics.json", "config.json"))
     keys = ["mean_average_precision_at_r", "precision_at_1", "r_precision"]
-    keys += [f"recall_at_{k}" for k in RECALL_AT[name]]
-    parts = PARTS.get(name, {})
+    keys += [f"recall_at_{k}" for k in recall_at]
     keys += [f"{part}/{key}" for part in parts for key in keys]
     assert list(metrics["trained"]) == list(metrics["untrained"]) == keys
-    for k in RECALL_AT[name]:
-        assert f"Recall@{k} " in out
+    assert all(f"Recall@{k} " in out for k in recall_at)
+    assert all(f"{part}: Recall@5" in out for part in parts)
     assert metrics["test_classes"] == len(TEST)
-    data = strict_json(tmp_path / "run" / "config.json")["data"]
-    assert data["test"] == {"images": len(TEST) * IMAGES, "classes": len(TEST)}
-    for part, classes in parts.items():
-        assert data[part] == {"images": classes * IMAGES, "classes": classes}
-        assert f"{part}: Recall@5" in out
-    for prefix, classes in [("", len(TEST)), *((f"{x}/", n) for x, n in parts.items())]:
-        recall = recall_by_hand(tmp_path / "run", classes)
+    samples = splits_of(config).test.samples
+    with torch.no_grad():
+        model, transform = load_best(str(tmp_path / "run"))
+        embeddings = model(torch.stack([transform(s.open()) for s in samples])).double()
+    for part, classes in {"test": len(TEST), **parts}.items():
+        assert config["data"][part] == {"images": classes * IMAGES, "classes": classes}
+        recall = recall_by_hand(embeddings, [s.label for s in samples], classes)
+        prefix = "" if part == "test" else f"{part}/"
         assert metrics["trained"][f"{prefix}precision_at_1"] == pytest.approx(recall(1))
-        for k in RECALL_AT[name]:
+        for k in recall_at:
             assert metrics["trained"][f"{prefix}recall_at_{k}"] == pytest.approx(recall(k))
 
 
-def recall_by_hand(run, classes):
-    """Recall@k of the first test classes, as the run's best weights have it."""
-    from retrieval.configuration import resumed
-    from retrieval.data import load_splits
-    from retrieval.network import load_best
-
-    _, config = resumed(str(run), {})
-    splits = load_splits(config["dataset"], config["data_root"], config["val_fraction"], 0)
-    model, transform = load_best(str(run))
-    first = sorted({s.label for s in splits.test.samples})
-    if config["dataset"] == "VehicleID":
-        first = first[:classes]
-    samples = [s for s in splits.test.samples if s.label in first]
-    with torch.no_grad():
-        embeddings = model(torch.stack([transform(s.open()) for s in samples])).double()
-    embeddings = torch.nn.functional.normalize(embeddings)
+def recall_by_hand(embeddings, labels, classes):
+    """Recall@k of the first classes."""
+    first = np.isin(labels, sorted(set(labels))[:classes])
+    embeddings = torch.nn.functional.normalize(embeddings[first])
     similarity = (embeddings @ embeddings.T).fill_diagonal_(-2)
-    labels = np.array([s.label for s in samples])
+    labels = np.array(labels)[first]
     matches = labels[similarity.argsort(descending=True)[:, :-1].numpy()] == labels[:, None]
     return lambda k: matches[:, :k].any(axis=1).mean()
 
 
-# --- layouts ------------------------------------------------------------------------------
+@pytest.fixture
+def load(tmp_path):
+    """Write a data set, change it by a function, and read it, also from below tmp_path."""
+
+    def read(name, change=lambda: None, below="."):
+        SETS[name][0](tmp_path)
+        change()
+        return load_splits(SETS[name][1], str(tmp_path / below), 0.2, 0)
+
+    return read
 
 
-@pytest.mark.parametrize("name", WRITE)
-def test_splits_are_those_of_the_files(tmp_path, name):
-    from retrieval.data import load_splits
-
-    WRITE[name](tmp_path)
-    splits = load_splits(NAMES[name], str(tmp_path), 0.2, 0)
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [
+        *((name, ".") for name in SETS),
+        ("online_products", "Stanford_Online_Products"),
+        ("vehicle_id", "VehicleID_V1.0"),
+    ],
+)
+def test_splits_are_those_of_the_files_in_the_folder_or_its_parent(load, name, below):
+    splits = load(name, below=below)
     summary = splits.summary()
     trained = [summary[x] for x in ("train", "val")]
     assert sum(x["images"] for x in trained) == len(TRAIN) * IMAGES
     assert {x["classes"] for x in trained} == {len(TRAIN)}
-    assert not {s.label for s in splits.train.samples} & {s.label for s in splits.test.samples}
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["its parent", "itself"])
-@pytest.mark.parametrize("name", ["online_products", "vehicle_id"])
-def test_folder_may_be_named_itself_or_by_its_parent(tmp_path, name, inside):
-    from retrieval.data import load_splits
-
-    WRITE[name](tmp_path)
-    (folder,) = tmp_path.iterdir()
-    splits = load_splits(NAMES[name], str(folder if inside else tmp_path), 0.2, 0)
     assert len(splits.test) == len(TEST) * IMAGES
+    assert not {s.label for s in splits.train.samples} & {s.label for s in splits.test.samples}
 
 
 # What is taken away -> what the message says of it.
@@ -172,43 +156,28 @@ MISSING = {
 @pytest.mark.parametrize(
     ("name", "absent"), [(name, x) for name, absent in MISSING.items() for x in absent]
 )
-def test_missing_file_is_named(tmp_path, name, absent):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
-    WRITE[name](tmp_path)
-    (tmp_path / absent).rename(tmp_path / "away")
+def test_missing_file_is_named(load, tmp_path, name, absent):
     with pytest.raises(UserError, match=MISSING[name][absent]):
-        load_splits(NAMES[name], str(tmp_path), 0.2, 0)
+        load(name, lambda: (tmp_path / absent).rename(tmp_path / "away"))
+
+
+# A file, how its lines are changed, and what the message says.
+PRODUCTS, VEHICLES = "Stanford_Online_Products/Ebay_{}.txt", "VehicleID_V1.0/train_test_split/{}"
+BROKEN = [
+    (PRODUCTS.format("test"), lambda x: [*x, "7 3 1"], "super_class_id path in line 22, got"),
+    (PRODUCTS.format("train"), lambda x: x[1:], "the header .* in line 1"),
+    (VEHICLES.format("train_list.txt"), lambda x: [*x, "12"], "IMAGE VEHICLE in line 21, got"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "expected"), BROKEN)
+def test_broken_line_is_named(load, tmp_path, file, change, expected):
+    def rewrite():
+        lines = (tmp_path / file).read_text().splitlines()
+        (tmp_path / file).write_text("\n".join(change(lines)) + "\n")
+
+    with pytest.raises(UserError, match=rf"{file}: expected .*{expected}"):
+        load("vehicle_id" if "Vehicle" in file else "online_products", rewrite)
 
 
 # File -> a line that it should not hold, and what the message says.
-BROKEN = {
-    "online_products": ("Stanford_Online_Products/Ebay_test.txt", "7 3 1", "super_class_id path"),
-    "vehicle_id": ("VehicleID_V1.0/train_test_split/train_list.txt", "12", "IMAGE VEHICLE"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_line_is_named(tmp_path, name):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
-    WRITE[name](tmp_path)
-    file, line, expected = BROKEN[name]
-    text = (tmp_path / file).read_text()
-    (tmp_path / file).write_text(text + line + "\n")
-    number = text.count("\n") + 1
-    with pytest.raises(UserError, match=rf"{file}: expected .*{expected} in line {number}, got"):
-        load_splits(NAMES[name], str(tmp_path), 0.2, 0)
-
-
-def test_products_without_their_header_are_refused(tmp_path):
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
-    write_products(tmp_path)
-    file = tmp_path / "Stanford_Online_Products" / "Ebay_train.txt"
-    file.write_text(file.read_text().partition("\n")[2])
-    with pytest.raises(UserError, match=r"Ebay_train.txt: expected the header .* in line 1"):
-        load_splits("StanfordOnlineProducts", str(tmp_path), 0.2, 0)

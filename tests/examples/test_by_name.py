@@ -2,54 +2,34 @@
 
 import pytest
 import torch
+from pytorch_metric_learning import distances, reducers
+from retrieval.by_name import build_loss, build_miner, parse_arguments, try_out
+from retrieval.errors import UserError
+
+from pml_pnp import losses
 
 
 def test_arguments_become_python_values():
-    from retrieval.by_name import parse_arguments
-
     pairs = ["variant=Dq", "alpha=4", "anneal=1e-2", "include_self=False", "x=a=b", "y=None"]
-    assert parse_arguments("--loss-args", pairs) == {
-        "variant": "Dq",
-        "alpha": 4,
-        "anneal": 0.01,
-        "include_self": False,
-        "x": "a=b",
-        "y": None,
-    }
+    values = {"variant": "Dq", "alpha": 4, "anneal": 0.01, "include_self": False}
+    assert parse_arguments("--loss-args", pairs) == {**values, "x": "a=b", "y": None}
 
 
 @pytest.mark.parametrize(
     "text", ["__import__('os').system('touch x')", "(" * 10**5, "-" * 10**5 + "1"]
 )
 def test_arguments_are_values_and_never_run(tmp_path, monkeypatch, text):
-    from retrieval.by_name import parse_arguments
-
     monkeypatch.chdir(tmp_path)
     assert parse_arguments("--loss-args", [f"x={text}"]) == {"x": text}
     assert not any(tmp_path.iterdir())
 
 
-def test_classes_and_embedding_size_are_filled_in():
-    from retrieval.by_name import build_loss
-
-    proxies = build_loss("ProxyAnchorLoss", {}, num_classes=7, embedding_size=5).proxies
-    assert proxies.shape == (7, 5)
-    proxies = build_loss("ProxyAnchorLoss", {"num_classes": 9}, 7, 5).proxies
-    assert proxies.shape == (9, 5)
-
-
-def test_distance_and_reducer_by_name():
-    from pytorch_metric_learning import distances, reducers
-    from retrieval.by_name import build_loss
-
+def test_classes_embedding_size_distance_reducer_and_miner_are_filled_in():
+    for arguments, classes in (({}, 7), ({"num_classes": 9}, 9)):
+        assert build_loss("ProxyAnchorLoss", arguments, 7, 5).proxies.shape == (classes, 5)
     loss = build_loss("PNPLoss", {"distance": "LpDistance", "reducer": "SumReducer"}, 4, 8)
     assert isinstance(loss.distance, distances.LpDistance)
     assert isinstance(loss.reducer, reducers.SumReducer)
-
-
-def test_memory_gets_the_miner():
-    from retrieval.by_name import build_loss, build_miner
-
     miner = build_miner("TripletMarginMiner", {"margin": 0.1})
     memory = build_loss("PNPLoss", {}, 4, 8, memory_size=64, miner=miner)
     assert memory.miner is miner
@@ -57,9 +37,6 @@ def test_memory_gets_the_miner():
 
 
 def test_a_loss_beside_is_added():
-    from retrieval.by_name import build_loss
-
-    from pml_pnp import losses
 
     both = build_loss("PNPLoss", {"variant": "Ds"}, 4, 8, beside="MultiSimilarityLoss")
     x, labels = torch.randn(12, 8), torch.arange(12) // 3
@@ -73,9 +50,6 @@ def test_a_loss_beside_is_added():
 
 
 def test_trial_gives_the_loss_beside_a_memory_no_pairs():
-    from retrieval.by_name import build_loss, build_miner, try_out
-    from retrieval.errors import UserError
-
     miner = build_miner("MultiSimilarityMiner", {})
     both = build_loss("PNPLoss", {}, 4, 16, beside="InstanceLoss")  # which takes no pairs
     with pytest.raises(UserError, match="--beside: InstanceLoss cannot be used here"):
@@ -84,16 +58,8 @@ def test_trial_gives_the_loss_beside_a_memory_no_pairs():
 
 
 @pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
-def test_every_variant_passes_the_trial(variant):
-    from retrieval.by_name import build_loss, try_out
-
-    try_out(build_loss("PNPLoss", {"variant": variant}, 4, 16), None, 16, 3)
-
-
-def test_trial_leaves_the_random_state_alone():
-    from retrieval.by_name import build_loss, try_out
-
-    loss = build_loss("PNPLoss", {}, 4, 16)
+def test_every_variant_passes_the_trial_which_leaves_the_random_state_alone(variant):
+    loss = build_loss("PNPLoss", {"variant": variant}, 4, 16)
     before = torch.get_rng_state()
     try_out(loss, None, 16, 3)
     assert torch.equal(torch.get_rng_state(), before)

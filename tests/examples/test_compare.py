@@ -5,6 +5,8 @@ import json
 import statistics
 
 import pytest
+from retrieval import commands
+from retrieval.configuration import configured
 
 METRICS = ["mean_average_precision_at_r", "precision_at_1", "r_precision"]
 REST = ["recall_at_10", "recall_at_100"]
@@ -13,15 +15,12 @@ REST = ["recall_at_10", "recall_at_100"]
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Make the two files of a run folder that the command reads; returns the folder's name."""
-    from retrieval.configuration import configured
-
     monkeypatch.chdir(tmp_path)
 
-    def make(name, value=0.5, finished=True, seconds=100.0, test=20, **settings):
+    def make(name, value=0.5, seconds=100.0, test=20, without=(), **settings):
         (tmp_path / name).mkdir()
         data = {"test": {"images": test, "classes": 2}}
         config = {**configured({"dataset": "folder", **settings}), "data": data}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
         metrics = {
             "untrained": dict.fromkeys(METRICS + REST, 0.25),
             "trained": {k: value + 0.01 * i for i, k in enumerate(METRICS + REST)},
@@ -29,8 +28,10 @@ def make(tmp_path, monkeypatch):
             "epochs_trained": 9,
             "seconds": {"training": seconds, "this_process": 1.0},
         }
-        if finished:
-            (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+        for file, content in (("config.json", config), ("metrics.json", metrics)):
+            if file not in without:
+                content = {k: v for k, v in content.items() if k not in without}
+                (tmp_path / name / file).write_text(json.dumps(content))
         return name
 
     return make
@@ -39,7 +40,6 @@ def make(tmp_path, monkeypatch):
 @pytest.fixture
 def compare(capsys):
     """Call the command; returns what it printed, the lines' words and the exit code."""
-    from retrieval import commands
 
     def call(*arguments):
         code = commands.run("compare", list(arguments), "compare")
@@ -53,13 +53,9 @@ def test_one_run(make, compare):
     words, out, _, code = compare(make("one"))
     assert code == 0
     assert words[1][:3] == ["run", "seed", "epoch"]
-    assert words[3:] == [
-        ["PNPLoss", "variant=Ds", "anneal=0.03"],
-        [
-            *("one", "0", "7"),
-            *("0.2500", "0.5000", "0.2500", "0.5100", "0.2500", "0.5200", "1", "min", "40", "s"),
-        ],
-    ]
+    metrics = "0.2500 0.5000 0.2500 0.5100 0.2500 0.5200"
+    run = f"one 0 7 {metrics} 1 min 40 s"
+    assert words[3:] == ["PNPLoss variant=Ds anneal=0.03".split(), run.split()]
     assert "mean" not in out
 
 
@@ -75,13 +71,10 @@ def test_runs_that_differ_in_seed_alone_have_mean_and_standard_deviation(make, c
     assert deviation[6] == f"{statistics.stdev(values):.4f}" == "0.1528"
     assert deviation[5] == "0.0000"
     assert mean[-4:] == ["2", "min", "13", "s"]
-
-
-def test_a_seed_that_comes_twice_counts_once(make, compare):
-    words, *_ = compare(make("a", 0.5, seed=1), make("again", 0.9, seed=1), make("b", 0.7, seed=2))
-    (mean,) = (x for x in words if x[:1] == ["mean"])
-    assert mean[2] == "2" and mean[5] == "0.6000"
-    assert "mean" not in compare("a", "again")[1]
+    again = make("again", 0.9, seed=1)  # which counts once
+    (mean,) = (x for x in compare("a", again, "c")[0] if x[:1] == ["mean"])
+    assert mean[2] == "2" and mean[5] == "0.6500"
+    assert "mean" not in compare("a", again)[1]
 
 
 def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(make, compare):
@@ -99,7 +92,9 @@ def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(
 
 
 def test_runs_that_are_not_finished_or_have_other_test_sets_are_told(make, compare):
-    words, out, _, code = compare(make("a"), make("b", finished=False), make("c", test=30))
+    words, out, _, code = compare(
+        make("a"), make("b", without=["metrics.json"]), make("c", test=30)
+    )
     assert code == 0
     assert ["b", "0"] + ["-"] * 8 in words
     assert "b is not finished" in out
@@ -108,7 +103,8 @@ def test_runs_that_are_not_finished_or_have_other_test_sets_are_told(make, compa
 
 
 def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
-    runs = [make("a", 1 / 3, seed=1), make("b", seed=2, lr=0.5), make("c", finished=False)]
+    runs = [make("a", 1 / 3, seed=1), make("b", seed=2, lr=0.5)]
+    runs.append(make("c", without=["metrics.json"]))
     file = tmp_path / "table.csv"
     assert compare(*runs, "--csv", str(file))[-1] == 0
     with file.open() as opened:
@@ -129,12 +125,10 @@ def test_many_settings_make_no_wide_table(make, compare):
     assert max(map(len, compare(*runs)[1].splitlines())) <= 120
 
 
-def test_run_without_a_test_is_listed(make, compare, tmp_path):
-    name = make("all")
-    metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-    del metrics["untrained"], metrics["trained"]
-    (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
-    words, *_, code = compare(name, make("b", seed=1), "--csv", "table.csv")
+def test_runs_without_a_test_and_from_before_a_setting_existed_are_listed(make, compare):
+    runs = [make("all", without=["untrained", "trained"])]
+    runs.append(make("old", without=["threads", "versions", "world_size"]))
+    words, *_, code = compare(*runs, "--csv", "table.csv")
     assert code == 0 and ["all", "0", "7", *["-"] * 6, "1", "min", "40", "s"] in words
 
 
@@ -146,32 +140,21 @@ def test_a_loss_beside_stands_with_the_loss(make, compare):
     assert "beside=" not in out
 
 
-def test_mistakes_end_in_one_line(make, compare, tmp_path):
-    make("a")
-    (tmp_path / "empty").mkdir()
-    assert compare("a", "empty")[2:] == (
-        "compare: error: no run in empty: it holds no config.json\n",
-        2,
-    )
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
-    assert "other/config.json is not of this program: no data" in compare("other")[2]
-    err, code = compare("a", "--csv", "nowhere/table.csv")[2:]
-    assert (code, err) == (
-        2,
-        "compare: error: cannot write nowhere/table.csv: No such file or directory\n",
-    )
-
-
-def test_folder_of_runs_is_told(make, compare, tmp_path):
-    (tmp_path / "runs").mkdir()
-    make("runs/one")
-    *_, err, code = compare("runs")
-    assert code == 2 and "no run in runs: it holds no config.json; there is a run in runs/" in err
-
-
-def test_run_from_before_a_setting_existed_is_compared(make, compare, tmp_path):
-    config = json.loads((tmp_path / make("old") / "config.json").read_text())
-    del config["threads"], config["versions"], config["world_size"]
-    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    assert compare("old")[-1] == 0
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("runs/a empty", "no run in empty: it holds no config.json\n"),
+        ("runs", "no run in runs: it holds no config.json; there is a run in runs/"),
+        (
+            "runs/a --csv nowhere/table.csv",
+            "cannot write nowhere/table.csv: No such file or directory\n",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(make, compare, tmp_path, arguments, message):
+    for name in ("empty", "runs"):
+        (tmp_path / name).mkdir()
+    make("runs/a")
+    err, code = compare(*arguments.split())[2:]
+    assert code == 2
+    assert err.startswith(f"compare: error: {message}") and err.count("\n") == 1

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
+from retrieval.configuration import configured, parser, with_file
 
 
 @pytest.fixture
 def read(tmp_path):
     """What is given by a file with this text and by these flags."""
-    from retrieval.configuration import parser, with_file
 
     def given(text, *flags, name="settings.yaml"):
         file = tmp_path / name
@@ -44,47 +44,45 @@ def test_yaml_and_json_say_the_same(read):
     assert read(text) == read(settings, name="settings.json") == settings
 
 
-def test_flags_win(read):
+def test_flags_win_and_null_is_the_default(read):
     given = read("epochs: 3\nlr: 0.1\npretrained: true", "--epochs", 5, "--no-pretrained")
     assert given == {"epochs": 5, "lr": 0.1, "pretrained": False}
-
-
-def test_arguments_of_flags_are_added_to_those_of_the_same_loss(read):
-    text = "loss_args: {variant: Dq, alpha: 4, anneal: 1e-2}"
-    assert read(text)["loss_args"] == {"variant": "Dq", "alpha": 4, "anneal": 0.01}
-    given = read(text, "--loss-args", "alpha=8")
-    assert given["loss_args"] == {"variant": "Dq", "alpha": 8, "anneal": 0.01}
-    assert read(text, "--loss", "PNPLoss")["loss_args"]["alpha"] == 4
-    assert "loss_args" not in read(text, "--loss", "ContrastiveLoss")
-    given = read(text, "--loss", "ProxyAnchorLoss", "--loss-args", "alpha=16")
-    assert given["loss_args"] == {"alpha": 16}
-    text = "miner: MultiSimilarityMiner\nminer_args: {epsilon: 0.2}"
-    assert read(text)["miner_args"] == {"epsilon": 0.2}
-    assert "miner_args" not in read(text, "--miner", "UniformHistogramMiner")
-    text = "beside: CircleLoss\nbeside_args: {m: 0.3}"
-    assert read(text, "--beside-args", "gamma=64")["beside_args"] == {"m": 0.3, "gamma": 64}
-    assert "beside_args" not in read(text, "--beside", "SupConLoss")
-
-
-def test_null_is_the_default(read):
-    from retrieval.configuration import configured
-
     assert read("miner: null\nloss_args: null\nimage_size: null") == {}
     assert configured(read("image_size: null"))["image_size"] == 8
 
 
+LOSS = "loss_args: {variant: Dq, alpha: 4}"
+MINER = "miner: MultiSimilarityMiner\nminer_args: {epsilon: 0.2}"
+BESIDE = "beside: CircleLoss\nbeside_args: {m: 0.3}"
+# The text of a file, flags, and the arguments of the loss, miner or loss beside, if any.
+ARGUMENTS = [
+    (LOSS, "", {"variant": "Dq", "alpha": 4}),
+    ("loss_args: {anneal: 1e-2}", "", {"anneal": 0.01}),  # a string to YAML
+    (LOSS, "--loss-args alpha=8", {"variant": "Dq", "alpha": 8}),
+    (LOSS, "--loss PNPLoss", {"variant": "Dq", "alpha": 4}),
+    (LOSS, "--loss ContrastiveLoss", None),
+    (LOSS, "--loss ProxyAnchorLoss --loss-args alpha=16", {"alpha": 16}),
+    (MINER, "", {"epsilon": 0.2}),
+    (MINER, "--miner UniformHistogramMiner", None),
+    (BESIDE, "--beside-args gamma=64", {"m": 0.3, "gamma": 64}),
+    (BESIDE, "--beside SupConLoss", None),
+]
+
+
+@pytest.mark.parametrize(("text", "flags", "expected"), ARGUMENTS)
+def test_arguments_of_flags_are_added_to_those_of_the_same_loss(read, text, flags, expected):
+    given = read(text, *flags.split())
+    found = [value for name, value in given.items() if name.endswith("_args")]
+    assert found == ([] if expected is None else [expected])
+
+
 @pytest.mark.parametrize(
     ("root", "expected"),
-    [
-        ("data", "{folder}/data"),
-        ("../data", "{above}/data"),
-        ("/data", "/data"),
-        ("~/x", "{home}/x"),
-    ],
+    [("data", "{0}/data"), ("../data", "{0.parent}/data"), ("/data", "/data"), ("~/x", "{1}/x")],
 )
 def test_data_root_starts_from_the_folder_of_the_file(read, tmp_path, root, expected):
-    places = {"folder": tmp_path, "above": tmp_path.parent, "home": os.path.expanduser("~")}
-    assert read(f"data_root: {root}")["data_root"] == expected.format(**places)
+    expected = expected.format(tmp_path, os.path.expanduser("~"))
+    assert read(f"data_root: {root}")["data_root"] == expected
     assert read(f"data_root: {root}", "--data-root", "typed")["data_root"] == "typed"
 
 
@@ -113,38 +111,30 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_mistake_is_one_line_that_names_the_file(main, capsys, tmp_path, text):
+def test_mistake_is_one_line_that_names_the_file(refused, tmp_path, text):
     file = tmp_path / "settings.yaml"
     file.write_text(text)
-    assert main("--config", file) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"train.py: error: --config {file}: {MISTAKES[text]}"), err
-    assert err.count("\n") == 1
+    error = refused("--config", file)
+    assert error.startswith(f"train.py: error: --config {file}: {MISTAKES[text]}"), error
 
 
-def test_file_that_is_absent_or_no_json_is_named(main, capsys, tmp_path):
-    assert main("--config", tmp_path / "absent.yaml") == 2
-    assert "absent.yaml: cannot be read: " in capsys.readouterr().err
+def test_file_that_is_absent_or_no_json_or_beside_resume_is_named(refused, tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    assert main("--config", tmp_path / "broken.json") == 2
-    assert "broken.json: cannot be read: " in capsys.readouterr().err
+    for name in ("absent.yaml", "broken.json"):
+        assert f"{name}: cannot be read: " in refused("--config", tmp_path / name)
+    error = refused("--resume", tmp_path, "--config", tmp_path / "settings.yaml")
+    assert "as it is configured; leave out --config" in error
 
 
-def test_resume_has_a_configuration_of_its_own(main, capsys, tmp_path):
-    assert main("--resume", tmp_path, "--config", tmp_path / "settings.yaml") == 2
-    assert "as it is configured; leave out --config" in capsys.readouterr().err
-
-
-def test_a_batch_from_a_file_is_not_made_smaller(main, capsys, tmp_path):
+def test_a_batch_from_a_file_is_not_made_smaller(refused, tmp_path):
     (tmp_path / "settings.yaml").write_text("batch_size: 800\nturned_classes: false")
-    assert main("--config", tmp_path / "settings.yaml") == 2
-    assert "fill a batch of at most 20" in capsys.readouterr().err
+    error = refused("--config", tmp_path / "settings.yaml")
+    assert "fill a batch of at most 20" in error
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
-def test_a_run_is_repeated_from_its_own_configuration(main, quick, tmp_path, strict_json):
-    arguments = ["--output-dir", tmp_path, "--epochs", 1, "--name"]
-    assert main(*arguments, "first", *quick, "--loss-args", "variant=Dq", "alpha=2") == 0
+def test_a_run_is_repeated_from_its_own_configuration(main, trained, tmp_path, strict_json):
+    trained("--loss-args", "variant=Dq", "alpha=2", name="first")
     again = ["--config", tmp_path / "first" / "config.json", "--name", "again"]
     assert main("--output-dir", tmp_path, *again) == 0
     for file in ("config.json", "metrics.json"):

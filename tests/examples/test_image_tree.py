@@ -1,7 +1,6 @@
 """No file counts twice, and nothing is left out without a reason."""
 
 import csv
-import io
 import os
 import shutil
 import stat
@@ -9,52 +8,36 @@ import warnings
 import zipfile
 
 import pytest
-from PIL import Image
+from benchmark_trees import class_names, png, write, write_classes
+from retrieval import image_tree
+from retrieval.data import READERS, load_splits
+from retrieval.errors import UserError
 
 
 def load(root):
-    from retrieval.data import load_splits
-
     return load_splits("folder", str(root), val_fraction=0.2, seed=0)
 
 
-def class_names(images):
-    return {s.label for s in images.samples}
-
-
-def write(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        Image.new("L", (8, 8)).save(file, "PNG")
-
-
-def write_classes(root, classes):
-    for name in classes:
-        for i in range(5):
-            write(root / name / f"{i}.png")
+def images_of(splits):
+    return sum(x["images"] for x in splits.summary().values())
 
 
 def reasons(splits):
     return {x.name: x.reason for x in splits.skipped}
 
 
-def test_link_that_points_back_is_not_followed(tmp_path):
-    write_classes(tmp_path, "abcd")
-    plain = load(tmp_path).summary()
-    for target in (".", ".."):
-        (tmp_path / "a" / "me").unlink(missing_ok=True)
-        (tmp_path / "a" / "me").symlink_to(tmp_path / target, target_is_directory=True)
-        splits = load(tmp_path)
-        assert splits.summary() == plain
-        assert "a link back to" in reasons(splits)[str(tmp_path / "a" / "me")]
+@pytest.fixture
+def four(tmp_path):
+    """A folder with four classes of five images."""
+    write_classes(tmp_path / "four", "abcd")
+    return tmp_path / "four"
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_the_same_file_counts_once(tmp_path, link):
-    write_classes(tmp_path, "abcd")
-    link(tmp_path / "d" / "0.png", tmp_path / "a" / "copy.png")
-    splits = load(tmp_path)
-    assert sum(x["images"] for x in splits.summary().values()) == 20
+def test_the_same_file_counts_once(four, link):
+    link(four / "d" / "0.png", four / "a" / "copy.png")
+    splits = load(four)
+    assert images_of(splits) == 20
     assert any("the same as" in x for x in reasons(splits).values())
 
 
@@ -69,83 +52,57 @@ def test_linked_class_is_not_in_both_splits(tmp_path):
     assert {str(tmp_path / "test/z"), str(tmp_path / "train/y")} <= reasons(splits).keys()
 
 
-def test_what_is_not_used_is_listed_with_its_reason(tmp_path):
-    write_classes(tmp_path, ["a", "b", "c", "d", ".ipynb_checkpoints"])
-    for name in ("a/x.heic", "b/x.svg", "stray.png"):
-        write(tmp_path / name)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    listed = reasons(load(tmp_path))
-    for name, reason in {
-        ".ipynb_checkpoints": "hidden folder",
+def test_what_is_not_used_is_listed_with_its_reason(four):
+    """What systems and the program keep beside the classes, links, and what is no image."""
+    used = ["a/x.jfif", "a/x.jp2", "a/more/5.png"]
+    images = {
         "a/x.heic": "not a format that Pillow opens (.heic)",
         "b/x.svg": "not a format that Pillow opens (.svg)",
-        "stray.png": "outside the class folders",
-        "empty": "without an image",
-        "a/gone.png": "leads nowhere",
-    }.items():
-        assert reason in listed.pop(str(tmp_path / name))
-    assert not listed
+        "stray.png": "an image outside the class folders",
+    }
+    folders = {
+        **dict.fromkeys([".ipynb_checkpoints", "@eaDir", "#recycle", "$RECYCLE.BIN"], HIDDEN),
+        **dict.fromkeys(["$Recycle.Bin", "System Volume Information", "a/@eaDir"], HIDDEN),
+        **dict.fromkeys(["runs", "one run", "a/mine"], "a folder of this program's runs"),
+    }
+    for name in (*used, *images, *(f"{x}/0.png" for x in folders)):
+        write(four / name, png())
+    for name in ("runs/mine", "one run", "a/mine"):
+        write(four / name / "config.json", "{}")
+        write(four / name / "log.txt", "")
+    write(four / "c" / "config.json", "{}")  # of something else
+    (four / "empty").mkdir()
+    os.mkfifo(four / "b" / "x.jpg")
+    os.mkfifo(four.parent / "pipe.jpg")
+    links = {"a/gone.png": "nowhere", "a/me": ".", "a/up": "..", "b/pipe.jpg": "../pipe.jpg"}
+    for name, target in links.items():
+        (four / name).symlink_to(four / target)
+    splits = load(four)
+    assert images_of(splits) == 20 + len(used)
+    listed = reasons(splits)
+    for name in ("a/me", "a/up"):
+        assert "a link back to" in listed.pop(str(four / name))
+    others = {
+        "empty": "a class folder without an image that can be used",
+        "c/config.json": "not a format that Pillow opens (.json)",
+        "a/gone.png": "a link that leads nowhere",
+        **dict.fromkeys(["b/x.jpg", "b/pipe.jpg"], "a pipe, socket or device"),
+    }
+    assert listed == {str(four / k): v for k, v in {**images, **folders, **others}.items()}
 
 
-def test_what_systems_and_the_program_keep_beside_the_classes_is_left_out(tmp_path):
-    write_classes(tmp_path, "abcd")
-    plain = load(tmp_path).summary()
-    kept = ["@eaDir", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information"]
-    for folder in [*kept, "a/@eaDir/0.png", "runs", "runs/mine/export", "one run"]:
-        write(tmp_path / folder / "thumbnail.png")
-    for run in ("runs/mine", "one run"):
-        (tmp_path / run / "config.json").write_text("{}")
-        (tmp_path / run / "log.txt").write_text("")
-    (tmp_path / "c" / "config.json").write_text("{}")  # of something else
-    splits = load(tmp_path)
-    assert splits.summary() == plain
-    expected = dict.fromkeys([*kept, "a/@eaDir"], "a hidden folder")
-    expected |= dict.fromkeys(["runs", "one run"], "a folder of this program's runs")
-    expected["c/config.json"] = "not a format that Pillow opens (.json)"
-    assert reasons(splits) == {str(tmp_path / k): v for k, v in expected.items()}
+HIDDEN = "a hidden folder"
 
 
-def test_a_run_leaves_out_no_folder_beside_it(tmp_path):
-    write_classes(tmp_path, ["a/more", "b", "c", "d"])
-    plain = load(tmp_path).summary()
-    write(tmp_path / "a" / "mine" / "thumbnail.png")
-    for name in ("config.json", "log.txt"):
-        (tmp_path / "a" / "mine" / name).write_text("{}")
-    splits = load(tmp_path)
-    assert splits.summary() == plain
-    assert reasons(splits) == {str(tmp_path / "a" / "mine"): "a folder of this program's runs"}
-
-
-@pytest.mark.parametrize("linked", [False, True], ids=["", "linked"])
-def test_what_is_no_file_is_not_read(tmp_path, linked):
-    write_classes(tmp_path / "data", "abcd")
-    place = tmp_path / "data" / "a" / "x.jpg"
-    pipe = tmp_path / "pipe.jpg" if linked else place
-    os.mkfifo(pipe)
-    if linked:
-        place.symlink_to(pipe)
-    assert reasons(load(tmp_path / "data")) == {str(place): "a pipe, socket or device"}
-
-
-def test_names_that_are_no_utf_8_are_written_as_escapes(main, tmp_path, capsys):
+def test_names_that_are_no_utf_8_are_written_as_escapes(trained, four, capsys):
     name = os.fsdecode(b"caf\xe9")
-    write_classes(tmp_path / "data", ["b", "c", "d", name])
-    (tmp_path / "data" / name / f"{name}.png").write_bytes(b"no image")
-    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--image-size", 8]
-    arguments += ["--output-dir", tmp_path, "--name", name, "--epochs", 1, "--workers", 0]
-    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
+    (four / "a").rename(four / name)
+    (four / name / f"{name}.png").write_bytes(b"no image")
+    run = trained("--data-root", four, "--batch-size", 4, "--report", name=name)
     out = capsys.readouterr().out
     assert "cannot read the image" in out and r"caf\udce9.png" in out
     for file in ("classes.csv", "skipped.csv", "log.txt", "report.html"):
-        assert r"caf\udce9" in (tmp_path / name / file).read_text(encoding="utf-8"), file
-
-
-def test_suffixes_are_those_that_pillow_opens(tmp_path):
-    write_classes(tmp_path, "abcd")
-    write(tmp_path / "a" / "x.jfif")
-    write(tmp_path / "a" / "x.jp2")
-    assert sum(x["images"] for x in load(tmp_path).summary().values()) == 22
+        assert r"caf\udce9" in (run / file).read_text(encoding="utf-8"), file
 
 
 def test_suspicious_trees_get_a_warning(tmp_path, capsys):
@@ -178,31 +135,24 @@ SKIPPED = {
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
-    from retrieval.data import READERS
-
-    names = ["images_background", "images_evaluation"]
-    for name in names:
-        files = [*IMAGES, *LEFT_OUT, "greek/c0/0.png", "Korean/c0/deep/2.png"]
-        for x in files:
-            write(tmp_path / name / x)
-        (tmp_path / name / "Greek" / "empty").mkdir()
-    roots = {name: tmp_path / name for name in names}
+    used = [*IMAGES, "greek/c0/0.png", "Korean/c0/deep/2.png"]
+    roots = [tmp_path / name for name in ("images_background", "images_evaluation")]
+    for root in roots:
+        for x in (*used, *LEFT_OUT):
+            write(root / x, png())
+        (root / "Greek" / "empty").mkdir()
+        if zipped:
+            shutil.make_archive(root, "zip", tmp_path, root.name)
+            shutil.rmtree(root)
     if zipped:
-        for name in names:
-            shutil.make_archive(tmp_path / name, "zip", tmp_path, name)
-            shutil.rmtree(tmp_path / name)
-            roots[name] = tmp_path / f"{name}.zip" / name
+        roots = [tmp_path / f"{root.name}.zip" / root.name for root in roots]
     skipped = []
     train, test = READERS["omniglot"](str(tmp_path), skipped)
     assert not test  # all alphabets are trained on
-    assert sorted(s.name.rpartition("images_background/")[2] for s in train) == sorted(
-        [*IMAGES, "greek/c0/0.png", "Korean/c0/deep/2.png"]
-    )
-    assert {s.label for s in train} == {
-        *(f"{x}/c{i}" for x in ("Greek", "Korean") for i in range(2)),
-        "greek/c0",
-    }
-    expected = {str(root / k): v for root in roots.values() for k, v in SKIPPED.items()}
+    assert sorted(s.name.rpartition("images_background/")[2] for s in train) == sorted(used)
+    labels = {f"{x}/c{i}" for x in ("Greek", "Korean") for i in range(2)}
+    assert {s.label for s in train} == {*labels, "greek/c0"}
+    expected = {str(root / k): v for root in roots for k, v in SKIPPED.items()}
     assert {x.name: x.reason for x in skipped} == expected
     assert len(skipped) == len(expected)
     out = capsys.readouterr().out
@@ -210,79 +160,63 @@ def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
     assert "images lie in folders inside a class folder" in out
 
 
-def zip_of(path, members):
-    """A zip of images, in which a name may stand twice."""
-    stream = io.BytesIO()
-    Image.new("L", (8, 8)).save(stream, "PNG")
+def read_zip_of(path, members, **options):
+    """A zip of images, in which a name may stand twice: what is used of it, and what is not."""
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
         warnings.filterwarnings("ignore", "Duplicate name")
         for name, content in members:
-            archive.writestr(name, stream.getvalue() if content is None else content)
+            archive.writestr(name, png() if content is None else content)
+    skipped = []
+    found = image_tree.read_zip(path, 1, skipped, **options)
+    return found, {x.name: x.reason for x in skipped}
 
 
 def test_of_members_of_one_name_the_last_counts(tmp_path):
-    from retrieval.image_tree import read_zip
-
-    zip_of(tmp_path / "a.zip", [("x/0.png", b"first"), ("x/0.png", b"last"), ("./x/1.png", None)])
-    skipped = []
-    found = read_zip(tmp_path / "a.zip", 1, skipped)
+    members = [("x/0.png", b"first"), ("x/0.png", b"last"), ("./x/1.png", None)]
+    found, skipped = read_zip_of(tmp_path / "a.zip", members)
     assert [str(x.path) for x in found] == ["x/0.png", "x/1.png"]
     assert found[0].content == b"last"
-    ((name, reason),) = [(x.name, x.reason) for x in skipped]
-    assert name == str(tmp_path / "a.zip" / "x/0.png") and "the same as another" in reason
+    assert "the same as another" in skipped.pop(str(tmp_path / "a.zip" / "x/0.png"))
+    assert not skipped
 
 
 def test_zip_leads_nowhere_else(tmp_path):
-    from retrieval.image_tree import read_zip
-
     link = zipfile.ZipInfo("x/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    zip_of(tmp_path / "a.zip", [(link, b"0.png"), ("../x/0.png", None), ("x/0.png", None)])
-    skipped = []
-    assert [x.label for x in read_zip(tmp_path / "a.zip", 1, skipped)] == ["x"]
-    assert [x.reason for x in skipped] == ["a link in a zip", "a hidden folder"]
+    members = [(link, b"0.png"), ("../x/0.png", None), ("x/0.png", None)]
+    found, skipped = read_zip_of(tmp_path / "a.zip", members)
+    assert [x.label for x in found] == ["x"]
+    assert list(skipped.values()) == ["a link in a zip", HIDDEN]
+
+
+def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
+    members = [("a/x/0.png", None), ("b/x/0.png", None), ("README", b"")]
+    (found,), skipped = read_zip_of(tmp_path / "a.zip", members, top="a")
+    assert (str(found.path), found.label) == ("a/x/0.png", "x")
+    outside = ["an image outside the class folders", "not a format that Pillow opens (no suffix)"]
+    assert list(skipped.values()) == outside
+    # Without such a folder the zip itself is the root.
+    assert len(image_tree.read_zip(tmp_path / "a.zip", 1, [], top="c")) == 2
 
 
 def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    from retrieval import image_tree
-    from retrieval.data import load_splits
-    from retrieval.errors import UserError
-
-    folder = tmp_path / "omniglot-small"
-    folder.mkdir()
-    for name in ("images_background_small1", "images_background_small2"):
-        with zipfile.ZipFile(folder / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("a/b/0.png", bytes(10**6))
-    with zipfile.ZipFile(tmp_path / "grocery64.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("labels.csv", "path,fine\n" + " " * 10**6)
-    assert len(image_tree.read_zip(folder / "images_background_small1.zip", 2, [])) == 1
+    zips = [f"omniglot-small/images_background_small{i}.zip" for i in (1, 2)]
+    members = {"a/b/0.png": bytes(10**6), "labels.csv": "path,fine\n" + " " * 10**6}
+    (tmp_path / "omniglot-small").mkdir()
+    for name in (*zips, "grocery64.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            member = "labels.csv" if name == "grocery64.zip" else "a/b/0.png"
+            archive.writestr(member, members[member])
+    assert len(image_tree.read_zip(tmp_path / zips[0], 2, [])) == 1
     monkeypatch.setattr(image_tree, "ALWAYS_HELD", 10**5)
     for dataset in ("omniglot", "grocery"):
         with pytest.raises(UserError, match="zip: unpacked it would have 1,000,0[01]0 bytes, more"):
             load_splits(dataset, str(tmp_path), 0.2, 0)
 
 
-def test_beside_the_folder_that_a_zip_is_named_for_is_outside(tmp_path):
-    from retrieval.image_tree import read_zip
-
-    zip_of(tmp_path / "a.zip", [("a/x/0.png", None), ("b/x/0.png", None), ("README", b"")])
-    skipped = []
-    (found,) = read_zip(tmp_path / "a.zip", 1, skipped, top="a")
-    assert (str(found.path), found.label) == ("a/x/0.png", "x")
-    assert [x.reason for x in skipped] == [
-        "an image outside the class folders",
-        "not a format that Pillow opens (no suffix)",
-    ]
-    # Without such a folder the zip itself is the root.
-    assert len(read_zip(tmp_path / "a.zip", 1, [], top="c")) == 2
-
-
 def test_a_file_counts_once_in_both_parts_of_omniglot(tmp_path):
-    from retrieval.data import READERS
-
-    for name, alphabet in (("images_background", "Greek"), ("images_evaluation", "Korean")):
-        for i in range(2):
-            write(tmp_path / name / alphabet / "c0" / f"{i}.png")
+    write_classes(tmp_path / "images_background", ["Greek/c0"], 2)
+    write_classes(tmp_path / "images_evaluation", ["Korean/c0"], 2)
     link = tmp_path / "images_evaluation" / "Latin"
     link.symlink_to(tmp_path / "images_background" / "Greek", target_is_directory=True)
     skipped = []
@@ -291,12 +225,10 @@ def test_a_file_counts_once_in_both_parts_of_omniglot(tmp_path):
     assert [x.name for x in skipped] == [str(link)]
 
 
-def test_run_folder_lists_classes_and_what_was_skipped(main, tmp_path, quick):
-    arguments = ["--epochs", 1, "--output-dir", tmp_path, "--name", "run"]
-    assert main(*quick, *arguments) == 0
-    with (tmp_path / "run" / "classes.csv").open() as file:
+def test_run_folder_lists_classes_and_what_was_skipped(one_epoch, digits):
+    with (one_epoch / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    splits = load(quick[quick.index("--data-root") + 1])
+    splits = load(digits)
     for split, decided_by in (
         ("train", "open set, 0.5 of the classes drawn by --seed 0"),
         ("val", "held-out images of the training classes, drawn by --val-fraction and --seed"),
@@ -306,4 +238,4 @@ def test_run_folder_lists_classes_and_what_was_skipped(main, tmp_path, quick):
         assert {r["class"] for r in listed} == class_names(getattr(splits, split))
         assert {r["decided by"] for r in listed} == {decided_by}
     assert sum(int(r["images"]) for r in rows) == 240
-    assert (tmp_path / "run" / "skipped.csv").read_text().split() == ["name,reason"]
+    assert (one_epoch / "skipped.csv").read_text().split() == ["name,reason"]

@@ -1,13 +1,14 @@
 """Metrics in parts are those of PML's calculator, in bounded memory; what is not finite is said."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from retrieval.errors import UserError
+from retrieval.metrics import RetrievalAccuracy, build_tester, metric_names
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY_CLASS = {
@@ -45,8 +46,6 @@ def example(sizes, ties):
 
 
 def calculator():
-    from retrieval.metrics import RetrievalAccuracy
-
     return RetrievalAccuracy(device=torch.device("cpu"))
 
 
@@ -65,13 +64,17 @@ def test_parts_give_what_pml_gives_at_once(small_parts, sizes, ties):
     assert {x: got[x] for x in BOTH_HAVE} == pytest.approx(expected, rel=1e-13, abs=0)
 
 
-@pytest.mark.parametrize("sizes", [[30, 30, 30], [3, 7, 2], [200, 5], [150, 150, 1]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[30, 30, 30], [3, 7, 2], [200, 5], [150, 150, 1], [300, 211, 97, 5]], ids=str
+)
+@pytest.mark.parametrize("recall_at", [(1, 10, 100), (1, 3, 50, 1000)], ids=str)
 @pytest.mark.parametrize("parts", [1, 5])
-def test_metrics_are_those_of_their_definition(request, sizes, parts):
+def test_metrics_are_those_of_their_definition(request, sizes, recall_at, parts):
+    """Recall@k also for more than there are images."""
     if parts > 1:
         request.getfixturevalue("small_parts")
     embeddings, labels = example(sizes, ties=False)
-    got = calculator().get_accuracy(embeddings, labels)
+    got = RetrievalAccuracy(recall_at, device=torch.device("cpu")).get_accuracy(embeddings, labels)
     distances = torch.cdist(embeddings.double(), embeddings.double()).fill_diagonal_(torch.inf)
     r = labels.bincount()[labels] - 1
     matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
@@ -83,25 +86,10 @@ def test_metrics_are_those_of_their_definition(request, sizes, parts):
         "mean_average_precision_at_r": (hits / position * matches * within).sum(1) / r,
         "r_precision": (matches * within).double().sum(1) / r,
         "precision_at_1": matches[:, 0].double(),
-        "recall_at_10": matches[:, :10].any(1).double(),
-        "recall_at_100": matches[:, :100].any(1).double(),
+        **{f"recall_at_{k}": matches[:, :k].any(1).double() for k in recall_at[1:]},
     }
-    assert got == pytest.approx({k: v.mean().item() for k, v in expected.items()}, abs=1e-12)
-
-
-def test_recall_of_any_k(small_parts):
-    from retrieval.metrics import RetrievalAccuracy, metric_names
-
-    embeddings, labels = example([300, 211, 97, 64, 5, 2], ties=False)
-    recall_at = (1, 3, 50, 1000)  # more than there are images
-    got = RetrievalAccuracy(recall_at, device=torch.device("cpu")).get_accuracy(embeddings, labels)
-    assert len(small_parts) > 5
     assert got.keys() == metric_names(recall_at).keys()
-    distances = torch.cdist(embeddings.double(), embeddings.double()).fill_diagonal_(torch.inf)
-    matches = labels[distances.argsort(dim=1)[:, :-1]] == labels[:, None]
-    for k, name in ((1, "precision_at_1"), *((k, f"recall_at_{k}") for k in recall_at[1:])):
-        expected = matches[:, :k].any(1).double().mean().item()
-        assert got[name] == pytest.approx(expected, abs=1e-12)
+    assert got == pytest.approx({k: v.mean().item() for k, v in expected.items()}, abs=1e-12)
 
 
 def test_queries_that_are_no_references(small_parts):
@@ -112,17 +100,13 @@ def test_queries_that_are_no_references(small_parts):
     assert {x: got[x] for x in BOTH_HAVE} == pytest.approx(expected, rel=1e-13, abs=0)
 
 
-def test_classes_of_one_image_alone_have_no_metrics():
-    embeddings, _ = example([9], ties=False)
-    got = calculator().get_accuracy(embeddings, torch.arange(9))
-    assert all(value != value for value in got.values())
-
-
 def test_a_part_never_holds_more_than_the_bound(small_parts):
     embeddings, labels = example([199, 199, 199], ties=False)
     calculator().get_accuracy(embeddings, labels)
     assert max(small_parts) <= 8000 < sum(small_parts)
     assert min(small_parts) > max(small_parts) / 2
+    alone = calculator().get_accuracy(embeddings[:9], torch.arange(9))  # nothing can be found
+    assert all(value != value for value in alone.values())
 
 
 # 64 bytes for each of 3,000 x 999 neighbours are 192 MB.
@@ -139,11 +123,8 @@ at_once = AccuracyCalculator(include=list(metrics.METRICS)[:3], k="max_bin_count
 embeddings = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
 labels = torch.arange(3000) % 3
 def peak():
-    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the parent process
-        with open("/proc/self/status") as status:
-            line = next(x for x in status if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    with open("/proc/self/status") as status:
+        return int(next(x for x in status if x.startswith("VmHWM:")).split()[1]) * 1024
 parts.get_accuracy(embeddings[:600], labels[:600])
 peaks, found = [peak()], []
 for calculator in (parts, at_once):
@@ -154,9 +135,8 @@ print(json.dumps([*found, *peaks]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in /proc")
-def test_memory_does_not_grow_with_the_largest_class(environment):
-    command = [sys.executable, "-c", PEAK, str(EXAMPLES)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_memory_does_not_grow_with_the_largest_class(python):
+    process = python("-c", PEAK, EXAMPLES)
     assert process.returncode == 0, process.stderr
     metrics, expected, before, parts, at_once = json.loads(process.stdout)
     assert {x: metrics[x] for x in expected} == pytest.approx(expected, rel=1e-13, abs=0)
@@ -165,9 +145,6 @@ def test_memory_does_not_grow_with_the_largest_class(environment):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)
 def test_embeddings_that_are_not_finite_are_refused_on_every_way(value):
-    from retrieval.errors import UserError
-    from retrieval.metrics import build_tester
-
     embeddings, labels = example([50, 50], ties=False)
     embeddings[70] = value
     with pytest.raises(UserError, match="the embeddings are not finite"):

@@ -5,10 +5,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from retrieval.data import LabelledImages, Sample, load_splits
+from retrieval.errors import UserError
+from retrieval.network import load_best
+from retrieval.prepare import Prepare, as_eight_bits
+from retrieval.trunks import SmallTransform, TimmTransform
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 GREY = Image.fromarray(RAMP)
-INVISIBLE = 0
 
 
 def stored(image, form, **kwargs):
@@ -19,8 +23,6 @@ def stored(image, form, **kwargs):
 
 
 def read(content):
-    from retrieval.data import Sample
-
     return Sample("x", "y", content).open()
 
 
@@ -33,11 +35,7 @@ def wide(dtype, factor):
 
 
 SAME = {
-    "L": stored(GREY, "PNG"),
-    "LA": stored(GREY.convert("LA"), "PNG"),
-    "P": stored(GREY.convert("P"), "PNG"),
-    "RGB": stored(GREY.convert("RGB"), "PNG"),
-    "RGBA": stored(GREY.convert("RGBA"), "PNG"),
+    **{mode: stored(GREY.convert(mode), "PNG") for mode in ("L", "LA", "P", "RGB", "RGBA")},
     "CMYK": stored(GREY.convert("RGB").convert("CMYK"), "TIFF"),
     "YCbCr": stored(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
     "I;16 PNG": stored(wide(np.uint16, 257), "PNG"),
@@ -59,15 +57,10 @@ def test_every_mode_reads_alike(kind):
     assert np.abs(pixels(image) - RAMP).max() <= 2
 
 
-def test_a_palette_with_alpha_reads_alike():
-    from retrieval.prepare import as_eight_bits
-
+def test_a_palette_with_alpha_and_one_bit_read_alike():
     image = as_eight_bits(GREY.convert("P").convert("PA"))  # no file format holds it
     assert image.mode == "RGB"
     assert (pixels(image) == RAMP).all()
-
-
-def test_one_bit_reads_as_black_and_white():
     ink = RAMP > 100
     assert (pixels(read(stored(Image.fromarray(ink), "PNG"))) == ink * 255).all()
 
@@ -76,36 +69,34 @@ def test_one_bit_reads_as_black_and_white():
 def test_transparent_parts_become_white(mode):
     black = np.zeros((8, 8), np.uint8)
     black[:, 4:] = 90
-    image = Image.fromarray(black)
-    if mode in ("LA", "RGBA"):
-        image = image.convert(mode)
+    image, options = Image.fromarray(black), {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    if mode == "I;16":
+        image = Image.fromarray(black.astype(np.uint16) * 257)
+    elif mode in ("LA", "RGBA"):
+        image, options = image.convert(mode), {}
         image.putalpha(Image.fromarray(np.where(black == 0, 0, 255).astype(np.uint8)))
-        content = stored(image, "PNG")
-    elif mode == "I;16":
-        content = stored(Image.fromarray(black.astype(np.uint16) * 257), "PNG", transparency=0)
     else:
-        key = (0, 0, 0) if mode == "RGB" else INVISIBLE
-        content = stored(image.convert(mode), "PNG", transparency=key)
-    result = pixels(read(content))
+        image = image.convert(mode)
+    result = pixels(read(stored(image, "PNG", **options)))
     assert (result[:, :4] == 255).all()
     assert (abs(result[:, 4:] - 90) <= 1).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_image_upright(orientation):
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    image = GREY if orientation == 1 else GREY.transpose(turns[orientation])
+TURNS = [
+    *(None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180),
+    *(Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90),
+    *(Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270),
+]
+
+
+@pytest.mark.parametrize(("orientation", "turn"), list(enumerate(TURNS, 1)))
+def test_exif_turns_the_image_upright_once(orientation, turn):
+    image = GREY if turn is None else GREY.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (pixels(read(stored(image, "PNG", exif=exif))) == RAMP).all()
+    upright = read(stored(image, "PNG", exif=exif))
+    assert (pixels(upright) == RAMP).all()
+    assert (pixels(as_eight_bits(upright)) == RAMP).all()
 
 
 BROKEN_EXIF = {
@@ -120,9 +111,6 @@ BROKEN_EXIF = {
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", BROKEN_EXIF)
 def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
-    from retrieval.data import LabelledImages, Sample
-    from retrieval.prepare import Prepare
-
     content = stored(GREY.convert("RGB"), form, exif=BROKEN_EXIF[exif], **dpi)
     assert np.abs(pixels(read(content)) - RAMP).max() < 40
     images = LabelledImages([Sample("x", "y", content)], ["y"], Prepare((8, 8)))
@@ -130,33 +118,21 @@ def test_exif_that_cannot_be_read_turns_nothing(exif, form, dpi):
         assert images[0][0].shape == (3, 8, 8)
 
 
-def test_a_turned_image_is_turned_once():
-    from retrieval.prepare import as_eight_bits
-
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = stored(GREY.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
-    assert (pixels(as_eight_bits(read(content))) == RAMP).all()
-
-
-def test_an_error_of_a_transform_names_the_image():
-    from retrieval.data import LabelledImages, Sample
-    from retrieval.errors import UserError
-
+def test_an_error_of_a_transform_or_of_pixels_names_the_image():
     def transform(image):
         raise MemoryError("too large")
 
     images = LabelledImages([Sample("x", "y", SAME["L"])], ["y"], transform)
     with pytest.raises(UserError, match="cannot read the image x: too large"):
         images[0]
+    with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
+        read(stored(wide(np.float32, np.nan), "TIFF"))
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (123, 123), (64, 1), (3, 900)])
 def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_pct):
-    from retrieval.prepare import Prepare
-
     noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -177,16 +153,7 @@ def test_an_image_is_scaled_and_cropped_as_by_torchvision(size, crop_mode, crop_
     assert (prepare.pixels(image) == made.numpy()).all()
 
 
-def test_pixels_that_are_not_finite_are_refused():
-    from retrieval.errors import UserError
-
-    with pytest.raises(UserError, match="cannot read the image x: expected finite pixels"):
-        read(stored(wide(np.float32, np.nan), "TIFF"))
-
-
 def test_transforms_take_images_of_any_depth():
-    from retrieval.trunks import SmallTransform, TimmTransform
-
     deep = wide(np.uint16, 257)
     small = SmallTransform(8, "L")
     assert (small(deep) - small(GREY)).abs().max() < 0.01
@@ -218,8 +185,6 @@ DEPTHS = {
 @pytest.mark.parametrize("skip_verify", [False, True], ids=["", "skip-verify"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth, skip_verify):
-    from retrieval.data import load_splits
-
     dtype, whites, white = DEPTHS[depth]
     write_deep(tmp_path, dtype, whites)
     splits = load_splits("folder", str(tmp_path), 0.4, 0, skip_verify=skip_verify)
@@ -236,23 +201,17 @@ def test_images_of_32_bits_have_one_depth_in_a_data_set(tmp_path, capsys, depth,
     assert seen == 20
 
 
-def test_a_trained_network_scales_as_its_training_did(main, tmp_path, strict_json):
-    from retrieval.network import load_best
-
+def test_a_trained_network_scales_as_its_training_did(trained, tmp_path, strict_json):
     write_deep(tmp_path / "data", np.float32, [200, 100, 50, 20, 1])
-    arguments = ["--dataset", "folder", "--data-root", tmp_path / "data", "--epochs", 1]
-    arguments += ["--output-dir", tmp_path, "--name", "run", "--image-size", 8, "--workers", 0]
-    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
-    assert strict_json(tmp_path / "run" / "config.json")["pixel_ranges"] == {"F": [0, 255]}
-    _, transform = load_best(tmp_path / "run")
+    run = trained("--data-root", tmp_path / "data", "--batch-size", 4)
+    assert strict_json(run / "config.json")["pixel_ranges"] == {"F": [0, 255]}
+    _, transform = load_best(run)
     dark, light = (transform(wide(np.float32, x / 255)).max() for x in (1, 300))
     assert dark == pytest.approx(1 / 127.5 - 1, abs=0.01)
     assert light == 1
 
 
 def test_an_image_that_cannot_be_read_does_not_decide_the_depth(tmp_path):
-    from retrieval.data import load_splits
-
     write_deep(tmp_path, np.float32, [1, 1, 1, 1, 1])
     Image.fromarray(np.full((8, 8), np.inf, np.float32)).save(tmp_path / "a" / "0.tif")
     splits = load_splits("folder", str(tmp_path), 0.4, 0)

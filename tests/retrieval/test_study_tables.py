@@ -87,6 +87,8 @@ def test_the_command_of_a_table_is_that_of_all_its_losses():
     text = made("conditions", rows)
     assert text.count("python") == 1
     assert text.endswith(f", `{begin} --device cuda`")
+    splits = made("conditions", [row("splits", "PNP-Ds", 1, 0.5)])
+    assert splits.endswith("--dataset tiny --stages splits`")
 
 
 def test_a_table_of_a_probe_says_how_many_seeds_its_losses_have():
@@ -98,14 +100,11 @@ def test_a_table_of_a_probe_says_how_many_seeds_its_losses_have():
     assert ", 3 seeds, " in made("conditions_of_probe", rows[:3])
 
 
-def test_the_command_of_other_splits_runs_them():
-    rows = [row("splits", "PNP-Ds", 1, 0.5)]
-    assert made("conditions", rows).endswith("--dataset tiny --stages splits`")
-
-
-def test_what_is_without_training_stands_beside_the_table():
-    rows = [row("untuned", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
+def test_what_is_without_training_stands_beside_a_table_of_the_same_split():
+    rows = [row(x, "SupCon", 1, 0.4) for x in ("untuned", "splits")]
+    rows += [row("untrained", "untrained", 1, 0.25)]
     assert "; without training MAP@R 25.00, precision@1 90.00," in made("untuned", rows)
+    assert "without training" not in made("splits", rows)
 
 
 def test_the_summary_is_of_the_losses_that_ran_everywhere_best_first():
@@ -128,13 +127,10 @@ def test_the_summary_is_of_the_losses_that_ran_everywhere_best_first():
     assert made("summary", rows, "tuned") == "No runs yet."
 
 
-def test_the_summary_leaves_out_what_lacks_a_seed():
+def test_the_summary_leaves_out_what_lacks_a_seed_and_tuning_with_the_transformer():
     rows = [row("untuned", "SupCon", s, 0.4) for s in (1, 2)] + [row("untuned", "Circle", 1, 0.9)]
     assert "Circle" not in made("summary", rows, "untuned")
-
-
-def test_few_losses_are_tuned_with_the_transformer_so_that_it_is_left_out():
-    sets = ("clinc150", "clinc150_transformer")
+    sets = ("clinc150", "clinc150_transformer")  # with which few losses are tuned
     rows = [row("tuned", "SupCon", 1, 0.4, dataset=dataset) for dataset in sets]
     assert made("summary", rows, "tuned").startswith("| loss | CLINC150 | mean |")
     assert made("summary", rows, "untuned") == "No runs yet."
@@ -168,18 +164,9 @@ def test_the_picture_has_every_loss_and_is_the_same_for_the_same_rows(tmp_path):
 FINAL = (("untuned", "PNP-Ds"), ("untuned", "SupCon"), ("tuned", "SupCon"))
 
 
-def test_what_is_without_training_on_one_split_does_not_stand_beside_others():
-    rows = [row("splits", "SupCon", 1, 0.4), row("untrained", "untrained", 1, 0.25)]
-    assert "without training" not in made("splits", rows)
-
-
-def test_the_tuned_table_has_the_setting():
+def test_the_tuned_table_has_the_setting_and_trials_are_counted_from_the_default():
     rows = [row("tuned", "PNP-Ds", 1, 0.5, anneal=0.0512345, memory_size=1024)]
-    table = made("tuned", rows)
-    assert cells(table, "PNP-Ds")[-1] == "anneal 0.0512, memory_size 1024"
-
-
-def test_trials_are_counted_and_the_first_is_the_default():
+    assert cells(made("tuned", rows), "PNP-Ds")[-1] == "anneal 0.0512, memory_size 1024"
     rows = [row("tune", "PNP-Ds", 0, v, str(i)) for i, v in ((1, 0.3), (0, 0.2), (2, 0.1))]
     assert cells(made("trials", rows), "PNP-Ds") == ["**PNP-Ds**", "3", "20.00", "30.00"]
 
