@@ -295,6 +295,17 @@ def test_the_best_trial_is_run_with_every_seed(shorter, study_of):
     study.tuned(seeds=2, trials=3)
     best = max(trials, key=lambda r: float(r["map_at_r"]))["parameters"]
     assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
+    study.longer(seeds=1, trials=3)
+    (longer,) = study.rows("longer")
+    assert longer["parameters"] == best
+    assert int(longer["steps"]) == 3 * shorter.steps
+
+
+def test_the_range_of_learning_rates_can_be_widened(shorter, study_of):
+    study = study_of(shorter)
+    study.rate_range = 100.0
+    rates = study.learning_rates()
+    assert (rates.low, rates.high) == (shorter.learning_rate / 100, shorter.learning_rate * 100)
 
 
 def test_a_loss_whose_trials_are_not_complete_is_not_run_tuned(shorter, study_of):
