@@ -20,7 +20,7 @@ import torch
 from candidates import CANDIDATES
 from probes import PROBES, run_probes
 from probes import SEEDS as PROBE_SEEDS
-from study import SEEDS, TRIALS, Study
+from study import RATE_RANGE, SEEDS, TRIALS, Study
 from study_data import DATA_SETS
 from study_rows import RESULTS
 
@@ -37,7 +37,9 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # a GPU computes what a CPU does
     data = DATA_SETS[args.dataset]
     device = torch.device(args.device)
-    study = Study(data, args.data_root, args.results, args.database, args.losses, device)
+    study = Study(
+        data, args.data_root, args.results, args.database, args.losses, device, args.rate_range
+    )
     for stage in args.stages:
         if stage == "untrained":
             study.untrained()
@@ -47,6 +49,8 @@ def main() -> None:
             study.tune(args.trials)
         elif stage == "tuned":
             study.tuned(args.seeds, args.trials)
+        elif stage == "longer":
+            study.longer(args.seeds, args.trials)
         elif stage == "splits":
             study.splits(args.seeds)
         else:
@@ -59,13 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATA_SETS)
     parser.add_argument("--data-root", help="folder of the data; by default what PML_PNP_DATA says")
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, "splits", *PROBES), default=STAGES)
+    parser.add_argument(
+        "--stages", nargs="+", choices=(*STAGES, "longer", "splits", *PROBES), default=STAGES
+    )
     parser.add_argument("--losses", nargs="+", choices=CANDIDATES, metavar="LOSS", help="some")
     parser.add_argument(
         "--seeds", type=int, default=SEEDS, help="of the final runs, and of the splits"
     )
     parser.add_argument("--probe-seeds", type=int, default=PROBE_SEEDS, help="of the probes")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each loss")
+    parser.add_argument(
+        "--rate-range",
+        type=float,
+        default=RATE_RANGE,
+        help="of the learning rates that are searched, over and under the untuned runs'",
+    )
     parser.add_argument("--device", default="cpu", help="of networks and losses")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")

@@ -5,12 +5,14 @@
 `tune`: optuna's trials, trained on `fit`, judged by MAP@R on `validation`; the first is the
 default.
 `tuned`: the best trial's setting, trained on all training classes, measured on `test`.
+`longer`: the same with three times the steps.
 `splits`: every candidate at its defaults on other splits of the classes; the seed of a run is that
 of its split.
 
 The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.
 """
 
+import dataclasses
 import json
 import time
 import zlib
@@ -36,6 +38,8 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from study_data import DataSet, Part, other_split
 
 TRIALS = 20
+RATE_RANGE = 10.0  # of the learning rates that are searched, over and under the untuned runs'
+LONGER = 3  # times the steps
 SEEDS = 10
 SEED_OF_TRIALS = 0  # the final runs have 1, 2, ...
 UNTRAINED = "untrained"  # a stage, and the name of its only row
@@ -54,6 +58,7 @@ class Study:
         database: the SQLite file of optuna; made of the rows where it lacks them.
         losses: the candidates to run, all by default.
         device: where networks and losses are.
+        rate_range: tuning searches from the untuned runs' learning rate over this to it times this.
     """
 
     def __init__(
@@ -64,12 +69,14 @@ class Study:
         database: Path,
         losses: Iterable[str] | None = None,
         device: torch.device = CPU,
+        rate_range: float = RATE_RANGE,
     ):
         self.data = data
         self.losses = list(CANDIDATES if losses is None else losses)
         self.path = rows.path_of(data.name, results)
         self.database = database
         self.device = device
+        self.rate_range = rate_range
         self.part: Callable[[str], Part] = cache(partial(self._read, data_root))
 
     def _read(self, data_root: str | None, part: str) -> Part:
@@ -113,6 +120,11 @@ class Study:
         """Run the best setting of every loss whose trials are complete."""
         self._measure("tuned", self.best_settings(trials), seeds)
 
+    def longer(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
+        """Run the same settings with three times the steps."""
+        longer = dataclasses.replace(self.data, steps=LONGER * self.data.steps)
+        self._measure("longer", self.best_settings(trials), seeds, data=longer)
+
     def best_settings(self, trials: int = TRIALS) -> dict[str, Params]:
         """The best trial of every loss that has so many."""
         best = {}
@@ -137,9 +149,9 @@ class Study:
         return params
 
     def learning_rates(self) -> BaseDistribution:
-        """What tuning searches: from a tenth of the untuned runs' learning rate to ten times it."""
+        """What tuning searches."""
         usual = self.data.learning_rate
-        return FloatDistribution(usual / 10, usual * 10, log=True)
+        return FloatDistribution(usual / self.rate_range, usual * self.rate_range, log=True)
 
     def _measure(
         self,
@@ -147,8 +159,10 @@ class Study:
         settings: dict[str, Params],
         seeds: int,
         parts: Callable[[int], tuple[Part, Part]] | None = None,
+        data: DataSet | None = None,
     ) -> None:
         """Run every setting with every seed, on the parts of that seed or on those of the data."""
+        data = data or self.data
         done = rows.done(self.rows(stage))
         todo = [
             (seed, name)
@@ -158,13 +172,21 @@ class Study:
         ]
         for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
             train, test = parts(seed) if parts else (self.part("training"), self.part("test"))
-            outcome = self.fit(name, settings[name], seed, train, test)
-            self.add(stage, name, "", seed, "test", settings[name], outcome)
+            outcome = self.fit(name, settings[name], seed, train, test, data)
+            self.add(stage, name, "", seed, "test", settings[name], outcome, data)
 
-    def fit(self, name: str, params: Params, seed: int, train: Part, measured: Part) -> Outcome:
+    def fit(
+        self,
+        name: str,
+        params: Params,
+        seed: int,
+        train: Part,
+        measured: Part,
+        data: DataSet | None = None,
+    ) -> Outcome:
         """One run of a candidate."""
         return run(
-            self.data,
+            data or self.data,
             train,
             measured,
             lambda classes: objective(name, params, classes),
@@ -173,10 +195,13 @@ class Study:
             seed,
         )
 
-    def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
+    def add(
+        self, stage, name, setting, seed, measured_on, params, outcome, data=None
+    ) -> dict[str, Any]:
         """Write the row of a run."""
+        data = data or self.data
         row = rows.row_of(
-            self.data, stage, name, setting, seed, measured_on, params, outcome, self.device
+            data, stage, name, setting, seed, measured_on, params, outcome, self.device
         )
         rows.add(self.path, row)
         return row

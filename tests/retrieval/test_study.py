@@ -262,6 +262,17 @@ def test_the_best_trial_is_run_with_every_seed_when_all_are_complete(shorter, st
     assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
     with sqlite3.connect(study.database) as database:
         assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (3,)
+    study.longer(seeds=1, trials=3)
+    (longer,) = study.rows("longer")
+    assert longer["parameters"] == best
+    assert int(longer["steps"]) == 3 * study.data.steps
+
+
+def test_the_range_of_learning_rates_can_be_widened(study_of):
+    study = study_of()
+    study.rate_range, usual = 100.0, study.data.learning_rate
+    rates = study.learning_rates()
+    assert (rates.low, rates.high) == (usual / 100, usual * 100)
 
 
 @pytest.mark.parametrize("database_is_lost", [False, True], ids=["database", "rows alone"])
