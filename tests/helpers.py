@@ -124,14 +124,14 @@ def distance_matrix(distance, x, ref=None):
 
 
 def expected_losses(
-    embeddings, labels=None, *, ref_emb=None, ref_labels=None, tuple_=None, **kwargs
+    embeddings, labels=None, indices_tuple=None, *, ref_emb=None, ref_labels=None, **kwargs
 ):
     """{query: loss} by the reference, for cosine similarity."""
     refs = embeddings if ref_emb is None else ref_emb
-    if tuple_ is None:
+    if indices_tuple is None:
         positives, negatives = sets_from_labels(labels, ref_labels)
     else:
-        positives, negatives = sets_from_tuple(tuple_, len(embeddings))
+        positives, negatives = sets_from_tuple(indices_tuple, len(embeddings))
     s = cosine_matrix(embeddings, refs).tolist()
     own = cosine_matrix(embeddings, embeddings).diagonal().tolist()
     return reference.pnp_losses(s, positives, negatives, own, **kwargs)
