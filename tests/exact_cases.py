@@ -100,6 +100,7 @@ def inner_sum():
 
 
 BOTH = {"sum": [similarity, losses.PNPLoss]}
+OF_PAIRS = {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"}
 # What is different from PNPLoss(variant="Ds", anneal=0.5) on labels, by name.
 CASES = {
     "callable variant": {"loss": {"variant": Learned}},
@@ -149,12 +150,12 @@ CASES = {
     "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": Learned}},
     "sum of a sum": {"sum": [inner_sum, similarity]},
     "sum, miners": {"sum": [similarity, losses.PNPLoss, similarity], "miners": [1, 1, 0]},
-    "sum, pairs": {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"},
+    "sum, pairs": OF_PAIRS,
     "sum, triplets": {"sum": [losses.TripletMarginLoss, losses.PNPLoss], "tuple": "triplets"},
     "sum, miner": {**BOTH, "miner": False},
     "sum, efficient miner": {**BOTH, "miner": True},
     "sum, references": {**BOTH, "references": True},
-    "sum, references and pairs": {**BOTH, "references": True, "tuple": "pairs"},
+    "sum, references and pairs": {**OF_PAIRS, "references": True},
     "sum, references and miners": {**BOTH, "references": True, "miners": [1, 1]},
     "sum in a memory": {**BOTH, "memory": {}, "weights": [0.5, 2]},
     "sum in a memory, mask": {**BOTH, "memory": {}, "mask": True},

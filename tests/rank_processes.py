@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import distributed_cases
 import exact_cases
 import failing_ranks
 import grad_cache_cases
@@ -17,7 +16,7 @@ from helpers import free_port
 from torch import distributed, multiprocessing
 
 MODULES = {
-    2: (distributed_cases, grad_cache_cases, exact_cases),
+    2: (grad_cache_cases, exact_cases),
     3: (exact_cases,),
 }
 

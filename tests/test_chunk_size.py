@@ -61,13 +61,6 @@ def test_chunks_give_what_the_whole_batch_gives(kind, name, include_self, collec
         assert got_stats == stats
 
 
-def test_chunks_without_a_gradient():
-    x, y = batch()
-    with torch.no_grad():
-        torch.testing.assert_close(PNPLoss(chunk_size=5)(x, y), PNPLoss()(x, y))
-    assert not PNPLoss(chunk_size=5)(x, y).requires_grad
-
-
 class Cooling(torch.nn.Module):
     """A similarity that grows with every call, by a buffer."""
 

@@ -49,9 +49,10 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
             got, got_grads, got_queue = results[name][step]
             if not case.get("twice") and efficient is not True:
                 torch.testing.assert_close(got, loss, **tolerance)
-                assert torch.equal(got, found[0][name][step][0])
             torch.testing.assert_close(got_grads, grads, **tolerance)
-            torch.testing.assert_close(got_queue, queue)
+            if not case.get("pmls"):  # which has the rows of a rank before those of others
+                assert case.get("twice") or torch.equal(got, found[0][name][step][0])
+                torch.testing.assert_close(got_queue, queue)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import DISTANCES, IS_TORCH_2_4, batch, expected_mean, value_and_grad
+from helpers import IS_TORCH_2_4, batch, expected_mean, value_and_grad
 from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -294,37 +294,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
 
 
-# --- several calls before a backward --------------------------------------------------------
-
-
-# tests/test_stateful.py has the other distances, sums, callables and chunks.
-LOSSES = {
-    "batched": {"distance": DISTANCES["batched lp"]()},
-    "own": {"distance": DISTANCES["user's own, learning"]()},
-    "mined": {},
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_calls_may_precede_one_backward(name, device):
-    kwargs = {"variant": "Ds", "anneal": 0.3} | LOSSES[name]
-    miner = miners.MultiSimilarityMiner() if name == "mined" else None
-    results = []
-    for at_once in (True, False):
-        torch.manual_seed(0)
-        ours = memory(30, losses.PNPLoss(**kwargs), miner=miner).double()
-        x = [batch(n=12, dtype=torch.float64, device=device) for _ in range(4)]
-        given = [v.requires_grad_() for v, _ in x]
-        values = []
-        for v, y in x:
-            values.append(ours(v, y))
-            if not at_once:
-                values[-1].backward()
-        if at_once:
-            sum(values).backward()
-        results.append([v.grad for v in given])
-    torch.testing.assert_close(*results)
-    assert results[0][0].abs().max() > 1e-4
+# --- what the loss gets; tests/test_stateful.py calls it several times before a backward -----
 
 
 def test_the_usual_loss_gets_the_memory_itself():

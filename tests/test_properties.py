@@ -208,7 +208,7 @@ MATRICES = st.builds(
 )
 
 
-@settings(max_examples=EXAMPLES * 2)
+@settings(max_examples=EXAMPLES * 4)
 @given(MATRICES)
 def test_losses_and_gradients_of_a_matrix_are_the_formula(case):
     g = torch.Generator().manual_seed(case.seed)
@@ -417,7 +417,7 @@ def rounding(name, s, x, z, eps):
     return error, steep * longest * (1 if name in ("cosine", "batched cosine") else 4)
 
 
-@settings(max_examples=EXAMPLES * 2)
+@settings(max_examples=EXAMPLES * 4)
 @given(CALLS)
 def test_value_and_gradients_of_the_loss_are_the_formula(case):
     leaves, make, (positive, negative) = case.arguments()

@@ -48,7 +48,7 @@ class Training(RuleBasedStateMachine):
     """A model, and a loss or a sum, alone or in a memory; the model in chunks or not."""
 
     @initialize(
-        distance=st.sampled_from(["cosine", "cosine", "dot", "l1", "snr"]),
+        distance=st.sampled_from(["cosine", "cosine", *DISTANCES]),
         is_mean=st.booleans(),
         chunk_size=st.sampled_from([None, None, 2]),
         variant=st.sampled_from(["Dq", "O", "function"]),
@@ -64,11 +64,12 @@ class Training(RuleBasedStateMachine):
         self.formula = {"variant": "Dq", "alpha": 1, "b": 2}
         if variant != "Dq":
             self.formula["variant"] = "O" if variant == "O" else "Ds"
-        self.distance, self.is_mean = DISTANCES[distance](), is_mean
+        distance = DISTANCES[distance]()
+        self.distance, self.is_mean = getattr(distance, "distance", distance), is_mean
         self.anneals, self.weights = ([0.1, 0.3], [0.5, 2.0]) if is_sum else ([0.1], [1.0])
         parts = [
             PNPLoss(
-                distance=DISTANCES[distance](),
+                distance=copy.deepcopy(distance),
                 reducer=reducers.MeanReducer() if is_mean else reducers.SumReducer(),
                 chunk_size=chunk_size,
                 collect_stats=collect_stats,
