@@ -47,8 +47,8 @@ def test_chunks_give_what_the_whole_batch_gives(kind, name, include_self, collec
     ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
     args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
     loss_func = PNPLoss(
-        distance=DISTANCES[name](), variant=Scale(), anneal=0.3, include_self=include_self,
-        collect_stats=collect_stats,
+        distance=DISTANCES[name](), variant=Scale() if collect_stats else "Ds", anneal=0.3,
+        include_self=include_self, collect_stats=collect_stats,
     ).to(device, torch.float64)  # fmt: skip
     found = []
     for loss_func.chunk_size in (None, 1, 5):
@@ -91,12 +91,13 @@ def test_every_backward_begins_with_the_buffers_of_the_call():
 def test_derivatives_are_those_of_what_was_given_whatever_becomes_of_it(distance, kind):
     grads = []
     x, y = batch(n=8, dtype=torch.float64)
-    args = (y,) if kind == "labels" else (None, lmu.get_all_pairs_indices(y))
+    given = (y,) if kind == "labels" else lmu.get_all_pairs_indices(y)
+    args = given if kind == "labels" else (None, given)
     for overwrite in (False, True):
         loss_func = PNPLoss(variant="Iu", anneal=0.2, chunk_size=3, distance=distance)
         loss = loss_func(x.requires_grad_(), *args)
-        for given in (y, *args[-1]) if overwrite else ():
-            given.zero_()
+        for tensor in given if overwrite else ():
+            tensor.zero_()
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         grads += [grad, *torch.autograd.grad(grad.square().sum(), x)]
     torch.testing.assert_close(grads[2:], grads[:2])

@@ -13,16 +13,16 @@ import pml_pnp.loss
 from pml_pnp import PNPLoss
 from pml_pnp.functional import pnp_loss
 
+X, Y, REF, REF_Y = torch.randn(4, 2), torch.arange(4) // 2, torch.randn(6, 2), torch.arange(6) // 3
+HUGE = 10**400
 NUMBERS = ["anneal", "alpha", "b"]
 NO_NUMBER = "{name} must be a positive finite number, got {value!r}"
 NO_INTEGER = "chunk_size must be a positive integer or None, got {value!r}"
 NO_VARIANT = f"variant must be one of {', '.join(VARIANTS)} or a callable, got {{value!r}}"
 NO_BOOL = "include_self must be True or False, got {value!r}"
 SETTINGS = [
-    *((x, v, ValueError, NO_NUMBER) for x in NUMBERS for v in (0, -1.0, math.nan, math.inf)),
-    *((x, 10**400, ValueError, NO_NUMBER) for x in NUMBERS),
-    *((x, v, TypeError, NO_NUMBER) for x in NUMBERS for v in ("1", None, True, 1j)),
-    *((x, torch.tensor(1.0), TypeError, NO_NUMBER) for x in NUMBERS),
+    *((x, v, ValueError, NO_NUMBER) for x in NUMBERS for v in (0, -1.0, math.nan, math.inf, HUGE)),
+    *((x, v, TypeError, NO_NUMBER) for x in NUMBERS for v in ("1", None, True, 1j, X)),
     *(("chunk_size", v, ValueError, NO_INTEGER) for v in (0, -1)),
     *(("chunk_size", v, TypeError, NO_INTEGER) for v in (1.5, True)),
     ("variant", "Dx", ValueError, NO_VARIANT),
@@ -31,7 +31,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error", "message"), SETTINGS, ids=lambda x: str(x)[:9])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"), SETTINGS, ids=[f"{x[0]} {x[1]!r:.9}" for x in SETTINGS]
+)
 def test_a_bad_setting_is_named(name, value, error, message):
     """Given or set later, and given to pml_pnp.functional."""
     loss_func = PNPLoss()
@@ -57,15 +59,12 @@ def test_every_kind_of_real_number_is_taken(variant, name, value):
     assert torch.equal(got, PNPLoss(variant=variant, **{name: float(value)})(x, y))
 
 
-X, Y, REF, REF_Y = torch.randn(4, 2), torch.arange(4) // 2, torch.randn(6, 2), torch.arange(6) // 3
-
-
 def i(*values):
     return torch.tensor(values)
 
 
 T = i(0), i(1), i(2)  # a triplet
-HUGE = torch.tensor([2**64 - 3], dtype=torch.uint64)
+UNSIGNED = torch.tensor([2**64 - 3], dtype=torch.uint64)
 TYPE_ERRORS = [
     ((X, [0, 0, 1, 1]), "labels must be a tensor, got list"),
     ((X, Y * 1j), "labels must be real, got torch.complex64"),
@@ -95,7 +94,7 @@ VALUE_ERRORS = [
     ((X, Y, (i(0, 4), i(1, 1), i(2, 2))), r"indices_tuple\[0\] must hold .* 0 to 3, got 4"),
     ((X, Y, (i(0), i(-1), i(2))), r"indices_tuple\[1\] must hold indices from 0 to 3, got -1"),
     ((X, Y, (*T, i(4))), r"indices_tuple\[3\] must hold indices from 0 to 3, got 4"),
-    ((X, Y, (HUGE,) * 3), f"indices from 0 to 3, got {2**64 - 3}"),
+    ((X, Y, (UNSIGNED,) * 3), f"indices from 0 to 3, got {2**64 - 3}"),
     ((X, Y, (i(0), i(5), i(0), i(6)), REF, REF_Y), r"\[3\] must hold .* from 0 to 5, got 6"),
     ((X, Y, (i(4), i(5), i(0), i(1)), REF, REF_Y), r"\[0\] must hold .* from 0 to 3, got 4"),
     ((X, Y, None, REF), "ref_emb needs labels and ref_labels, or .*, got no ref_labels"),

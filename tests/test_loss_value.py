@@ -1,6 +1,7 @@
 """The value of the loss: the formula of the paper, what PML's own PNPLoss returns, zero or NaN."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ NORMALIZED = ["cosine", "lp", "snr"]
 @pytest.mark.parametrize(
     ("distance", "bad"),
     [
-        *((x, bad) for x in (*NORMALIZED, "dot", "l1") for bad in (float("nan"), float("inf"))),
+        *((x, bad) for x in (*NORMALIZED, "dot", "l1") for bad in (math.nan, math.inf, -math.inf)),
         *((x, 1e20) for x in NORMALIZED),  # whose square is infinite
     ],
 )
@@ -148,7 +149,7 @@ def test_what_is_not_finite_gives_nan(labels, where, distance, bad):
     x, y = batch(n=6)
     ref, ref_y = batch(n=9)
     y = {"mixed": y, "one class": y * 0, "lone examples": torch.arange(6) + 99}[labels]
-    (x if where == "batch" else ref)[3, 1] = -bad
+    (x if where == "batch" else ref)[3, 1] = bad
     loss_func = PNPLoss(distance=DISTANCES[distance](), variant="Dq")
     assert loss_func(x, y, None, ref, ref_y).isnan()
     assert where == "references" or loss_func(x, y).isnan()
