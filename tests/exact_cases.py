@@ -168,13 +168,13 @@ CASES = {
 }
 
 
-# By PML's own wrapper, which takes as many rows of every rank; the sum as it returns it.
+# By PML's own wrapper, which takes as many rows of every rank, and enqueues its own before others.
 SUM = {"reducer": reducers.SumReducer}
 PMLS = {
     "labels": {"efficient": False},
     "miner": {"efficient": False, "miner": False},
     "references": {"efficient": False, "references": True},
-    "memory": {"efficient": False, "memory": {}},
+    "memory": {"efficient": False, "memory": {}, "steps": 2},  # until the queue is full
     "sum": {"efficient": False, **BOTH, "miners": [1, 0]},
     "efficient": {"efficient": True, "loss": SUM},
     "efficient miner": {"efficient": True, "miner": True, "loss": SUM},
@@ -279,7 +279,7 @@ def steps(case, rows, rank=None):
         if len(set(rows)) == 1 and not {"references", "chooses"} & set(case):  # PML's own
             mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
     results = []
-    for step in range(STEPS if "memory" in case else case.get("steps", 1)):
+    for step in range(case.get("steps", STEPS if "memory" in case else 1)):
         parts = data(rows, case, step)
         x, y, ref, ref_y, mask = (torch.cat(p) if rank is None else p[rank] for p in parts)
         x, ref = x.to(case.get("dtype", x.dtype)), ref.to(case.get("dtype", x.dtype))
