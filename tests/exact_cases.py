@@ -13,10 +13,8 @@ from pml_pnp import GradCache, losses
 from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 HAS_SYMMETRIC = "symmetric" in inspect.signature(losses.SelfSupervisedLoss).parameters
-# Rows of each rank, of which as many are used as there are ranks.
-ROWS = {"equal": [8, 8, 8, 8], "unequal": [8, 5, 9, 4], "none on one rank": [7, 0, 6, 5]}
-# Those that are tried with 2, 3 and 4 ranks.
-KINDS = {2: "equal", 3: "unequal", 4: "none on one rank"}
+# Rows of each rank, by the number of ranks.
+ROWS = {2: [8, 8], 3: [8, 5, 0]}
 STEPS = 3
 
 
@@ -93,22 +91,27 @@ def lp():
     return distances.LpDistance(normalize_embeddings=False)
 
 
+def class_weights():
+    return reducers.ClassWeightedReducer(torch.arange(1.0, 30.0))
+
+
+def inner_sum():
+    return losses.MultipleLosses([losses.PNPLoss(), proxies()])
+
+
+BOTH = {"sum": [similarity, losses.PNPLoss]}
+OF_PAIRS = {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"}
 # What is different from PNPLoss(variant="Ds", anneal=0.5) on labels, by name.
 CASES = {
-    **{f"variant {v}": {"loss": {"variant": v}} for v in losses.PNPLoss.VARIANTS},
     "callable variant": {"loss": {"variant": Learned}},
     "dot product": {"loss": {"distance": distances.DotProductSimilarity}},
     "Lp": {"loss": {"distance": lp}},
-    "SNR": {"loss": {"distance": distances.SNRDistance}},
     "batched": {"loss": {"distance": lambda: distances.BatchedDistance(lp(), batch_size=3)}},
     "own distance": {"loss": {"distance": Weighted}},
     "without self": {"loss": {"include_self": False}},
-    "without self, Lp": {"loss": {"include_self": False, "distance": lp}},
     "sum": {"loss": {"reducer": reducers.SumReducer}},
     "divisor": {"loss": {"reducer": reducers.DivisorReducer}},
-    "class weights": {
-        "loss": {"reducer": lambda: reducers.ClassWeightedReducer(torch.arange(1.0, 30.0))}
-    },
+    "class weights": {"loss": {"reducer": class_weights}},
     "lean": {"loss": {"chunk_size": 3}},
     "lean Lp": {"loss": {"chunk_size": 3, "distance": lp}},
     "lean own distance": {"loss": {"chunk_size": 3, "distance": Weighted}},
@@ -122,20 +125,16 @@ CASES = {
     "triplets": {"tuple": "triplets"},
     "pairs without labels": {"tuple": "pairs", "labels": "none"},
     "lean triplets": {"tuple": "triplets", "loss": {"chunk_size": 3}},
-    "pairs, Lp": {"tuple": "pairs", "loss": {"distance": lp}},
     "miner": {"miner": False},
     "efficient miner": {"miner": True},
     "miner of the easiest": {"miner": True, "chooses": miners.BatchEasyHardMiner},
     "references": {"references": True},
-    "references, Lp": {"references": True, "loss": {"distance": lp}},
     "references, lean Lp": {"references": True, "loss": {"distance": lp, "chunk_size": 3}},
     "references and pairs": {"references": True, "tuple": "pairs"},
     "references and miner": {"references": True, "miner": True},
     "memory": {"memory": {}},
     "memory, mask": {"memory": {}, "mask": True},
     "memory, miner": {"memory": {"miner": miners.MultiSimilarityMiner}},
-    "memory, Lp": {"memory": {}, "loss": {"distance": lp}},
-    "memory, sum": {"memory": {}, "loss": {"reducer": reducers.SumReducer}},
     "memory, not exact": {"memory": {}, "efficient": False},
     "memory, mask, not exact": {"memory": {}, "mask": True, "efficient": False},
     "self-supervised": {"views": True},
@@ -144,55 +143,48 @@ CASES = {
     "autocast": {"dtype": torch.float32, "autocast": True},
     "GradCache": {"cached": "inside"},
     "GradCache around": {"cached": "around"},
-    "GradCache, lean": {"cached": "inside", "loss": {"chunk_size": 3}},
     "GradCache, memory": {"cached": "inside", "memory": {}},
     "another loss": {"sum": [similarity], "labels": "several"},
-    "another loss in a memory": {"sum": [similarity], "memory": {}},
-    "sum of two": {"sum": [similarity, losses.PNPLoss], "weights": [0.5, 2]},
-    "sum, float16": {"sum": [similarity, losses.PNPLoss], "dtype": torch.float16},
-    "sum, autocast": {
-        "sum": [similarity, losses.PNPLoss],
-        "dtype": torch.float32,
-        "autocast": True,
-    },
+    "sum of two": {**BOTH, "weights": [0.5, 2]},
+    "sum, float16": {**BOTH, "dtype": torch.float16},
     "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": Learned}},
-    "sum of a sum": {
-        "sum": [lambda: losses.MultipleLosses([losses.PNPLoss(), proxies()]), similarity]
-    },
+    "sum of a sum": {"sum": [inner_sum, similarity]},
     "sum, miners": {"sum": [similarity, losses.PNPLoss, similarity], "miners": [1, 1, 0]},
-    "sum, pairs": {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"},
+    "sum, pairs": OF_PAIRS,
     "sum, triplets": {"sum": [losses.TripletMarginLoss, losses.PNPLoss], "tuple": "triplets"},
-    "sum, miner": {"sum": [similarity, losses.PNPLoss], "miner": False},
-    "sum, efficient miner": {"sum": [similarity, losses.PNPLoss], "miner": True},
-    "sum, references": {"sum": [similarity, losses.PNPLoss], "references": True},
-    "sum, references and pairs": {
-        "sum": [losses.ContrastiveLoss, losses.PNPLoss],
-        "references": True,
-        "tuple": "pairs",
-    },
-    "sum, references and miners": {
-        "sum": [similarity, losses.PNPLoss],
-        "references": True,
-        "miners": [1, 1],
-    },
-    "sum in a memory": {"sum": [similarity, losses.PNPLoss], "memory": {}, "weights": [0.5, 2]},
-    "sum in a memory, mask": {"sum": [similarity, losses.PNPLoss], "memory": {}, "mask": True},
-    "sum in a memory, miners": {
-        "sum": [similarity, losses.PNPLoss],
-        "memory": {},
-        "miners": [0, 1],
-    },
-    "sum in a memory, not exact": {
-        "sum": [similarity, losses.PNPLoss],
-        "memory": {},
-        "efficient": False,
-    },
+    "sum, miner": {**BOTH, "miner": False},
+    "sum, efficient miner": {**BOTH, "miner": True},
+    "sum, references": {**BOTH, "references": True},
+    "sum, references and pairs": {**OF_PAIRS, "references": True},
+    "sum, references and miners": {**BOTH, "references": True, "miners": [1, 1]},
+    "sum in a memory": {**BOTH, "memory": {}, "weights": [0.5, 2]},
+    "sum in a memory, mask": {**BOTH, "memory": {}, "mask": True},
+    "sum in a memory, miners": {**BOTH, "memory": {}, "miners": [0, 1]},
     "sum of a memory": {"sum": [pnp_in_memory, similarity, losses.PNPLoss], "steps": STEPS},
-    "sum of views": {"sum": [similarity, losses.PNPLoss], "views": True},
+    "sum of views": {**BOTH, "views": True},
     "GradCache, sum": {"sum": [proxies, losses.PNPLoss], "cached": "inside"},
     "second derivative": {"twice": True},
     "second derivative, SNR": {"twice": True, "loss": {"distance": distances.SNRDistance}},
 }
+
+
+# By PML's own wrapper, which takes as many rows of every rank, and enqueues its own before others.
+SUM = {"reducer": reducers.SumReducer}
+PMLS = {
+    "labels": {"efficient": False},
+    "miner": {"efficient": False, "miner": False},
+    "references": {"efficient": False, "references": True},
+    "memory": {"efficient": False, "memory": {}, "steps": 2},  # until the queue is full
+    "sum": {"efficient": False, **BOTH, "miners": [1, 0]},
+    "efficient": {"efficient": True, "loss": SUM},
+    "efficient miner": {"efficient": True, "miner": True, "loss": SUM},
+}
+CASES |= {f"PML's: {name}": {**case, "pmls": True} for name, case in PMLS.items()}
+
+
+def names(world):
+    """The cases that are tried with a number of ranks."""
+    return [name for name, case in CASES.items() if world == 2 or not case.get("pmls")]
 
 
 def data(rows, case, step):
@@ -235,29 +227,19 @@ def loss_function(case):
     return loss
 
 
-def joined_tuple(case, rows, ref_rows, step):
+def joined_tuple(case, rows, step):
     """Pairs or triplets over the joined batch in the order of the ranks."""
     g = torch.Generator().manual_seed(100 + step)
-    n, m = sum(rows), sum(ref_rows)
-    a, a2 = (torch.randint(0, n, (6 * n,), generator=g) for _ in range(2))
-    p, q = (torch.randint(0, m, (6 * n,), generator=g) for _ in range(2))
-    if case["tuple"] == "triplets":
-        return a, p, q
-    return a, p, a2, q
+    n = sum(rows)
+    a, p, a2, q = torch.randint(0, n, (4, 6 * n), generator=g)
+    return (a, p, q) if case["tuple"] == "triplets" else (a, p, a2, q)
 
 
-def own_first(indices, rows, rank):
+def own_first(indices_tuple, rows, rank):
     """Where the rows of the joined batch are if those of a rank come first."""
     parts = list(torch.arange(sum(rows)).split(rows))
     order = torch.cat([parts.pop(rank), *parts])
-    return torch.argsort(order)[indices]
-
-
-def of_rank(indices_tuple, rows, ref_rows, rank):
-    anchors = (0,) if len(indices_tuple) == 3 else (0, 2)
-    return tuple(
-        own_first(x, rows if i in anchors else ref_rows, rank) for i, x in enumerate(indices_tuple)
-    )
+    return tuple(torch.argsort(order)[i] for i in indices_tuple)
 
 
 def miner():
@@ -280,7 +262,7 @@ def gradients(loss, net, loss_func, world):
 def steps(case, rows, rank=None):
     """[(loss, gradients, queue)] of each step: of a rank, or of one process with all rows."""
     world = 1 if rank is None else len(rows)
-    net, loss_func = model(case), loss_function(case)
+    net, loss_func, mine = model(case), loss_function(case), case.get("chooses", miner)()
     if rank is None and isinstance(loss_func, losses.MultipleLosses):
         loss_func = Sum(loss_func)
     if rank is not None:
@@ -290,13 +272,14 @@ def steps(case, rows, rank=None):
         if case.get("cached") == "around":
             net = GradCache(net, chunk_size=3)
         efficient = case.get("efficient", "exact")
-        loss_func = DistributedLossWrapper(loss_func, efficient=efficient)
-        chosen = case.get("chooses", miner)()
-        mine = DistributedMinerWrapper(chosen, efficient=case.get("miner", False))
+        is_pmls = case.get("pmls") and "sum" not in case
+        wrapper = pml_distributed.DistributedLossWrapper if is_pmls else DistributedLossWrapper
+        loss_func = wrapper(loss_func, efficient=efficient)
+        mine = DistributedMinerWrapper(mine, efficient=case.get("miner", False))
         if len(set(rows)) == 1 and not {"references", "chooses"} & set(case):  # PML's own
             mine = pml_distributed.DistributedMinerWrapper(miner(), case.get("miner", False))
     results = []
-    for step in range(STEPS if "memory" in case else case.get("steps", 1)):
+    for step in range(case.get("steps", STEPS if "memory" in case else 1)):
         parts = data(rows, case, step)
         x, y, ref, ref_y, mask = (torch.cat(p) if rank is None else p[rank] for p in parts)
         x, ref = x.to(case.get("dtype", x.dtype)), ref.to(case.get("dtype", x.dtype))
@@ -312,12 +295,9 @@ def steps(case, rows, rank=None):
             if case.get("mask"):
                 args["enqueue_mask"] = mask
             if "tuple" in case:
-                given = joined_tuple(case, rows, rows, step)
-                args["indices_tuple"] = given if rank is None else of_rank(given, rows, rows, rank)
-            if "miner" in case and rank is None:
-                references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
-                args["indices_tuple"] = case.get("chooses", miner)()(embeddings, y, *references)
-            elif "miner" in case:
+                given = joined_tuple(case, rows, step)
+                args["indices_tuple"] = given if rank is None else own_first(given, rows, rank)
+            if "miner" in case:
                 references = [args[k] for k in ("ref_emb", "ref_labels") if k in args]
                 args["indices_tuple"] = mine(embeddings, y, *references)
             loss = loss_func(embeddings, **args)
@@ -350,7 +330,9 @@ def errors(rank):
     mined = DistributedLossWrapper(losses.MultipleLosses([losses.PNPLoss()], [miner()]), "exact")
     x, y = torch.randn(6, 4), torch.arange(6) // 2
     odd = rank == 1
-    triplets = (torch.zeros(1).long(),) * 3
+    triplets, floats = (torch.zeros(1).long(),) * 3, (torch.zeros(1),) * 3
+    bad_triplets = (torch.tensor([99]),) * 3
+    pmls = DistributedLossWrapper(losses.PNPLoss())
     return {
         "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
         "no labels": raised(lambda: wrapper(x, None if odd else y)),
@@ -373,7 +355,12 @@ def errors(rank):
         "sum of a memory and tuple": raised(lambda: summed(x, y, triplets if odd else None)),
         "views": raised(lambda: views(x, x[:5] if odd else x)),
         "no views": raised(lambda: views(x)),
-        "tuple": raised(lambda: wrapper(x, y, (torch.tensor([99]),) * 3)),
+        "tuple": raised(lambda: wrapper(x, y, bad_triplets)),
+        "tuple of one rank": raised(lambda: wrapper(x, y, bad_triplets if odd else triplets)),
+        "tuple of floats": raised(lambda: wrapper(x, y, floats if odd else triplets)),
+        "tuple of two": raised(lambda: wrapper(x, y, triplets[:2] if odd else triplets)),
+        "tuple and views": raised(lambda: views(x, x + 1, triplets if odd else None)),
+        "mask in PML's mode": raised(lambda: pmls(x, y, enqueue_mask=y > 1)),
         "regularizer": raised(
             lambda: DistributedLossWrapper(
                 losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()), "exact"
@@ -410,10 +397,9 @@ def all_pairs_are_listed_for_no_one():
 def results(rank):
     """{case: what `steps` returns}, and three of no case."""
     world = distributed.get_world_size()
-    rows = ROWS[KINDS[world]][:world]
     return {
         "errors": errors(rank),
         "listed": all_pairs_are_listed_for_no_one(),
         "without gradient": without_gradient(rank, world),
-        **{name: steps(case, rows, rank) for name, case in CASES.items()},
+        **{name: steps(CASES[name], ROWS[world], rank) for name in names(world)},
     }

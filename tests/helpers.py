@@ -11,7 +11,6 @@ import reference
 import torch
 from pytorch_metric_learning import distances
 from pytorch_metric_learning import losses as pml_losses
-from torch.nn.functional import normalize
 
 from pml_pnp.variants import VARIANTS as TABLE
 
@@ -113,10 +112,6 @@ def sets_from_tuple(indices_tuple, n):
     return positives, negatives
 
 
-def cosine_matrix(x, y):
-    return normalize(x.double().cpu()) @ normalize(y.double().cpu()).T
-
-
 def distance_matrix(distance, x, ref=None):
     """(N, M) in float64 by the user's distance; of a BatchedDistance, by the one inside."""
     distance = getattr(distance, "distance", distance)
@@ -124,17 +119,24 @@ def distance_matrix(distance, x, ref=None):
 
 
 def expected_losses(
-    embeddings, labels=None, *, ref_emb=None, ref_labels=None, tuple_=None, **kwargs
+    embeddings,
+    labels=None,
+    indices_tuple=None,
+    ref_emb=None,
+    ref_labels=None,
+    distance=None,
+    **kwargs,
 ):
-    """{query: loss} by the reference, for cosine similarity."""
-    refs = embeddings if ref_emb is None else ref_emb
-    if tuple_ is None:
-        positives, negatives = sets_from_labels(labels, ref_labels)
+    """{query: loss} by the reference, for cosine similarity or another distance."""
+    distance = distances.CosineSimilarity() if distance is None else distance
+    if indices_tuple is None:
+        sets = sets_from_labels(labels, ref_labels)
     else:
-        positives, negatives = sets_from_tuple(tuple_, len(embeddings))
-    s = cosine_matrix(embeddings, refs).tolist()
-    own = cosine_matrix(embeddings, embeddings).diagonal().tolist()
-    return reference.pnp_losses(s, positives, negatives, own, **kwargs)
+        sets = sets_from_tuple(indices_tuple, len(embeddings))
+    s = distance_matrix(distance, embeddings, ref_emb)
+    own = distance_matrix(distance, embeddings).diagonal()
+    k = 1 if distance.is_inverted else -1
+    return reference.pnp_losses(s.tolist(), *sets, own.tolist(), k=k, **kwargs)
 
 
 def expected_mean(*args, **kwargs):

@@ -8,17 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-import distributed_cases
 import exact_cases
+import failing_ranks
 import grad_cache_cases
 import torch
 from helpers import free_port
 from torch import distributed, multiprocessing
 
 MODULES = {
-    2: (distributed_cases, grad_cache_cases, exact_cases),
+    2: (grad_cache_cases, exact_cases),
     3: (exact_cases,),
-    4: (exact_cases,),
 }
 
 
@@ -41,6 +40,8 @@ def main(folder):
     for world in MODULES:
         arguments = (world, free_port(), folder)
         multiprocessing.start_processes(run, arguments, nprocs=world, start_method=method)
+    arguments = free_port(), file_of(folder, failing_ranks, 1, 0)
+    multiprocessing.start_processes(failing_ranks.run, arguments, nprocs=2, start_method=method)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,8 @@ def test_from_the_second_batch_size_on_nothing_is_compiled_anew(make):
     assert later == [second] * 2
 
 
-@pytest.mark.parametrize("chunk_size", [7, 24])
-def test_chunks_compile_with_a_break_in_the_graph(chunk_size):
-    loss_func = PNPLoss(chunk_size=chunk_size, anneal=0.1)
+def test_chunks_compile_with_a_break_in_the_graph():
+    loss_func = PNPLoss(chunk_size=7, anneal=0.1)
     assert_equal(torch.compile(loss_func, backend="aot_eager"), loss_func, *batch())
 
 

@@ -1,4 +1,4 @@
-"""DistributedLossWrapper(efficient="exact"): 2, 3 and 4 gloo ranks against one process."""
+"""DistributedLossWrapper(efficient="exact"): 2 and 3 gloo ranks against one process."""
 
 import re
 import warnings
@@ -17,46 +17,48 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 BAD = "RuntimeError: bad arguments on rank 1"
 
 
-@pytest.fixture(params=cases.KINDS, ids=lambda n: f"{n}_ranks")
+@pytest.fixture(params=cases.ROWS, ids=lambda n: f"{n}_ranks")
 def found(request, ranks):
     """Of each rank, what `results` of exact_cases.py describes, with every number of ranks."""
     return ranks(cases, request.param)
 
 
-@pytest.mark.parametrize("world", cases.KINDS)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in cases.ROWS for name in cases.names(world)]
+)
 def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
-    case, rows, found = cases.CASES[name], cases.ROWS[cases.KINDS[world]], ranks(cases, world)
-    expected = cases.steps(case, rows[:world])
+    case, found = cases.CASES[name], ranks(cases, world)
+    expected = cases.steps(case, cases.ROWS[world])
     half = case.get("dtype") is torch.float16 or case.get("autocast")
     tolerance = {"rtol": 1e-2, "atol": 2e-3} if half else {}
-    if case.get("efficient") is False:  # as PML returns it
+    efficient = case.get("efficient", "exact")
+    if efficient is False:  # as PML returns it
         expected = [(loss * world, *rest) for loss, *rest in expected]
     if name == "nothing counts":
         assert expected[0][0] == 0
     else:
         assert max(grad.abs().max() for grad in expected[-1][1]) > 1e-5
     for step, (loss, grads, queue) in enumerate(expected):
-        if case.get("twice"):  # each rank has the part of its rows, times the number of ranks
+        if case.get("twice") or efficient is True:
+            # Each rank has the part of its rows, times the number of ranks.
             mean = sum(results[name][step][0] for results in found) / world
             torch.testing.assert_close(mean, loss)
+        if efficient is True:  # without the gradient as references of other ranks
+            grads = found[0][name][step][1]
         for results in found:
             got, got_grads, got_queue = results[name][step]
-            if not case.get("twice"):
+            if not case.get("twice") and efficient is not True:
                 torch.testing.assert_close(got, loss, **tolerance)
-                assert torch.equal(got, found[0][name][step][0])
             torch.testing.assert_close(got_grads, grads, **tolerance)
-            torch.testing.assert_close(got_queue, queue)
+            if not case.get("pmls"):  # which has the rows of a rank before those of others
+                assert case.get("twice") or torch.equal(got, found[0][name][step][0])
+                torch.testing.assert_close(got_queue, queue)
 
 
 @pytest.mark.parametrize(
     ("name", "of_rank_1", "of_others"),
     [
-        (
-            "labels",
-            r"ValueError: labels must have shape \(6,\)",
-            BAD,
-        ),
+        ("labels", r"ValueError: labels must have shape \(6,\)", BAD),
         ("large labels", r"ValueError: labels must be below 2\*\*63", BAD),
         ("no labels", "ValueError: expected labels or indices_tuple", BAD),
         ("size", "ValueError: all ranks .*; rank 1: embeddings of size 3 in torch.float32", None),
@@ -76,6 +78,11 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
         ("views", "ValueError: ref_emb must have the shape of embeddings", BAD),
         ("no views", "TypeError: ref_emb must be a tensor, got NoneType", None),
         ("tuple", r"ValueError: indices_tuple\[0\] must hold indices from 0", None),
+        ("tuple of one rank", r"ValueError: indices_tuple\[0\] must hold .*, got 99", BAD),
+        ("tuple of floats", "TypeError: indices_tuple must be .* got torch.float32 at", BAD),
+        ("tuple of two", "ValueError: indices_tuple must be 3 or 4 .* got 2", BAD),
+        ("tuple and views", "ValueError: SelfSupervisedLoss takes no indices_tuple", BAD),
+        ("mask in PML's mode", "ValueError: enqueue_mask needs a CrossBatchMemory", None),
         ("regularizer", "TypeError: .* takes no embedding_regularizer of a PNPLoss, got", None),
     ],
 )
@@ -115,6 +122,8 @@ def test_without_a_process_group_it_is_the_loss_itself():
         expected = losses.SelfSupervisedLoss(losses.PNPLoss())(x, x + 0.1)
         assert torch.equal(views(x, x + 0.1), expected)
         assert torch.equal(views(x, ref_emb=x + 0.1), expected)
+        with pytest.raises(ValueError, match="SelfSupervisedLoss takes no indices_tuple"):
+            views(x, x + 0.1, (torch.tensor([0]),) * 3)
         for efficient in (False, "exact"):
             mask = torch.arange(len(x)) < 10
             memory, wrapped = (losses.CrossBatchMemory(losses.PNPLoss(), 8, 40) for _ in range(2))
@@ -137,46 +146,36 @@ def test_it_is_pmls_for_false_and_true():
     assert issubclass(DistributedMinerWrapper, pml_distributed.DistributedMinerWrapper)
 
 
+def pnp(reducer=None, **kwargs):
+    return losses.PNPLoss(reducer=reducer, **kwargs)
+
+
+def in_memory(loss):
+    return losses.CrossBatchMemory(loss, 8)
+
+
+def summed(*parts):
+    return losses.MultipleLosses(list(parts))
+
+
+REGULARIZER = regularizers.LpRegularizer()
+PMLS_MEMORY = pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8)
+MINED = losses.MultipleLosses([in_memory(pnp())], [cases.miner()])
+NO_MEAN = "mean or a sum over queries, MeanReducer, .* got"
+
+
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (lambda: torch.nn.MSELoss(), TypeError, "needs losses of .*got MSELoss"),
+        (torch.nn.MSELoss(), TypeError, "needs losses of .*got MSELoss"),
+        (summed(pnp(), torch.nn.MSELoss()), TypeError, "got MSELoss"),
+        (MINED, ValueError, "MultipleLosses with miners takes neither"),
+        (PMLS_MEMORY, TypeError, "got CrossBatchMemory"),
+        (pnp(reducers.ThresholdReducer(low=0)), TypeError, f"{NO_MEAN} ThresholdReducer"),
+        (pnp(reducers.DoNothingReducer()), TypeError, f"{NO_MEAN} DoNothingReducer"),
+        (in_memory(pnp(reducers.DoNothingReducer())), TypeError, f"{NO_MEAN} DoNothingReducer"),
         (
-            lambda: losses.MultipleLosses([losses.PNPLoss(), torch.nn.MSELoss()]),
-            TypeError,
-            "got MSELoss",
-        ),
-        (
-            lambda: losses.MultipleLosses(
-                [losses.CrossBatchMemory(losses.PNPLoss(), 8)], [cases.miner()]
-            ),
-            ValueError,
-            "MultipleLosses with miners takes neither",
-        ),
-        (
-            lambda: pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8),
-            TypeError,
-            "got CrossBatchMemory",
-        ),
-        (
-            lambda: losses.PNPLoss(reducer=reducers.ThresholdReducer(low=0)),
-            TypeError,
-            "mean or a sum over queries, MeanReducer, .* got ThresholdReducer",
-        ),
-        (
-            lambda: losses.PNPLoss(reducer=reducers.DoNothingReducer()),
-            TypeError,
-            "got DoNothingReducer",
-        ),
-        (
-            lambda: losses.CrossBatchMemory(
-                losses.PNPLoss(reducer=reducers.DoNothingReducer()), embedding_size=8
-            ),
-            TypeError,
-            "got DoNothingReducer",
-        ),
-        (
-            lambda: losses.PNPLoss(embedding_regularizer=regularizers.LpRegularizer()),
+            pnp(embedding_regularizer=REGULARIZER),
             TypeError,
             "takes no embedding_regularizer of a PNPLoss, got LpRegularizer",
         ),
@@ -184,7 +183,7 @@ def test_it_is_pmls_for_false_and_true():
 )
 def test_what_cannot_be_put_together_is_refused(loss, error, message):
     with pytest.raises(error, match=message):
-        DistributedLossWrapper(loss(), "exact")
+        DistributedLossWrapper(loss, "exact")
 
 
 def test_an_unknown_mode_is_refused():

@@ -71,21 +71,28 @@ def test_value_and_gradients_are_those_of_the_whole_batch(chunk_size):
     torch.testing.assert_close(gradients(model, result, x), wanted)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("loss_func", [PNPLoss(variant="Ds", anneal=0.3), nn.MSELoss()], ids=str)
-def test_a_loss_and_an_optimizer_take_the_same_steps(loss_func):
-    models = [conv_net()]
+def test_a_loss_and_an_optimizer_take_the_same_steps(loss_func, mixed):
+    """Also with autocast and a GradScaler."""
+    dtype = torch.float32 if mixed else torch.float64
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if mixed else {}
+    models = [conv_net().to(dtype)]
     models.append(GradCache(copy.deepcopy(models[0]), 6))
-    batches = [images() for _ in range(3)]
+    batches = [images().to(dtype) for _ in range(3)]
     labels = torch.arange(23, device=DEVICE) // 3
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**6, enabled=mixed)
         for x in batches:
             optimizer.zero_grad()
-            z = model(x)
-            loss = loss_func(z, labels if isinstance(loss_func, PNPLoss) else torch.ones_like(z))
-            loss.backward()
-            optimizer.step()
-    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+            with torch.autocast(DEVICE.type, torch.float16, enabled=mixed):
+                z = model(x)
+            target = labels if isinstance(loss_func, PNPLoss) else torch.ones_like(z)
+            scaler.scale(loss_func(z, target)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), **tolerance)
 
 
 def test_only_one_chunk_of_activations_is_alive_at_a_time():
@@ -126,41 +133,16 @@ def test_an_output_that_is_a_view_does_not_keep_its_base_alive():
 
 
 @pytest.mark.parametrize(
-    ("n", "chunk_size", "sizes"), [(65, 64, [32, 33]), (12, 4, [4] * 3), (4, 4, [4]), (3, 9, [3])]
+    ("n", "chunk_size", "sizes"),
+    [(65, 64, [32, 33]), (12, 4, [4] * 3), (4, 4, [4]), (3, 9, [3]), (0, 4, [0])],
 )
 def test_chunks_are_of_nearly_equal_size(n, chunk_size, sizes):
     model = conv_net()
     seen = rows_seen(model)
     z = GradCache(model, chunk_size)(images(n))
-    assert seen == sizes
+    assert seen == sizes and z.shape == (n, 5)
     z.sum().backward()
     assert seen == sizes + (sizes[::-1] if len(sizes) > 1 else [])  # a single chunk is kept
-
-
-def test_an_empty_batch_is_one_call_of_the_model():
-    model = conv_net()
-    seen = rows_seen(model)
-    z = GradCache(model, 4)(images(0))
-    assert z.shape == (0, 5) and seen == [0]
-    z.sum().backward()
-
-
-def test_random_masks_are_the_same_in_both_passes():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4, bias=False)).to(DEVICE)
-    x = torch.randn(20, 6, device=DEVICE)
-    z = GradCache(model, 3)(x)
-    c = torch.randn_like(z)
-    (z * c).sum().backward()
-    # Linear in the weights: what the second pass saw times the weights is what the first gave.
-    torch.testing.assert_close((model[1].weight * model[1].weight.grad).sum(), (z * c).sum())
-
-
-def test_the_second_pass_leaves_the_random_state_alone():
-    model = GradCache(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), 3)
-    z = model(torch.randn(20, 6))
-    before = torch.get_rng_state()
-    z.sum().backward()
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_backward_twice():
@@ -182,21 +164,16 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(cached, x)
 
 
-def test_frozen_parts_get_no_gradient():
+@pytest.mark.parametrize("frozen", [slice(1), slice(None)], ids=["first layer", "all"])
+@pytest.mark.parametrize("chunk_size", [6, 23])
+def test_frozen_parts_get_no_gradient(frozen, chunk_size):
     model, x = conv_net(), images()
-    model[0].requires_grad_(False)
-    expected = gradients(model, model(x))
-    torch.testing.assert_close(gradients(model, GradCache(model, 6)(x)), expected)
-    model.requires_grad_(False)
-    seen = rows_seen(model)
-    assert not GradCache(model, 6)(x).requires_grad
-    assert seen == [5, 6, 6, 6]
+    model[frozen].requires_grad_(False)
+    cached, seen = GradCache(model, chunk_size), rows_seen(model)
+    assert cached(x).requires_grad is (frozen == slice(1))
+    assert seen == ([5, 6, 6, 6] if chunk_size == 6 else [23])
     x.requires_grad_()
-    (once,), (plain,) = (gradients(model, m(x), x) for m in (GradCache(model, 23), model))
-    # On a GPU the gradients of a convolution differ from call to call.
-    tolerance = 0 if DEVICE.type == "cpu" else 1e-12
-    torch.testing.assert_close(once, plain, rtol=tolerance, atol=tolerance)
-    result, expected = (gradients(model, m(x), x) for m in (GradCache(model, 6), model))
+    result, expected = (gradients(model, m(x), x) for m in (cached, model))
     torch.testing.assert_close(result, expected)
 
 
@@ -229,26 +206,33 @@ def in_turn(model, x, chunks):
     return torch.cat([model(chunk) for chunk in x.chunk(chunks)])
 
 
-def test_batchnorm_is_as_if_called_on_the_chunks_in_turn():
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager")
+
+
+needs_compile = pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 cannot compile with GradCache")
+
+
+@pytest.mark.parametrize(
+    "cached",
+    [
+        lambda model: GradCache(model, 6),
+        pytest.param(lambda model: GradCache(compiled(model), 6), marks=needs_compile),
+        pytest.param(lambda model: compiled(GradCache(model, 6)), marks=needs_compile),
+    ],
+    ids=["eager", "compiled inside", "compiled outside"],
+)
+def test_batchnorm_is_as_if_called_on_the_chunks_in_turn(cached):
     model, x = batchnorm_net(), images(24)
-    plain = copy.deepcopy(model)
+    plain, cached = copy.deepcopy(model), cached(model)
     for _ in range(2):
-        z, expected = GradCache(model, 6)(x), in_turn(plain, x, 4)
+        z, expected = cached(x), in_turn(plain, x, 4)
         torch.testing.assert_close(z, expected)
         torch.testing.assert_close(gradients(model, z), gradients(plain, expected))
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
     assert model[1].num_batches_tracked == 8
-    before = copy.deepcopy(model.state_dict())
-    GradCache(model, 6).eval()(x).sum().backward()
-    torch.testing.assert_close(model.state_dict(), before)
-
-
-def test_a_buffer_that_the_output_depends_on_is_what_it_was_for_the_chunk():
-    model = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)).double()
-    plain, x = copy.deepcopy(model), torch.randn(12, 6, dtype=torch.float64)
-    z, expected = GradCache(model, 4)(x), in_turn(plain, x, 3)
-    torch.testing.assert_close(z, expected)
-    torch.testing.assert_close(gradients(model, z), gradients(plain, expected))
+    cached.eval()(x).sum().backward()
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
@@ -355,6 +339,7 @@ def renormalize(m, x):
 
 
 REPEATED = {
+    "torch.random": draw(lambda m, n: torch.rand(n, device=DEVICE)),
     "random": draw(lambda m, n: [random.random() for _ in range(n)]),
     "numpy.random": draw(lambda m, n: np.random.rand(n)),
     "buffer": update_in_place("buffer", through_data=False),
@@ -367,21 +352,28 @@ REPEATED = {
     "frozen parameter.data": update_in_place("frozen", through_data=True),
     "another parameter": replace_parameter,
     "statistics of BatchNorm": renormalize,
+    "statistics that the first chunk skips": lambda m, x: m.norm(x) if x[0, 0] > 0 else 2 * x,
 }
 
 
 @pytest.mark.parametrize("state", REPEATED)
 def test_what_a_second_pass_repeats(state):
     """Also when the model has embedded another batch before the backward pass."""
+
+    def seed(number):
+        random.seed(number), np.random.seed(number), torch.manual_seed(number)
+
     model = Stateful(REPEATED[state])
     plain = copy.deepcopy(model)
-    batches = torch.randn(2, 12, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    batches = torch.randn(2, 12, 3, dtype=torch.float64, device=DEVICE)
+    batches[:, ::4, 0] = torch.tensor([-1.0, 1.0, 1.0])  # the first rows of the chunks
+    batches.requires_grad_()
     results = []
     for forward in (GradCache(model, 4), lambda x: in_turn(plain, x, 3)):
-        random.seed(0), np.random.seed(0)
+        seed(0)
         results.append(torch.cat([forward(x) for x in batches]))
     torch.testing.assert_close(*results)
-    random.seed(1), np.random.seed(1)
+    seed(1)
     found, expected = (
         torch.autograd.grad(z.square().sum(), [m.weight, batches])
         for m, z in zip((model, plain), results, strict=True)
@@ -390,8 +382,9 @@ def test_what_a_second_pass_repeats(state):
     assert not torch.allclose(found[1], 0 * found[1])
     # A second pass leaves no trace.
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
-    assert random.random() == random.Random(1).random()
-    assert np.random.rand() == np.random.RandomState(1).rand()
+    drawn = random.random(), np.random.rand(), torch.rand(1, device=DEVICE).item()
+    seed(1)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1, device=DEVICE).item())
 
 
 def test_numpy_is_not_loaded(monkeypatch):
@@ -430,13 +423,11 @@ def test_what_a_second_pass_cannot_repeat_is_an_error(state):
     assert model.weight.grad is None  # nothing wrong was added to it
 
 
-def test_a_parameter_that_changes_before_backward_is_an_error():
-    model = conv_net()
-    z = GradCache(model, 6)(images())
+def in_place(model, cached, x):
+    z = cached(x)
     with torch.no_grad():
-        model[5].weight.add_(1)
-    with pytest.raises(RuntimeError, match="a parameter of Sequential has changed since"):
-        z.sum().backward()
+        model[4].weight.add_(1)
+    return z
 
 
 def through_data(model, cached, x):
@@ -456,11 +447,20 @@ def with_other_parameters(model, cached, x):
     return torch.func.functional_call(cached, parameters, x)
 
 
-@pytest.mark.parametrize("change", [through_data, in_another_mode, with_other_parameters])
-def test_what_changes_between_the_passes_is_an_error(change):
+MODE = "(?s)Sequential again .* the training mode or settings"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_place, "a parameter of Sequential has changed since"),
+        *((x, MODE) for x in (through_data, in_another_mode, with_other_parameters)),
+    ],
+)
+def test_what_changes_between_the_passes_is_an_error(change, message):
     model = batchnorm_net()
     z = change(model, GradCache(model, 6), images(24))
-    with pytest.raises(RuntimeError, match="(?s)Sequential again .* the training mode or settings"):
+    with pytest.raises(RuntimeError, match=message):
         z.square().sum().backward()
 
 
@@ -503,29 +503,31 @@ def test_rounding_is_no_difference(case, refused):
         z.sum().backward()
 
 
-def test_outputs_without_gradients_are_compared_too():
-    class Teacher(nn.Linear):
+OTHERS = {
+    "without gradients": (
+        lambda calls, x, z: {"z": z, "target": x * calls, "count": x.argmax(1)},
+        r"output\['target'\]: Tensor-likes",
+    ),
+    "other keys": (
+        lambda calls, x, z: {"z" if calls <= 2 else "z1": z},
+        r"Expected \[\"output\['z'\]\"\], got .*'z1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_outputs_in_the_second_pass_are_an_error(case):
+    form, message = OTHERS[case]
+
+    class Model(nn.Linear):
         calls = 0
 
         def forward(self, x):
             self.calls += 1
-            return {"z": super().forward(x), "target": x * self.calls, "count": x.argmax(1)}
+            return form(self.calls, x, super().forward(x))
 
-    z = GradCache(Teacher(3, 2), 4)(torch.randn(8, 3))["z"]
-    with pytest.raises(RuntimeError, match=r"output\['target'\]: Tensor-likes"):
-        z.sum().backward()
-
-
-def test_other_outputs_in_the_second_pass_are_an_error():
-    class Growing(nn.Linear):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return {f"z{self.calls // 3}": super().forward(x)}
-
-    z = GradCache(Growing(3, 2), 4)(torch.randn(8, 3))["z0"]
-    with pytest.raises(RuntimeError, match=r"Expected \[\"output\['z0'\]\"\], got .*'z1'"):
+    z = GradCache(Model(3, 2), 4)(torch.randn(8, 3))["z"]
+    with pytest.raises(RuntimeError, match=message):
         z.sum().backward()
 
 
@@ -538,26 +540,6 @@ def test_a_table_is_copied_only_if_it_changes(monkeypatch):
     model.register_buffer("table", torch.zeros(500, dtype=torch.float64))
     GradCache(model, 2)(torch.randn(40, 3, dtype=torch.float64, device=DEVICE)).sum().backward()
     assert copied.count(100) == 1 and copied.count(500) == 0
-
-
-def test_a_layer_that_the_first_chunk_skips_counts_each_chunk_once():
-    class Skipping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            return self.norm(x) if x[0, 0] > 0 else x * self.norm.weight
-
-    x = torch.randn(12, 3, device=DEVICE)
-    x[::4, 0] = torch.tensor([-1.0, 1.0, 1.0])  # the first rows of the chunks
-    models = [Skipping().to(DEVICE) for _ in range(2)]
-    for chunk in x.split(4):
-        models[0](chunk)
-    GradCache(models[1], 4)(x).sum().backward()
-    expected, got = (model.norm.state_dict() for model in models)
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
-    assert got["num_batches_tracked"] == 2
 
 
 def test_deterministic_algorithms_have_to_repeat_every_bit():
@@ -629,32 +611,6 @@ def test_a_torchscript_model_is_not_trained():
     torch.testing.assert_close(result, expected)
 
 
-class Pooled(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x).last_hidden_state.mean(1)
-
-
-def test_hugging_face_masks_by_numpy():
-    """Wav2Vec2 draws the frames to mask from numpy.random in training."""
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    convolution = {"conv_dim": (4,), "conv_stride": (4,), "conv_kernel": (4,)}
-    size |= {"intermediate_size": 8, "num_conv_pos_embeddings": 4, **convolution}
-    size |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1}
-    config = transformers.Wav2Vec2Config(**size, mask_time_prob=0.5, mask_time_length=2)
-    model, x = transformers.Wav2Vec2Model(config).double(), torch.randn(6, 160).double()
-    encoder = Pooled(model)
-    results = []
-    for forward in (GradCache(encoder, 2), lambda x: in_turn(encoder, x, 3)):
-        torch.manual_seed(0), np.random.seed(0)
-        results.append(gradients(model, forward(x)))
-    torch.testing.assert_close(*results)
-
-
 def test_a_parameter_that_the_forward_pass_renormalizes():
     model = nn.Embedding(10, 4, max_norm=0.5)
     x = torch.arange(10)
@@ -688,48 +644,26 @@ def smooth_net():
     return nn.Sequential(*layers).to(DEVICE, torch.float64)
 
 
-def errors_of_gradients(model, exact, x, *chunk_sizes, **autocast):
-    """Largest relative error over the parameters, for each chunk size."""
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        *((dtype, None) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
+    ],
+)
+def test_lower_precision_is_as_accurate_as_on_the_whole_batch(dtype, autocast):
+    """Largest relative error of a gradient."""
+    exact, x = smooth_net(), images(256)
+    model = copy.deepcopy(exact).to(dtype)
     wanted, errors = gradients(exact, exact(x), cotangent=1), []
-    for chunk_size in chunk_sizes:
-        with torch.autocast(DEVICE.type, **autocast):
-            z = GradCache(model, chunk_size)(x.to(model[0].weight.dtype))
+    for chunk_size in (256, 2 if autocast else 64):
+        with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+            z = GradCache(model, chunk_size)(x.to(dtype))
         pairs = zip(gradients(model, z, cotangent=1), wanted, strict=True)
         errors.append(max(float((g - w).norm() / w.norm()) for g, w in pairs))
-    return errors
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_is_as_accurate_as_on_the_whole_batch(dtype):
-    exact = smooth_net()
-    model = copy.deepcopy(exact).float()
-    whole, chunks = errors_of_gradients(model, exact, images(256), 256, 2, dtype=dtype)
-    assert 1e-5 < chunks < 1.5 * whole
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_model_in_lower_precision_is_as_accurate_as_on_the_whole_batch(dtype):
-    exact = smooth_net()
-    model = copy.deepcopy(exact).to(dtype)
-    whole, chunks = errors_of_gradients(model, exact, images(24), 24, 6, enabled=False)
-    assert 1e-9 < chunks < 2 * whole
-
-
-def test_grad_scaler_takes_the_same_steps():
-    models, x = [conv_net().float()], images().float()
-    models.append(GradCache(copy.deepcopy(models[0]), 6))
-    for model in models:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**6)
-        for _ in range(2):
-            optimizer.zero_grad()
-            with torch.autocast(DEVICE.type, dtype=torch.float16):
-                z = model(x)
-            scaler.scale(z.float().square().mean()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    for a, b in zip(*(m.parameters() for m in models), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+    whole, chunks = errors
+    assert 1e-9 < chunks < (1.5 if autocast else 2) * whole
 
 
 # --- forms of inputs and outputs
@@ -742,12 +676,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(11, 6)
         self.form = form
-        self.kinds = []
 
     def forward(self, input_ids, attention_mask=None, *, scale=1.0, name=None):
-        if not isinstance(input_ids, torch.Tensor):
-            self.kinds.append(type(input_ids))
-            input_ids, attention_mask = input_ids["input_ids"], input_ids["attention_mask"]
         assert name in (None, "a")
         hidden = self.embedding(input_ids) * attention_mask.unsqueeze(2) * scale
         return self.form(hidden, attention_mask)
@@ -772,8 +702,6 @@ CALLS = {
     "positional": lambda model, batch: model(batch["input_ids"], batch["attention_mask"]),
     "keywords": lambda model, batch: model(**batch),
     "mixed": lambda model, batch: model(batch["input_ids"], attention_mask=batch["attention_mask"]),
-    "dict": lambda model, batch: model(batch),
-    "UserDict": lambda model, batch: model(BatchEncoding(batch)),
     "others": lambda model, batch: model(**batch, scale=torch.tensor(2.0), name="a"),
 }
 
@@ -784,8 +712,6 @@ def test_forms_of_inputs(call):
     expected, result = (CALLS[call](m, batch) for m in (model, GradCache(model, 3)))
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(gradients(model, result), gradients(model, expected))
-    assert len(batch["input_ids"]) == 10
-    assert set(model.kinds) <= {dict, BatchEncoding}
 
 
 def test_nested_inputs_and_attributes_of_a_mapping():
@@ -893,12 +819,13 @@ def test_forms_of_outputs(form):
 def test_mappings_of_inputs_are_left_as_they_are(mapping):
     class Model(nn.Linear):
         def forward(self, batch):
-            x = batch["x"] if mapping in (dict, BatchEncoding, Mapping) else batch.x
-            return super().forward(x)
+            assert type(batch) is mapping
+            return super().forward(batch.x if mapping in (AttrDict, WithAttributes) else batch["x"])
 
     x = torch.randn(7, 3)
     model, batch = Model(3, 2), mapping({"x": x}) if mapping is BatchEncoding else mapping(x=x)
-    torch.testing.assert_close(GradCache(model, 2)(batch), model(batch))
+    result, expected = (gradients(model, m(batch)) for m in (GradCache(model, 2), model))
+    torch.testing.assert_close(result, expected)
     assert batch["x"] is x
 
 
@@ -908,19 +835,6 @@ def test_a_mapping_that_cannot_be_copied_is_refused():
     with pytest.raises(TypeError, match=r"copies with its items at args\[0\].*got Uncopied"):
         GradCache(nn.Identity(), 2)(batch)
     assert batch["x"] is x
-
-
-def test_hugging_face():
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=11, intermediate_size=16, **size)
-    model = transformers.BertModel(config).double().eval()
-    batch = transformers.BatchEncoding(tokens())
-    expected, result = (m(**batch, output_hidden_states=True) for m in (model, GradCache(model, 3)))
-    assert type(result) is type(expected) and len(result.hidden_states) == 3
-    torch.testing.assert_close(result.hidden_states, expected.hidden_states)
-    pooled = (gradients(model, output.pooler_output) for output in (result, expected))
-    torch.testing.assert_close(*pooled)
 
 
 # --- in the model's place
@@ -941,28 +855,17 @@ class Net(nn.Module):
         return self.body(x)
 
 
-def test_checkpoints_are_interchangeable():
-    model = Net()
-    cached = GradCache(Net(), 6)
-    assert list(cached.state_dict()) == list(model.state_dict())
-    assert cached.state_dict()._metadata == model.state_dict()._metadata
-    assert str(cached.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
-    torch.testing.assert_close(cached.state_dict(), model.state_dict())
-    model.load_state_dict(GradCache(Net(), 6).state_dict())
-    with pytest.raises(RuntimeError, match='Missing key.*"head.weight", "head.bias"'):
-        cached.load_state_dict(model.body.state_dict())
-
-
-def test_checkpoints_are_interchangeable_inside_of_another_module():
-    plain, cached = (nn.Sequential(m, nn.Linear(2, 2)) for m in (Net(), GradCache(Net(), 6)))
-    assert list(cached.state_dict()) == list(plain.state_dict())
-    cached.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(cached.state_dict(), plain.state_dict())
-    assert [n for n, _ in cached.named_parameters()] == [n for n, _ in plain.named_parameters()]
+@pytest.mark.parametrize(
+    "outer", [lambda m: m, lambda m: nn.Sequential(m, nn.Linear(2, 2))], ids=["alone", "inside"]
+)
+def test_checkpoints_are_interchangeable(outer):
+    plain, cached = outer(Net()), outer(GradCache(Net(), 6))
     state = plain.state_dict()
-    del state["0.head.bias"]
-    with pytest.raises(RuntimeError, match="Missing key"):
-        cached.load_state_dict(state)
+    assert list(cached.state_dict()) == list(state)
+    assert cached.state_dict()._metadata == state._metadata
+    assert str(cached.load_state_dict(state)) == "<All keys matched successfully>"
+    torch.testing.assert_close(cached.state_dict(), state)
+    plain.load_state_dict(outer(GradCache(Net(), 6)).state_dict())
 
 
 def test_keys_that_do_not_load_are_named_as_in_a_checkpoint():
@@ -1025,9 +928,10 @@ def test_the_signature_is_that_of_the_model():
 def test_names_are_those_of_the_model():
     model = Net()
     cached = GradCache(model, 6)
-    for names in ("named_parameters", "named_buffers"):
-        got, want = (getattr(m, names)() for m in (cached, model))
-        assert [(n, id(p)) for n, p in got] == [(n, id(p)) for n, p in want]
+    for plain, wrapped in ((model, cached), (nn.Sequential(model), nn.Sequential(cached))):
+        for names in ("named_parameters", "named_buffers"):
+            got, want = (getattr(m, names)() for m in (wrapped, plain))
+            assert [(n, id(p)) for n, p in got] == [(n, id(p)) for n, p in want]
     assert {n for n, _ in cached.named_modules()} == {n for n, _ in model.named_modules()}
     assert [*cached.modules()] == [cached, *model.modules()]
     assert cached.get_parameter("head.weight") is model.head.weight
@@ -1063,7 +967,15 @@ def test_modes_devices_and_dtypes_reach_the_model():
     assert "chunk_size=6" in repr(cached)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: AveragedModel(m, use_buffers=True).module,
+    ],
+    ids=["deepcopy", "pickle", "AveragedModel"],
+)
 def test_copies_are_independent(copied):
     cached, x = GradCache(Net(), 6), images(12)
     other = copied(cached)
@@ -1071,13 +983,6 @@ def test_copies_are_independent(copied):
     torch.testing.assert_close(other(x), cached(x))
     other(x).sum().backward()
     assert other.head.weight.grad is not None and cached.head.weight.grad is None
-
-
-def test_averaged_model():
-    cached = GradCache(Net(), 6)
-    average = AveragedModel(cached, use_buffers=True)
-    average.update_parameters(cached)
-    torch.testing.assert_close(average.module.state_dict(), cached.state_dict())
 
 
 def test_a_wrapper_in_a_wrapper():
@@ -1102,35 +1007,15 @@ def test_an_error_of_the_model_leaves_nothing_behind():
     assert len(calls) == 1 and kept.value.__traceback__ is not None
 
 
-@pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 cannot compile with GradCache")
-@pytest.mark.parametrize("compiled", ["inner", "outer"])
-def test_torch_compile(compiled):
-    torch._dynamo.reset()
-    model, x = batchnorm_net(), images(24)
-    plain = copy.deepcopy(model)
-    if compiled == "inner":
-        cached = GradCache(torch.compile(model, backend="aot_eager"), 6)
-    else:
-        cached = torch.compile(GradCache(model, 6), backend="aot_eager")
-    for _ in range(2):
-        z, expected = cached(x), in_turn(plain, x, 4)
-        torch.testing.assert_close(z, expected)
-        torch.testing.assert_close(gradients(model, z), gradients(plain, expected))
-    torch.testing.assert_close(model.state_dict(), plain.state_dict())
-
-
 # --- errors
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3])
-def test_a_chunk_size_below_one_is_refused(chunk_size):
-    with pytest.raises(ValueError, match=f"chunk_size must be a positive .*, got {chunk_size}"):
-        GradCache(conv_net(), chunk_size)
-
-
-@pytest.mark.parametrize("chunk_size", [2.0, True, None, "8"])
-def test_a_chunk_size_that_is_no_integer_is_refused(chunk_size):
-    with pytest.raises(TypeError, match=f"chunk_size must be a positive integer.*{chunk_size!r}"):
+@pytest.mark.parametrize(
+    ("chunk_size", "error"),
+    [(0, ValueError), (-3, ValueError), *((x, TypeError) for x in (2.0, True, None, "8"))],
+)
+def test_a_chunk_size_that_is_no_positive_integer_is_refused(chunk_size, error):
+    with pytest.raises(error, match=f"chunk_size must be a positive integer.*{chunk_size!r}"):
         GradCache(conv_net(), chunk_size)
 
 

@@ -1,48 +1,54 @@
-"""The value of the loss: the formula of the paper, and what PML's own PNPLoss returns."""
+"""The value of the loss: the formula of the paper, what PML's own PNPLoss returns, zero or NaN."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from helpers import (
     BUILT_IN,
+    DISTANCES,
     RTOL,
     VARIANTS,
     VARIANTS_OF_THE_PAPER,
     batch,
-    expected_losses,
     expected_mean,
     needs_built_in,
     value_and_grad,
 )
-from pytorch_metric_learning import reducers
+from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss
 
-pytestmark = pytest.mark.usefixtures("sigmoids")
+KINDS = ["labels", "references", "references without the query", "pairs", "triplets"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_value_is_the_formula(variant, dtype, device):
+@pytest.mark.usefixtures("sigmoids")
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [*((variant, "labels") for variant in VARIANTS), *(("Ds", kind) for kind in KINDS[1:])],
+)
+def test_value_is_the_formula(variant, kind, dtype, device):
+    """Of tests/test_properties.py this is what other devices than the CPU compute too."""
     x, y = batch(dtype=dtype, device=device)
+    ref, ref_y = batch(n=33, dtype=dtype, device=device)
     kwargs = {"variant": variant, "alpha": 4, "b": 3}
-    loss = PNPLoss(**kwargs)(x, y)
+    kwargs["include_self"] = kind != "references without the query"
+    args = {"labels": y}
+    if kind.startswith("references"):
+        args |= {"ref_emb": ref, "ref_labels": ref_y}
+    elif kind == "pairs":
+        a1, p, a2, q = lmu.get_all_pairs_indices(y.cpu())
+        args["indices_tuple"] = a1[::2], p[::2], a2[::3], q[::3]
+    elif kind == "triplets":
+        args["indices_tuple"] = tuple(i[::20] for i in lmu.get_all_triplets_indices(y.cpu()))
+    loss = PNPLoss(**kwargs)(x, **args)
     assert loss.dtype == dtype and loss.device == x.device
-    assert loss.item() == pytest.approx(expected_mean(x, y, **kwargs), rel=RTOL[dtype])
+    assert loss.item() == pytest.approx(expected_mean(x, **args, **kwargs), rel=RTOL[dtype])
 
 
-def test_queries_without_a_second_positive_give_no_element(device):
-    x, y = batch(device=device)
-    out = PNPLoss(reducer=reducers.DoNothingReducer())(x, y)["loss"]
-    expected = expected_losses(x, y)
-    assert out["reduction_type"] == "element"
-    assert out["indices"].tolist() == sorted(expected) and 0 not in expected
-    assert out["losses"].tolist() == pytest.approx(
-        [expected[a] for a in sorted(expected)], rel=1e-4
-    )
-
-
+@pytest.mark.usefixtures("sigmoids")
 @pytest.mark.parametrize("kind", ["labels", "tuple", "references"])
 def test_same_input_gives_the_same_bits(kind, device):
     x, y = batch(n=64, device=device)
@@ -72,6 +78,88 @@ def test_embeddings_are_left_alone(device):
     assert torch.equal(x, x0) and torch.equal(y, y0)
 
 
+@pytest.mark.parametrize("variant", ["Dq", torch.log1p])
+def test_references_may_come_from_inference_mode(variant):
+    x, y = batch()
+    with torch.inference_mode():
+        refs = batch()[0] * 1
+    got = value_and_grad(PNPLoss(variant=variant), x, y, None, refs, y)
+    torch.testing.assert_close(
+        got, value_and_grad(PNPLoss(variant=variant), x, y, None, refs.clone(), y)
+    )
+
+
+def test_self_similarity_is_cut_into_blocks(monkeypatch, device):
+    x, y = batch(dtype=torch.float64, device=device)
+    ref, ref_y = batch(n=9, dtype=torch.float64, device=device)
+    distance = distances.DotProductSimilarity(normalize_embeddings=False)
+    loss_func = PNPLoss(distance=distance, anneal=0.3)
+    whole = value_and_grad(loss_func, x, y, None, ref, ref_y)
+    monkeypatch.setattr("pml_pnp.distances.SELF_SIMILARITY_BLOCK", 5)
+    for got, want in zip(value_and_grad(loss_func, x, y, None, ref, ref_y), whole, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# --- nothing to rank, and numbers that are not finite
+
+
+EDGES = {
+    "one class": (torch.randn(4, 3), torch.zeros(4, dtype=torch.long), None),
+    "lone examples": (torch.randn(4, 3), torch.arange(4), None),
+    "batch of one": (torch.randn(1, 3), torch.zeros(1, dtype=torch.long), None),
+    "empty batch": (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), None),
+    "empty triplets": (torch.randn(4, 3), torch.arange(4) // 2, 3),
+    "empty pairs": (torch.randn(4, 3), torch.arange(4) // 2, 4),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_nothing_to_rank_is_zero_connected_to_the_graph(case, dtype, device):
+    x, y, length = EDGES[case]
+    x, y = x.to(device, dtype), y.to(device)
+    indices = (
+        None if length is None else tuple(torch.tensor([], device=device) for _ in range(length))
+    )
+    value, grad = value_and_grad(PNPLoss(), x, y, indices)
+    assert value == 0 and value.dtype == dtype
+    assert grad.shape == x.shape and grad.eq(0).all()
+
+
+def test_zero_is_connected_to_references_too(device):
+    x, y = batch(device=device)
+    ref = torch.randn(9, 8, device=device, requires_grad=True)
+    loss = PNPLoss()(x, y, ref_emb=ref, ref_labels=torch.full((9,), 99))
+    loss.backward()
+    assert loss == 0 and ref.grad.eq(0).all()
+
+
+NORMALIZED = ["cosine", "lp", "snr"]
+
+
+@pytest.mark.parametrize(
+    ("distance", "bad"),
+    [
+        *((x, bad) for x in (*NORMALIZED, "dot", "l1") for bad in (math.nan, math.inf, -math.inf)),
+        *((x, 1e20) for x in NORMALIZED),  # whose square is infinite
+    ],
+)
+@pytest.mark.parametrize("where", ["batch", "references"])
+@pytest.mark.parametrize("labels", ["mixed", "one class", "lone examples"])
+def test_what_is_not_finite_gives_nan(labels, where, distance, bad):
+    x, y = batch(n=6)
+    ref, ref_y = batch(n=9)
+    y = {"mixed": y, "one class": y * 0, "lone examples": torch.arange(6) + 99}[labels]
+    (x if where == "batch" else ref)[3, 1] = bad
+    loss_func = PNPLoss(distance=DISTANCES[distance](), variant="Dq")
+    assert loss_func(x, y, None, ref, ref_y).isnan()
+    assert where == "references" or loss_func(x, y).isnan()
+
+
+def test_large_finite_embeddings_give_a_finite_loss(device):
+    x, y = batch(device=device)
+    assert PNPLoss(distance=DISTANCES["l1"]())(x.sign() * 1e37, y).isfinite()
+
+
 # --- the same as PML's own PNPLoss
 
 
@@ -83,6 +171,7 @@ def test_signature_begins_like_the_built_in():
     assert [x.replace(annotation=inspect.Parameter.empty) for x in ours] == built_in
 
 
+@pytest.mark.usefixtures("sigmoids")
 @needs_built_in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("variant", VARIANTS_OF_THE_PAPER)
@@ -95,9 +184,3 @@ def test_value_and_gradient_equal_the_built_in(variant, kwargs, dtype, device):
     tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {}
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-
-
-@needs_built_in
-def test_defaults_equal_the_built_in(device):
-    x, y = batch(device=device)
-    torch.testing.assert_close(PNPLoss()(x, y), BUILT_IN()(x, y))

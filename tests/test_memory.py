@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import IS_TORCH_2_4, batch, expected_mean, value_and_grad
-from pytorch_metric_learning import distances, miners, reducers
+from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import distributed
@@ -73,16 +73,6 @@ def test_a_given_tuple_is_added_to_the_pairs_as_in_pml(device):
 # --- what is enqueued -----------------------------------------------------------------------
 
 
-def test_an_empty_batch_does_not_fill_the_memory(device):
-    x, y = batch(device=device)
-    ours, plain = memory(), memory()
-    empty = value_and_grad(ours, x[:0], y[:0])
-    assert empty[0] == 0 and not ours.has_been_filled and ours.queue_idx == 0
-    torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
-    value_and_grad(ours, x[:0], y[:0])
-    assert not ours.has_been_filled and ours.queue_idx == 24
-
-
 @pytest.mark.parametrize("loss", [None, *other_losses()], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner()])
 def test_a_mask_that_enqueues_nothing_does_not_fill_the_memory(loss, miner, device):
@@ -101,14 +91,6 @@ def test_a_mask_that_enqueues_nothing_does_not_fill_the_memory(loss, miner, devi
     torch.testing.assert_close(first.state_dict(), ours.state_dict())
 
 
-def test_a_batch_of_the_size_of_the_memory_fills_it(device):
-    x, y = batch(device=device)
-    ours = memory(24)
-    torch.testing.assert_close(ours(x, y), losses.PNPLoss(variant="Ds", anneal=0.1)(x, y))
-    assert ours.has_been_filled and ours.queue_idx == 0
-    assert torch.equal(ours.embedding_memory, x)
-
-
 def test_the_queue_takes_the_dtype_of_the_embeddings(dtype, device):
     x, y = batch(dtype=dtype, device=device)
     ours = memory()
@@ -116,52 +98,41 @@ def test_the_queue_takes_the_dtype_of_the_embeddings(dtype, device):
     assert ours.embedding_memory.dtype == dtype and torch.equal(ours.embedding_memory[:24], x)
 
 
+def triplet(positive):
+    return {"tuple_": (torch.tensor([0]), torch.tensor([positive]), torch.tensor([0]))}
+
+
+TYPE_ERRORS = [
+    ({"x": [0.0] * 24}, "embeddings must be a tensor, got list"),
+    ({"y": None}, "labels must be a tensor, got NoneType"),
+    ({"y": torch.zeros(24) * 1j}, "labels must be real, got torch.complex64"),
+    ({"mask": torch.zeros(24)}, "enqueue_mask must be bool, got torch.float32"),
+    ({"mask": torch.zeros(24, dtype=torch.int64)}, "bool, got torch.int64"),
+    ({"mask": [True] * 24}, "enqueue_mask must be a tensor, got list"),
+]
+LARGE, SMALL = ({"x": torch.zeros(n, 8), "y": torch.zeros(n)} for n in (50, 6))
+VALUE_ERRORS = [
+    (LARGE, "memory_size, 40,.* got 50"),
+    (LARGE | {"mask": torch.arange(50) < 45}, "memory_size, 40,.* got 45"),
+    ({"x": torch.zeros(24, 9)}, "embedding_size of the memory, 8, got 9"),
+    ({"x": torch.zeros(24)}, r"shape \(batch size, embedding size\), got \(24,\)"),
+    ({"y": torch.zeros(23)}, r"shape \(24,\).* got \(23,\)"),
+    (
+        {"y": torch.full((24,), 2**64 - 1, dtype=torch.uint64)},
+        rf"labels must be below 2\*\*63 to be kept as int64, got {2**64 - 1}",
+    ),
+    ({"mask": torch.arange(23) < 5}, r"shape \(24,\), got \(23,\)"),
+    ({"mask": torch.ones(24, 1).bool()}, r"shape \(24,\), got \(24, 1\)"),
+    ({"mask": torch.arange(24) < 5} | triplet(0), "indices_tuple or enqueue_mask, got both"),
+    ({"tuple_": (torch.tensor([24]),) * 3}, r"indices_tuple\[0\].* got 24"),
+    (triplet(40), r"indices_tuple\[1\] must hold indices from 0 to 39, got 40"),
+    (SMALL | triplet(30), r"indices_tuple\[1\] must .* from 0 to 29, got 30"),  # still empty
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.zeros(41, 8), "y": torch.zeros(41)}, ValueError, "memory_size, 40,.* got 41"),
-        (
-            {"x": torch.zeros(50, 8), "y": torch.zeros(50), "mask": torch.arange(50) < 45},
-            ValueError,
-            "memory_size, 40,.* got 45",
-        ),
-        ({"x": torch.zeros(24, 9)}, ValueError, "embedding_size of the memory, 8, got 9"),
-        ({"x": torch.zeros(24)}, ValueError, r"shape \(batch size, embedding size\), got \(24,\)"),
-        ({"x": [0.0] * 24}, TypeError, "embeddings must be a tensor, got list"),
-        ({"y": None}, TypeError, "labels must be a tensor, got NoneType"),
-        ({"y": torch.zeros(23)}, ValueError, r"shape \(24,\).* got \(23,\)"),
-        ({"y": torch.zeros(24) * 1j}, TypeError, "labels must be real, got torch.complex64"),
-        ({"mask": torch.zeros(24)}, TypeError, "enqueue_mask must be bool, got torch.float32"),
-        ({"mask": torch.zeros(24, dtype=torch.int64)}, TypeError, "bool, got torch.int64"),
-        ({"mask": [True] * 24}, TypeError, "enqueue_mask must be a tensor, got list"),
-        ({"mask": torch.arange(23) < 5}, ValueError, r"shape \(24,\), got \(23,\)"),
-        ({"mask": torch.ones(24, 1).bool()}, ValueError, r"shape \(24,\), got \(24, 1\)"),
-        (
-            {"mask": torch.arange(24) < 5, "tuple_": (torch.zeros(1).long(),) * 3},
-            ValueError,
-            "expected indices_tuple or enqueue_mask, got both",
-        ),
-        (
-            {"y": torch.full((24,), 2**64 - 1, dtype=torch.uint64)},
-            ValueError,
-            rf"labels must be below 2\*\*63 to be kept as int64, got {2**64 - 1}",
-        ),
-        ({"tuple_": (torch.tensor([24]),) * 3}, ValueError, r"indices_tuple\[0\].* got 24"),
-        (
-            {"tuple_": (torch.tensor([0]), torch.tensor([40]), torch.tensor([0]))},
-            ValueError,
-            r"indices_tuple\[1\] must hold indices from 0 to 39, got 40",
-        ),
-        (  # a row that is still empty
-            {
-                "x": torch.zeros(6, 8),
-                "y": torch.zeros(6),
-                "tuple_": (torch.tensor([0]), torch.tensor([30]), torch.tensor([0])),
-            },
-            ValueError,
-            r"indices_tuple\[1\] must hold indices from 0 to 29, got 30",
-        ),
-    ],
+    ("error", "change", "message"),
+    [*((TypeError, *x) for x in TYPE_ERRORS), *((ValueError, *x) for x in VALUE_ERRORS)],
 )
 def test_bad_input_is_named_and_changes_nothing(change, error, message):
     x, y = batch()
@@ -318,25 +289,6 @@ def test_without_a_hook_before_loading_states_of_ours_still_load(monkeypatch):
     assert resumed.queue_idx == 24
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda x: torch.load(io.BytesIO(x), weights_only=False)]
-)
-def test_copies_are_independent(copied):
-    ours = memory()
-    x, y = batch()
-    ours(x, y)
-    if copied is not copy.deepcopy:
-        file = io.BytesIO()
-        torch.save(ours, file)
-        other = copied(file.getvalue())
-    else:
-        other = copied(ours)
-    torch.testing.assert_close(other(x, y), copy.deepcopy(ours)(x, y))
-    state = memory().state_dict()
-    other.load_state_dict(state)
-    assert other.queue_idx == 0 and ours.queue_idx == 24
-
-
 def test_training_goes_on_after_an_evaluation_in_inference_mode():
     ours, plain = memory(), memory()
     x, y = batch(dtype=torch.float64)
@@ -346,62 +298,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
 
 
-# --- several calls before a backward --------------------------------------------------------
-
-
-class Product(torch.nn.Module):
-    """A distance of a user, whose graph keeps the references."""
-
-    is_inverted = True
-
-    def forward(self, x, y=None):
-        return x @ (x if y is None else y).T
-
-
-LP = distances.LpDistance(normalize_embeddings=False)
-LOSSES = {
-    "cosine": {},
-    "dot": {"distance": distances.DotProductSimilarity()},
-    "Lp": {"distance": LP},
-    "SNR": {"distance": distances.SNRDistance(normalize_embeddings=False)},
-    "batched": {"distance": distances.BatchedDistance(LP, batch_size=5)},
-    "own": {"distance": Product()},
-    "sum": {"reducer": reducers.SumReducer()},
-    "callable": {"variant": torch.log1p},
-    "lean": {"chunk_size": 5, "distance": LP},
-    "mined": {},
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_calls_may_precede_one_backward(name, device):
-    kwargs = {"variant": "Ds", "anneal": 0.3} | LOSSES[name]
-    miner = miners.MultiSimilarityMiner() if name == "mined" else None
-    results = []
-    for at_once in (True, False):
-        torch.manual_seed(0)
-        ours = memory(30, losses.PNPLoss(**kwargs), miner=miner).double()
-        x = [batch(n=12, dtype=torch.float64, device=device) for _ in range(4)]
-        given = [v.requires_grad_() for v, _ in x]
-        values = []
-        for v, y in x:
-            values.append(ours(v, y))
-            if not at_once:
-                values[-1].backward()
-        if at_once:
-            sum(values).backward()
-        results.append([v.grad for v in given])
-    torch.testing.assert_close(*results)
-    assert results[0][0].abs().max() > 1e-4
-
-
-def test_other_losses_may_be_called_several_times_before_a_backward(device):
-    for loss in other_losses():
-        ours = memory(30, loss)
-        x, y = batch(n=12, device=device)
-        x.requires_grad_()
-        sum(ours(x, y) for _ in range(4)).backward()
-        assert x.grad.isfinite().all()
+# --- what the loss gets; tests/test_stateful.py calls it several times before a backward -----
 
 
 def test_the_usual_loss_gets_the_memory_itself():
@@ -417,11 +314,6 @@ def test_the_usual_loss_gets_the_memory_itself():
 
 
 # --- a query and its own copy ---------------------------------------------------------------
-
-
-def rows_without_themselves(step, n, size):
-    """Where in the memory the rows of a step are."""
-    return (step * n + torch.arange(n)) % size
 
 
 class Watched(losses.PNPLoss):
@@ -441,7 +333,7 @@ def test_a_query_is_not_compared_with_itself(kind, n, device):
     ours = memory(size, Watched(), miner=miner)
     for step in range(8):
         x, y = torch.randn(n, 8, device=device), torch.arange(n, device=device) % 2
-        columns = rows_without_themselves(step, n, size)
+        columns = (step * n + torch.arange(n)) % size
         given = None
         if kind.startswith("given"):
             rows = torch.arange(n)
@@ -472,15 +364,6 @@ class AllTriplets(miners.BaseMiner):
         return lmu.get_all_triplets_indices(labels, ref_labels)
 
 
-@pytest.mark.parametrize("miner", [None, AllPairs(), AllTriplets()])
-def test_one_row_alone_has_no_positive(miner, device):
-    x, y = torch.randn(1, 8, device=device), torch.zeros(1, device=device, dtype=torch.int64)
-    ours = memory(miner=miner)
-    ours(torch.randn(5, 8, device=device), torch.arange(1, 6, device=device))
-    value, grad = value_and_grad(ours, x, y)
-    assert value == 0 and grad.eq(0).all()
-
-
 # --- who looks at the loss ------------------------------------------------------------------
 
 
@@ -489,58 +372,56 @@ def assert_is_pmls_tuple(indices_tuple):
     assert all(i.dtype == torch.int64 for i in indices_tuple)
 
 
-def test_hooks_and_replaced_methods_get_the_tuple_of_pml():
+def through_hook(name):
+    def look(ours, keep):
+        return getattr(ours.loss, name)(lambda module, args, *_: keep(args[2]))
+
+    return look
+
+
+def through_hook_of_all_modules(ours, keep):
+    def hook(module, args):
+        if module is ours.loss:
+            keep(args[2])
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+def through_method(name):
+    def look(ours, keep):
+        original = getattr(ours.loss, name)
+
+        def replacement(embeddings, labels, indices_tuple, *references):
+            keep(indices_tuple)
+            return original(embeddings, labels, indices_tuple, *references)
+
+        setattr(ours.loss, name, replacement)
+
+    return look
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        through_hook("register_forward_pre_hook"),
+        through_hook("register_forward_hook"),
+        through_hook_of_all_modules,
+        through_method("compute_loss"),
+        through_method("forward"),
+    ],
+)
+def test_hooks_and_replaced_methods_get_the_tuple_of_pml(look):
     x, y = batch()
     expected = memory()(x, y)
-    seen = []
-
-    def through_pre_hook(ours):
-        return ours.loss.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
-
-    def through_hook(ours):
-        return ours.loss.register_forward_hook(lambda module, args, out: seen.append(args[2]))
-
-    def through_all(ours):
-        def hook(module, args):
-            if module is ours.loss:
-                seen.append(args[2])
-
-        return torch.nn.modules.module.register_module_forward_pre_hook(hook)
-
-    def through_compute_loss(ours):
-        original = ours.loss.compute_loss
-
-        def compute_loss(embeddings, labels, indices_tuple, *references):
-            seen.append(indices_tuple)
-            return original(embeddings, labels, indices_tuple, *references)
-
-        ours.loss.compute_loss = compute_loss
-
-    def through_forward(ours):
-        original = ours.loss.forward
-
-        def forward(embeddings, labels, indices_tuple, *references):
-            seen.append(indices_tuple)
-            return original(embeddings, labels, indices_tuple, *references)
-
-        ours.loss.forward = forward
-
-    for look in (
-        through_pre_hook,
-        through_hook,
-        through_all,
-        through_compute_loss,
-        through_forward,
-    ):
-        ours = memory()
-        handle = look(ours)
-        try:
-            torch.testing.assert_close(ours(x, y), expected)
-        finally:
-            if handle is not None:
-                handle.remove()
-        assert_is_pmls_tuple(seen.pop())
-        assert not seen
+    seen, ours = [], memory()
+    handle = look(ours, seen.append)
+    try:
+        torch.testing.assert_close(ours(x, y), expected)
+    finally:
+        if handle is not None:
+            handle.remove()
+    (indices_tuple,) = seen
+    assert_is_pmls_tuple(indices_tuple)
 
 
 def test_a_method_replaced_on_the_class_gets_the_tuple_of_pml(monkeypatch):

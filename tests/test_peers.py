@@ -117,28 +117,6 @@ def test_smooth_ap_is_that_of_pml_where_that_one_is_right():
     torch.testing.assert_close(SmoothAP()(x, labels), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("peer", [SmoothAP, SupAP])
-@pytest.mark.parametrize("labels", list(LABELS.values())[:3], ids=list(LABELS)[:3])
-def test_perfect_embeddings_cost_nothing(peer, labels):
-    labels = torch.tensor(labels)
-    x = torch.eye(10, dtype=torch.float64)[labels]
-    assert peer()(x, labels).item() == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("labels", list(LABELS.values())[:3], ids=list(LABELS)[:3])
-def test_recall_of_perfect_embeddings_is_the_largest(labels):
-    labels = torch.tensor(labels)
-    perfect = RecallAtK()(torch.eye(10)[labels], labels)
-    assert perfect < RecallAtK()(torch.randn(len(labels), 10), labels)
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_order_of_the_batch_does_not_matter(peer):
-    labels = torch.tensor(LABELS["other sizes and a lone query"])
-    x, order = torch.randn(len(labels), 4, dtype=torch.float64), torch.randperm(len(labels))
-    torch.testing.assert_close(peer()(x, labels), peer()(x[order], labels[order]))
-
-
 @pytest.mark.parametrize("peer", PEERS)
 def test_no_positive_gives_a_zero_connected_to_the_graph(peer):
     x = torch.randn(4, 3, requires_grad=True)

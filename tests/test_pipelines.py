@@ -66,76 +66,17 @@ def assert_trained(before, after):
     assert after.isfinite().all() and not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
-def test_metric_loss_only(miner):
-    mining_funcs = {} if miner is None else {"tuple_miner": miner}
-    _, *weights = train(
-        trainers.MetricLossOnly,
-        Points(),
-        {"metric_loss": losses.PNPLoss(variant="Dq", anneal=0.05)},
-        mining_funcs=mining_funcs,
-    )
-    assert_trained(*weights)
+def metric_loss(**kwargs):
+    return {"metric_loss": losses.PNPLoss(**kwargs)}
 
 
-def test_train_with_classifier():
-    _, *weights = train(
-        trainers.TrainWithClassifier,
-        Points(),
-        {"metric_loss": losses.PNPLoss(), "classifier_loss": torch.nn.CrossEntropyLoss()},
-        models={"classifier": linear(6, 8)},
-    )
-    assert_trained(*weights)
+def cascaded(**kwargs):
+    return trainers.CascadedEmbeddings(embedding_sizes=[3, 3], **kwargs)
 
 
-@pytest.mark.skipif(
-    DEVICE.type != "cpu", reason="PML's HDCMiner indexes triplets on the CPU by those of the device"
-)
-def test_cascaded_embeddings():
-    _, *weights = train(
-        lambda **kwargs: trainers.CascadedEmbeddings(embedding_sizes=[3, 3], **kwargs),
-        Points(),
-        {"metric_loss_0": losses.PNPLoss(), "metric_loss_1": losses.PNPLoss(variant="Ds")},
-        mining_funcs={
-            "tuple_miner_0": miners.HDCMiner(0.5),
-            "tuple_miner_1": miners.HDCMiner(0.25),
-        },
-    )
-    assert_trained(*weights)
-
-
-def test_two_stream_metric_loss():
-    _, *weights = train(
-        trainers.TwoStreamMetricLoss, Points(views=2), {"metric_loss": losses.PNPLoss()}
-    )
-    assert_trained(*weights)
-
-
-def test_deep_adversarial_metric_learning():
-    _, *weights = train(
-        trainers.DeepAdversarialMetricLearning,
-        Points(),
-        {
-            "metric_loss": losses.PNPLoss(),
-            "synth_loss": losses.PNPLoss(),
-            "g_adv_loss": losses.TripletMarginLoss(),
-        },
-        models={"generator": linear(30, 10)},
-        loss_weights=dict.fromkeys(
-            ["metric_loss", "synth_loss", "g_adv_loss", "g_hard_loss", "g_reg_loss"], 1
-        ),
-        g_triplets_per_anchor=2,
-    )
-    assert_trained(*weights)
-
-
-def test_cross_batch_memory_in_a_trainer():
-    loss_func = losses.CrossBatchMemory(
-        losses.PNPLoss(), embedding_size=6, memory_size=64, miner=miners.MultiSimilarityMiner()
-    )
-    _, *weights = train(trainers.MetricLossOnly, Points(), {"metric_loss": loss_func}, epochs=2)
-    assert_trained(*weights)
-    assert loss_func.has_been_filled
+def with_sampler(make):
+    dataset = Points()
+    return train(trainers.MetricLossOnly, dataset, metric_loss(), **make(dataset))
 
 
 def tuples_to_weights(dataset):
@@ -153,13 +94,70 @@ def fixed_triplets(dataset):
     }
 
 
-@pytest.mark.parametrize("make", [tuples_to_weights, fixed_triplets])
-def test_samplers_feed_the_loss(make):
-    dataset = Points()
-    _, *weights = train(
-        trainers.MetricLossOnly, dataset, {"metric_loss": losses.PNPLoss()}, **make(dataset)
+RUNS = {
+    "metric loss": lambda: train(trainers.MetricLossOnly, Points(), metric_loss(variant="Dq")),
+    "miner": lambda: train(
+        trainers.MetricLossOnly,
+        Points(),
+        metric_loss(anneal=0.05),
+        mining_funcs={"tuple_miner": miners.BatchHardMiner()},
+    ),
+    "classifier": lambda: train(
+        trainers.TrainWithClassifier,
+        Points(),
+        {**metric_loss(), "classifier_loss": torch.nn.CrossEntropyLoss()},
+        models={"classifier": linear(6, 8)},
+    ),
+    "cascaded embeddings": lambda: train(
+        cascaded,
+        Points(),
+        {"metric_loss_0": losses.PNPLoss(), "metric_loss_1": losses.PNPLoss(variant="Ds")},
+        mining_funcs={f"tuple_miner_{i}": miners.HDCMiner(0.5 / (i + 1)) for i in range(2)},
+    ),
+    "two streams": lambda: train(trainers.TwoStreamMetricLoss, Points(views=2), metric_loss()),
+    "deep adversarial": lambda: train(
+        trainers.DeepAdversarialMetricLearning,
+        Points(),
+        {
+            **metric_loss(),
+            "synth_loss": losses.PNPLoss(),
+            "g_adv_loss": losses.TripletMarginLoss(),
+        },
+        models={"generator": linear(30, 10)},
+        loss_weights=dict.fromkeys(
+            ["metric_loss", "synth_loss", "g_adv_loss", "g_hard_loss", "g_reg_loss"], 1
+        ),
+        g_triplets_per_anchor=2,
+    ),
+    "tuples to weights": lambda: with_sampler(tuples_to_weights),
+    "fixed triplets": lambda: with_sampler(fixed_triplets),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trainers_and_samplers_feed_the_loss(name):
+    if name == "cascaded embeddings" and DEVICE.type != "cpu":
+        pytest.skip("PML's HDCMiner indexes triplets on the CPU by those of the device")
+    _, *weights = RUNS[name]()
+    assert_trained(*weights)
+
+
+def test_a_memory_in_a_trainer_is_saved_and_loaded_by_pmls_hooks(tmp_path):
+    def memory(**kwargs):
+        return losses.CrossBatchMemory(losses.PNPLoss(), 6, memory_size=64, **kwargs)
+
+    loss_func = memory(miner=miners.MultiSimilarityMiner())
+    trainer, *weights = train(
+        trainers.MetricLossOnly, Points(), {"metric_loss": loss_func}, epochs=2
     )
     assert_trained(*weights)
+    assert loss_func.has_been_filled
+    c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
+    fresh = {"metric_loss": memory()}
+    c_f.load_dict_of_models(fresh, "1", str(tmp_path), DEVICE)
+    torch.testing.assert_close(
+        fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
+    )
 
 
 def test_hierarchical_sampler_feeds_the_loss():
@@ -188,15 +186,15 @@ def test_m_per_class_sampler_makes_every_query_count():
 
 
 @pytest.mark.parametrize(
-    ("tester_class", "dataset", "level"),
+    ("tester_class", "dataset"),
     [
-        (testers.GlobalEmbeddingSpaceTester, Points(), 0),
-        (testers.GlobalTwoStreamEmbeddingSpaceTester, Points(views=2), 0),
-        (testers.WithSameParentLabelTester, Points(hierarchy=True), 0),
+        (testers.GlobalEmbeddingSpaceTester, Points()),
+        (testers.GlobalTwoStreamEmbeddingSpaceTester, Points(views=2)),
+        (testers.WithSameParentLabelTester, Points(hierarchy=True)),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_testers_measure_what_the_loss_trained(tester_class, dataset, level):
+def test_testers_measure_what_the_loss_trained(tester_class, dataset):
     two_streams = len(dataset.views) == 2
     trainer_class = trainers.TwoStreamMetricLoss if two_streams else trainers.MetricLossOnly
     sampler = samplers.MPerClassSampler(dataset.labels.view(96, -1)[:, 0], 4, 24, 96)
@@ -207,7 +205,7 @@ def test_testers_measure_what_the_loss_trained(tester_class, dataset, level):
         ),
         data_device=torch.device("cpu"),
         dataloader_num_workers=0,
-        label_hierarchy_level=level,
+        label_hierarchy_level=0,
     )
 
     def score():
@@ -218,8 +216,8 @@ def test_testers_measure_what_the_loss_trained(tester_class, dataset, level):
         return accuracies["mean_average_precision_at_r_level0"]
 
     untrained = score()
-    loss_func = losses.PNPLoss(variant="Ds", anneal=0.05)
-    train(trainer_class, dataset, {"metric_loss": loss_func}, models, epochs=15, sampler=sampler)
+    loss_funcs = metric_loss(variant="Ds", anneal=0.05)
+    train(trainer_class, dataset, loss_funcs, models, epochs=15, sampler=sampler)
     assert score() > untrained + 0.02
 
 
@@ -278,31 +276,16 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     assert any("mean_average_precision_at_r" in tag for tag in tags)
 
 
-def test_models_saved_by_the_hooks_load_again(tmp_path):
-    loss_func = losses.CrossBatchMemory(losses.PNPLoss(), embedding_size=6, memory_size=48)
-    trainer, *_ = train(trainers.MetricLossOnly, Points(), {"metric_loss": loss_func})
-    c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
-    fresh = {"metric_loss": losses.CrossBatchMemory(losses.PNPLoss(), 6, 48)}
-    c_f.load_dict_of_models(fresh, "1", str(tmp_path), DEVICE)
-    torch.testing.assert_close(
-        fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
-    )
-
-
 CACHED = {
-    "PNPLoss": (lambda: losses.PNPLoss(variant="Dq", anneal=0.05), None),
-    "PNPLoss, memory": (
-        lambda: losses.CrossBatchMemory(losses.PNPLoss(anneal=0.05), 6, 48).to(DEVICE),
-        None,
-    ),
-    "MultiSimilarityLoss, miner": (losses.MultiSimilarityLoss, miners.MultiSimilarityMiner()),
+    "PNPLoss": lambda: losses.PNPLoss(variant="Dq", anneal=0.05),
+    "memory": lambda: losses.CrossBatchMemory(losses.PNPLoss(anneal=0.05), 6, 48).to(DEVICE),
+    "MultiSimilarityLoss": losses.MultiSimilarityLoss,
 }
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
     """The trainer takes the same steps, and the tester sees the same embeddings."""
-    make_loss, miner = CACHED[name]
     weights, embeddings = [], []
     for wrap in (lambda model: model, lambda model: GradCache(model, 5)):
         torch.manual_seed(3)
@@ -311,9 +294,9 @@ def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
         _, *before_and_after = train(
             trainers.MetricLossOnly,
             Points(),
-            {"metric_loss": make_loss()},
+            {"metric_loss": CACHED[name]()},
             models=models,
-            mining_funcs={} if miner is None else {"tuple_miner": miner},
+            mining_funcs={"tuple_miner": miners.MultiSimilarityMiner()} if "Multi" in name else {},
             epochs=2,
         )
         assert_trained(*before_and_after)

@@ -1,14 +1,15 @@
 """Cosine similarity and dot product under a mean: the same values as by the distance's own call."""
 
+import gc
 import weakref
 
 import pytest
 import torch
 from helpers import Manhattan, batch
-from pytorch_metric_learning import distances, reducers
+from pytorch_metric_learning import distances
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 
-from pml_pnp import PNPLoss, losses
+from pml_pnp import PNPLoss
 from pml_pnp.distances import has_global_hooks, is_product
 from pml_pnp.ops import dispatch, eager, product
 from pml_pnp.ops.settings import Settings
@@ -33,11 +34,6 @@ PRODUCTS = {
 }
 
 
-def cases(x, y, ref, ref_y):
-    """Arguments of a call for the batch, for references, and for the batch in a memory."""
-    return {"batch": (x, y), "references": (x, y, None, ref, ref_y)}
-
-
 def values(loss_func, *args):
     """Loss, gradients, those of a second backward, and second derivatives."""
     inputs = [t for t in args if t is not None and t.requires_grad]
@@ -52,68 +48,23 @@ def values(loss_func, *args):
 @pytest.mark.usefixtures("sigmoids")
 @pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("kind", ["batch", "references"])
-@pytest.mark.parametrize("variant", ["Iu", "Dq"])
+@pytest.mark.parametrize("wanted", [None, "batch", "references", "both"])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_value_and_gradients_are_those_by_the_distance(
-    name, variant, kind, include_self, chunk_size, monkeypatch
+    name, wanted, include_self, chunk_size, monkeypatch
 ):
+    """Of the batch alone, or among references, with respect to either or both."""
     monkeypatch.setattr(product, "CPU_TILE", 5)
     monkeypatch.setattr(product, "REFERENCES_BLOCK", 13 * 4)
     (x, y), (ref, ref_y) = batch(dtype=torch.float64), batch(n=13, dtype=torch.float64)
-    args = cases(x.requires_grad_(), y, ref.requires_grad_(), ref_y)[kind]
-    kwargs = {"variant": variant, "anneal": 0.2, "include_self": include_self}
+    x.requires_grad_(wanted != "references")
+    args = x, y, *([] if wanted is None else [None, ref.requires_grad_(wanted != "batch"), ref_y])
+    kwargs = {"variant": "Iu", "anneal": 0.2, "include_self": include_self}
     fast, plain = PRODUCTS[name]
     got = values(PNPLoss(distance=fast(), chunk_size=chunk_size, **kwargs), *args)
     want = values(PNPLoss(distance=plain(), **kwargs), *args)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("wanted", ["embeddings", "references"])
-def test_gradient_for_one_of_both_sides(wanted):
-    (x, y), (ref, ref_y) = batch(dtype=torch.float64), batch(n=13, dtype=torch.float64)
-    x.requires_grad_(wanted == "embeddings")
-    ref.requires_grad_(wanted == "references")
-    got = values(PNPLoss(anneal=0.2), x, y, None, ref, ref_y)
-    want = values(PNPLoss(anneal=0.2, distance=Cosine()), x, y, None, ref, ref_y)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity()])
-def test_a_memory_that_holds_the_batch(distance):
-    (x, y), (earlier, _) = batch(n=8, dtype=torch.float64), batch(n=8, dtype=torch.float64)
-    results = []
-    for reducer in (reducers.MeanReducer(), reducers.SumReducer()):  # only the mean is of products
-        memory = losses.CrossBatchMemory(PNPLoss(distance=distance, reducer=reducer), 8, 20)
-        memory(earlier, y)
-        v = x.clone().requires_grad_()
-        loss = memory(v, y)
-        if isinstance(reducer, reducers.SumReducer):
-            loss = loss / (y.unsqueeze(1) == memory.label_memory[:16]).sum(dim=1).gt(1).sum()
-        results.append([loss.detach(), torch.autograd.grad(loss, v)[0]])
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_embeddings_of_no_length_and_of_any_other(dtype):
-    x, y = torch.randn(9, 4, dtype=dtype), torch.arange(9) // 3
-    x *= torch.tensor([0, 1e-20, 1e-13, 1e-11, 1e-3, 1, 1e3, 1e10, 1e15]).to(dtype).unsqueeze(1)
-    x.requires_grad_()
-    (want,) = torch.autograd.grad(PNPLoss(anneal=0.5, distance=Cosine())(x, y), x)
-    (got,) = torch.autograd.grad(PNPLoss(anneal=0.5)(x, y), x)
-    scale = x.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
-    torch.testing.assert_close(got * scale, want * scale)
-
-
-@pytest.mark.parametrize("distance", [CosineSimilarity(), Cosine(), distances.LpDistance()])
-@pytest.mark.parametrize("where", ["batch", "references"])
-def test_a_length_beyond_the_dtype_gives_nan_instead_of_a_zero_vector(distance, where):
-    (x, y), (ref, ref_y) = batch(), batch(n=9)
-    (x if where == "batch" else ref)[2] = 1e20
-    assert PNPLoss(distance=distance)(x, y, ref_emb=ref, ref_labels=ref_y).isnan()
-    assert where == "references" or PNPLoss(distance=distance)(x, y).isnan()
 
 
 def test_a_large_embedding_is_left_to_a_distance_that_does_not_normalize():
@@ -135,10 +86,18 @@ def test_counts_have_no_gradient_and_are_not_made_unasked():
     assert product.mean_of_losses(*arguments, **flags, with_counts=False)[1] is None
 
 
-def changed(change):
-    """A distance that something looks on at, or that is changed."""
+HOOKS = "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"
+
+
+def hooked(name):
     distance = CosineSimilarity()
-    change(distance)
+    getattr(distance, f"register_{name}")(lambda *_: None)
+    return distance
+
+
+def with_own(method):
+    distance = CosineSimilarity()
+    setattr(distance, method, lambda *_, **__: None)
     return distance
 
 
@@ -147,13 +106,8 @@ ORDINARY = {
     "power": CosineSimilarity(power=2),
     "another norm": CosineSimilarity(p=1),
     "statistics": CosineSimilarity(collect_stats=True),
-    "forward hook": changed(lambda d: d.register_forward_hook(lambda *_: None)),
-    "forward pre-hook": changed(lambda d: d.register_forward_pre_hook(lambda *_: None)),
-    "backward hook": changed(lambda d: d.register_full_backward_hook(lambda *_: None)),
-    "backward pre-hook": changed(lambda d: d.register_full_backward_pre_hook(lambda *_: None)),
-    "forward of its own": changed(lambda d: setattr(d, "forward", lambda *_: None)),
-    "normalize of its own": changed(lambda d: setattr(d, "normalize", lambda *_, **__: None)),
-    "compute_mat of its own": changed(lambda d: setattr(d, "compute_mat", lambda *_: None)),
+    **{name: hooked(name) for name in HOOKS},
+    **{f"own {name}": with_own(name) for name in ("forward", "normalize", "compute_mat")},
     "no product": distances.LpDistance(),
 }
 
@@ -182,48 +136,33 @@ def test_a_method_replaced_in_the_class_is_called(method, monkeypatch):
     assert called
 
 
-HOOKS = {
-    "forward": "register_forward_hook",
-    "forward pre": "register_forward_pre_hook",
-    "full backward": "register_full_backward_hook",
-    "full backward pre": "register_full_backward_pre_hook",
-}
-
-
 @pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("register", HOOKS.values(), ids=list(HOOKS))
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize(
     "make", [CosineSimilarity, lambda: distances.BatchedDistance(CosineSimilarity(), batch_size=3)]
 )
-def test_hooks_on_the_distance_are_called(make, register, chunk_size):
+def test_hooks_on_the_distance_are_called(make, hook, chunk_size):
     calls = []
     loss_func = PNPLoss(distance=make(), chunk_size=chunk_size)
-    if isinstance(loss_func.distance, distances.BatchedDistance) and "backward" in register:
+    if isinstance(loss_func.distance, distances.BatchedDistance) and "backward" in hook:
         pytest.skip("returns nothing, so that PyTorch calls no backward hook")
-    getattr(loss_func.distance, register)(lambda *_: calls.append(1) or None)
+    getattr(loss_func.distance, f"register_{hook}")(lambda *_: calls.append(1) or None)
     loss_func(torch.randn(8, 3, requires_grad=True), torch.arange(8) // 2).backward()
     assert calls
 
 
-HOOKS_OF_ALL = [
-    "register_module_forward_hook",
-    "register_module_forward_pre_hook",
-    "register_module_full_backward_hook",
-    "register_module_full_backward_pre_hook",
-]
-
-
-@pytest.mark.parametrize("register", HOOKS_OF_ALL)
-def test_hooks_on_all_modules_see_the_distance(register):
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_on_all_modules_see_the_distance(hook):
     seen = []
     distance = CosineSimilarity()
     x = torch.randn(6, 3, requires_grad=True)
     assert not has_global_hooks()
-    hook = getattr(torch.nn.modules.module, register)(lambda module, *_: seen.append(module))
+    register = getattr(torch.nn.modules.module, f"register_module_{hook}")
+    handle = register(lambda module, *_: seen.append(module))
     try:
         PNPLoss(distance=distance)(x, torch.arange(6) // 2).backward()
     finally:
-        hook.remove()
+        handle.remove()
     assert distance in seen
 
 
@@ -249,3 +188,29 @@ def test_matrices_are_freed_before_the_next_is_made(chunk_size, monkeypatch):
     x, y = batch()
     PNPLoss(chunk_size=chunk_size)(x.requires_grad_(), y).backward()
     assert len(made) == (1 if chunk_size is None else 4)
+
+
+def test_only_a_second_derivative_refuses_references_that_were_changed():
+    x, y = batch()
+    refs = batch()[0]
+    loss = PNPLoss()(x.requires_grad_(), y, None, refs, y)
+    (want,) = torch.autograd.grad(loss, x, retain_graph=True)
+    refs.mul_(2)  # a memory may move on
+    assert torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("with_references", [False, True])
+def test_a_loss_that_is_kept_does_not_keep_the_embeddings(with_references):
+    x, y = batch()
+    refs = (x + 0.1, y) if with_references else (None, None)
+    given = [t for t in (x, refs[0]) if t is not None]
+    embeddings = x.requires_grad_() * 2
+    given.append(embeddings)
+    loss = PNPLoss()(embeddings, y, None, *refs)
+    loss.backward()
+    watched = [weakref.ref(t) for t in given[1:]]  # the graph leads to the first, a leaf
+    del x, refs, given, embeddings
+    gc.collect()
+    assert loss.grad_fn is not None and all(ref() is None for ref in watched)

@@ -69,7 +69,7 @@ def test_statistics_are_of_references_and_tuples(kind, device):
         args, sets = (indices, ref), helpers.sets_from_tuple(indices, 6)
     loss_func = PNPLoss(collect_stats=True)
     loss_func(x, y if kind == "references" else None, *args)
-    s = helpers.cosine_matrix(x, ref)
+    s = helpers.distance_matrix(distances.CosineSimilarity(), x, ref)
     before = [
         sum(s[a, n] > s[a, p] for n in negatives).item()
         for a, (positives, negatives) in enumerate(zip(*sets, strict=True))

@@ -148,45 +148,41 @@ def hooked():
     return both
 
 
-def refused(loss, **kwargs):
-    return lambda: losses.CrossBatchMemory(loss(), 8, **kwargs)
+def summed(losses_, mined=None):
+    return losses.MultipleLosses(losses_, mined)
+
+
+def in_memory(loss, **kwargs):
+    return losses.CrossBatchMemory(loss, 8, **kwargs)
+
+
+def with_miner():
+    return summed([pnp()], [mined()])
+
+
+NO_MINER = "MultipleLosses with miners takes neither indices_tuple nor another miner"
+PAIRS = (torch.tensor([0]),) * 3
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (refused(lambda: Halved([pnp()])), TypeError, "without hooks .* got Halved"),
-        (refused(hooked), TypeError, "without hooks"),
-        (refused(lambda: losses.MultipleLosses([])), ValueError, "at least one loss, got none"),
+        (lambda: in_memory(Halved([pnp()])), TypeError, "without hooks .* got Halved"),
+        (lambda: in_memory(hooked()), TypeError, "without hooks"),
+        (lambda: in_memory(summed([])), ValueError, "at least one loss, got none"),
         (
-            refused(lambda: losses.MultipleLosses([pnp(), losses.FastAPLoss()])),
+            lambda: in_memory(summed([pnp(), losses.FastAPLoss()])),
             Exception,
             "CrossBatchMemory not supported for FastAPLoss",
         ),
         (
-            lambda: losses.SelfSupervisedLoss(losses.MultipleLosses([pnp(), losses.MarginLoss()])),
+            lambda: losses.SelfSupervisedLoss(summed([pnp(), losses.MarginLoss()])),
             Exception,
             "SelfSupervisedLoss not supported for MarginLoss",
         ),
-        (
-            refused(lambda: losses.MultipleLosses([pnp()], [mined()]), miner=mined()),
-            ValueError,
-            "MultipleLosses with miners takes neither indices_tuple nor another miner",
-        ),
-        (
-            lambda: parts_of(
-                losses.MultipleLosses([losses.MultipleLosses([pnp()], [mined()])], [mined()])
-            ),
-            ValueError,
-            "MultipleLosses with miners takes neither",
-        ),
-        (
-            lambda: losses.CrossBatchMemory(losses.MultipleLosses([pnp()], [mined()]), 8)(
-                *batch(), (torch.tensor([0]),) * 3
-            ),
-            ValueError,
-            "MultipleLosses with miners takes neither",
-        ),
+        (lambda: in_memory(with_miner(), miner=mined()), ValueError, NO_MINER),
+        (lambda: parts_of(summed([with_miner()], [mined()])), ValueError, NO_MINER),
+        (lambda: in_memory(with_miner())(*batch(), PAIRS), ValueError, NO_MINER),
     ],
 )
 def test_what_cannot_be_added_up_is_refused(make, error, message):
