@@ -6,6 +6,7 @@ import sys
 import weakref
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import reference
 import torch
@@ -212,15 +213,17 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def triton_version(module):
+def version_of(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 @pytest.fixture
 def triton_kernel(monkeypatch):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if not CUDA and triton_version(triton) < (3, 1):
+    if not CUDA and version_of(triton) < (3, 1):
         pytest.skip("the interpreter of Triton 3.0 leaves results unwritten")
+    if not CUDA and version_of(triton) < (3, 6) and version_of(numpy) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.6 fails with NumPy 2.4")
     from pml_pnp.ops import triton as triton_kernel
 
     monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "triton")
@@ -371,8 +374,8 @@ for target in targets:
 
 def test_triton_compiles_for_gpus_that_are_not_here():
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if triton_version(triton) < (3, 3):
-        pytest.skip("this Triton compiles by other arguments")
+    if version_of(triton) < (3, 5):
+        pytest.skip("this Triton compiles by other arguments, or for AMD only where ROCm is")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
 
