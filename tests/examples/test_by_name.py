@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from pml_pnp.variants import VARIANTS
+
 
 def test_arguments_become_python_values():
     from retrieval.by_name import parse_arguments
@@ -83,7 +85,7 @@ def test_trial_gives_the_loss_beside_a_memory_no_pairs():
     try_out(both, miner, 16, 3, beside_is_mined=False)
 
 
-@pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_passes_the_trial(variant):
     from retrieval.by_name import build_loss, try_out
 
