@@ -24,7 +24,7 @@ from pml_pnp.distances import (
 from pml_pnp.ops.product import mean_of_losses, zero_or_nan
 from pml_pnp.ops.recompute import in_chunks
 from pml_pnp.ops.settings import Settings
-from pml_pnp.ops.similarity import query_losses, ranking_counts
+from pml_pnp.ops.similarity import COUNTS, query_losses, ranking_counts
 from pml_pnp.pairs import Pairs, QueryColumns, plain
 from pml_pnp.precision import at_least_float32, autocast_off, is_autocast_on
 
@@ -128,6 +128,7 @@ class PNPLoss(BaseMetricLossFunction):
     Instances before Positive Ones is Enough*, AAAI 2022.
     """
 
+    # PML's names in PML's order, which others may read; `variants.VARIANTS` is the whole table.
     VARIANTS = ["Ds", "Dq", "Iu", "Ib", "O"]
 
     def __init__(
@@ -256,7 +257,7 @@ class PNPLoss(BaseMetricLossFunction):
             raise
         if self.collect_stats:
             # Tensor.tolist fails in torch 2.4 for a tensor that torch.func wraps.
-            before, behind, positives = map(float, counts.view(-1, 3).sum(dim=0).cpu())
+            before, behind, positives = map(float, counts.view(-1, COUNTS).sum(dim=0).cpu())
             self.negatives_before_positive = before / max(1, positives)
             self.positives_behind_negatives = behind / max(1, positives)
         return _already_reduced(mean) if is_plain_mean else _elements(losses, counted)
@@ -328,7 +329,7 @@ def _losses_of(
     queries: Tensor,
     references: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L(a) of the queries in `rows`, which of them count, and their `ranking_counts`, (1, 3)."""
+    """L(a) of the queries in `rows`, which of them count, and `ranking_counts` as one row."""
     is_whole = rows.stop - rows.start == queries.shape[0]
     block = queries if is_whole else queries[rows]
     self_similarity = None
@@ -342,7 +343,7 @@ def _losses_of(
     if with_counts:
         counts = ranking_counts(s, relation, settings.scale > 0)
     else:
-        counts = losses.new_zeros(3)
+        counts = losses.new_zeros(COUNTS)
     return losses, relation.counted, counts.unsqueeze(0)
 
 

@@ -20,8 +20,8 @@ class Variant(NamedTuple):
     """f(R, alpha, b), elementwise."""
     derivative: Callable[[Tensor, float, float], Tensor]
     """f'(R), with the same arguments."""
-    equation: int
-    """Number of the equation in the paper."""
+    equation: int | None
+    """Number of the equation in the paper; None for an f that is not in the paper."""
 
 
 def _bounded(r: Tensor, b: float) -> Tensor:

@@ -285,7 +285,7 @@ def test_triton_with_references_and_masks(triton_kernel, monkeypatch, n, m, incl
 def test_triton_keeps_its_accuracy_for_tiny_ranks(triton_kernel):
     s = torch.tensor([[1.0, 1.0, 0.2, 0.0]] * 2).to(DEVICE)
     labels = torch.tensor([0, 0]).to(DEVICE), torch.tensor([0, 0, 1, 1]).to(DEVICE)
-    for variant in ("Iu", "Ib", "Ds", "Dq"):
+    for variant in VARIANTS:
         kwargs = {"variant": variant, "include_self": False, "anneal": 0.05}
         got, want = (pnp_loss(s.to(dtype), *labels, **kwargs)[0] for dtype in
                      (torch.float32, torch.float64))  # fmt: skip

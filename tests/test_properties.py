@@ -12,7 +12,7 @@ from unittest import mock
 
 import oracle
 import torch
-from helpers import DISTANCES
+from helpers import DISTANCES, VARIANTS
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import reducers
@@ -79,7 +79,7 @@ class Settings(SimpleNamespace):
 
 SETTINGS = st.builds(
     Settings,
-    variant=st.sampled_from(["O", "Iu", "Ib", "Ds", "Dq"]),
+    variant=st.sampled_from(VARIANTS),
     is_callable=st.sampled_from([False, False, False, True]),
     alpha=st.sampled_from([0.5, 1, 4, 8]),
     b=st.sampled_from([0.3, 2, 10]),

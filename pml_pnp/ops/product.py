@@ -21,6 +21,7 @@ from torch import Tensor
 from pml_pnp.ops import dispatch
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import (
+    COUNTS,
     differentiable_gradients,
     differentiable_losses,
     ranking_counts,
@@ -76,7 +77,7 @@ def mean_of_losses(
 
     Returns:
         The mean, differentiable with respect to queries and references, zero if no query counts,
-        NaN if an embedding or its length is NaN or infinite; and the counts (3,), or None.
+        NaN if an embedding or its length is NaN or infinite; and the counts (COUNTS,), or None.
     """
     height = len(queries) if chunk_size is None else chunk_size
     if references is not None:
@@ -104,7 +105,7 @@ class _Mean(torch.autograd.Function):
         whole = is_self and 0 < len(q) <= call.height
         grad_q = torch.zeros_like(q) if call.with_gradient and not whole else None
         grad_z = torch.zeros_like(z) if call.with_grad_references else grad_q if is_self else None
-        counts = q.new_zeros(3) if call.with_counts else None
+        counts = q.new_zeros(COUNTS) if call.with_counts else None
         block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
         kernel = dispatch.kernel_for(q)
         total = number = zero  # NaN for input that is not finite

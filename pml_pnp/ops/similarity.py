@@ -17,6 +17,8 @@ from pml_pnp.pairs import Relation
 from pml_pnp.precision import autocast_off
 from pml_pnp.variants import apply_variant
 
+COUNTS = 3  # numbers that `ranking_counts` returns
+
 
 def query_losses(
     s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
@@ -176,7 +178,8 @@ def differentiable_losses(
 def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
     """Count negatives strictly before positives, positives with at least one, and positives.
 
-    The counts are summed over all queries and leave out the queries themselves; (3,), dtype of `s`.
+    The counts are summed over all queries, so that those of blocks of queries add up, and leave out
+    the queries themselves; (COUNTS,), dtype of `s`.
     """
     rows = slice(0, len(s))
     index = relation.positives(rows, *relation.sizes())

@@ -7,6 +7,7 @@ from retrieval.by_name import build_loss, build_miner, parse_arguments, try_out
 from retrieval.errors import UserError
 
 from pml_pnp import losses
+from pml_pnp.variants import VARIANTS
 
 
 def test_arguments_become_python_values():
@@ -57,7 +58,7 @@ def test_trial_gives_the_loss_beside_a_memory_no_pairs():
     try_out(both, miner, 16, 3, beside_is_mined=False)
 
 
-@pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_passes_the_trial_which_leaves_the_random_state_alone(variant):
     loss = build_loss("PNPLoss", {"variant": variant}, 4, 16)
     before = torch.get_rng_state()

@@ -20,6 +20,8 @@ from retrieval.network import load_best
 from retrieval.progress import still_rising
 from retrieval.training import RetrievalTrainer, Training, schedule
 
+from pml_pnp import PNPLoss
+
 METRICS = {
     "mean_average_precision_at_r": "MAP@R",
     "precision_at_1": "precision@1 = Recall@1",
@@ -291,8 +293,7 @@ def test_each_new_run_gets_a_new_folder_named_after_its_losses(run_of, strict_js
 
 CURVES = {
     "loss_histories/total_loss",
-    "metric_loss/negatives_before_positive",
-    "metric_loss/positives_behind_negatives",
+    *(f"metric_loss/{name}" for name in PNPLoss(collect_stats=True)._record_these_stats),
     *(
         f"accuracies_normalized_RetrievalTester_level_0_VAL_vs_self/{name}"
         for name in ("best_accuracy", "best_epoch", *(f"{x}_level0" for x in METRICS))
