@@ -38,7 +38,8 @@ PICTURE = RESULTS / "losses.svg"
 TEMPERATURES = RESULTS / "temperatures.svg"
 METRICS = {"map_at_r": "MAP@R", "precision_at_1": "precision@1", "r_precision": "R-precision"}
 NO_RUNS = "No runs yet."
-UNTUNED, TUNED, SPLITS = "untuned", "tuned", "splits"
+UNTUNED, TUNED, LONGER, SPLITS = "untuned", "tuned", "longer", "splits"
+WIDER = "wider"  # folder of runs tuned over a wider range of learning rates
 TRANSFORMER = "clinc150_transformer"  # of which few losses are tuned
 TITLES = {
     "clinc150": "CLINC150",
@@ -101,6 +102,9 @@ def parts(folder: Path = RESULTS) -> dict[str, str]:
         if any(of_kind.glob("*.csv")):
             for name, own in advice.read(of_kind).groupby("dataset"):
                 made[f"{name} {kind}"] = advice.settings_table(own)
+    if any((folder / WIDER).glob("*.csv")):
+        for name, own in read_all(folder / WIDER).groupby("dataset"):
+            made |= {f"{name} {WIDER} {stage}": final(stage, own) for stage in (TUNED, LONGER)}
     leading, complete = advice.everywhere(grid), advice.complete(grid)
     return made | {
         **{f"all {stage}": summary(rows, stage) for stage in (UNTUNED, TUNED, SPLITS)},

@@ -38,7 +38,7 @@ def test_every_distance_has_right_gradients(distance, chunk_size):
 def test_tuples_define_positives_and_negatives(miner):
     x, y = batch()
     pairs = miner(x, y)
-    want = expected_mean(x, tuple_=pairs, anneal=0.1)
+    want = expected_mean(x, indices_tuple=pairs, anneal=0.1)
     assert PNPLoss(anneal=0.1)(x, y, pairs).item() == pytest.approx(want, rel=1e-4)
 
 

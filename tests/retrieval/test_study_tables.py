@@ -269,3 +269,15 @@ def test_losses_on_coarse_labels_are_compared_with_the_one_that_blurs():
     assert cells(table, "PNP-Ds, anneal 0.05")[4].startswith("+2.50 ± ")
     assert cells(table, "PNP-Iu, anneal 0.05")[4:] == ["", ""]
     assert table.index("untrained") < table.index("| PNP-Ds")
+
+
+def test_runs_tuned_over_a_wider_range_have_tables_of_their_own(tmp_path):
+    table = [row(stage, "SupCon", 1, value) for stage, value in (("tuned", 0.25), ("longer", 0.5))]
+    (tmp_path / "wider").mkdir()
+    for path, rows in (("tiny.csv", [*table[:1]]), ("wider/tiny.csv", table)):
+        pd.DataFrame(rows).to_csv(tmp_path / path, index=False)
+    signal = study_tables.RESULTS / study_tables.SIGNAL
+    (tmp_path / study_tables.SIGNAL).write_bytes(signal.read_bytes())
+    made = study_tables.parts(tmp_path)
+    assert "| SupCon | 25.00 |" in made["tiny wider tuned"]
+    assert "| SupCon | 50.00 |" in made["tiny wider longer"]
