@@ -296,7 +296,8 @@ def cases(rows: pd.DataFrame) -> str:
     for case, own_parts, dtype, provider, other in CASES:
         both = times(rows, *own_parts, dtype=dtype).reindex(columns=[provider, other])
         for n, (ms, of_other) in both.dropna().tail(1).iterrows():
-            row = rows[rows.part.isin(own_parts) & (rows.provider == provider)].iloc[-1]
+            own = rows[rows.part.isin(own_parts) & (rows.provider == provider) & (rows.N == n)]
+            row = own[own["dtype"] == dtype].iloc[-1]
             named = case.format(**row), f"{n:,}", _short(ms), NAMES[other]
             lines.append([*named, _short(of_other), _short(ms / of_other)])
     heads = ["case", "N", "PNPLoss, ms", "beside", "ms", "ratio"]

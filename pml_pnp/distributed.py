@@ -79,7 +79,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
 
     Raises:
         TypeError, ValueError: the mode does not support a loss, reducer or argument; arguments do
-            not fit together.
+            not fit together; with "exact" or a CrossBatchMemory, a uint64 label of 2**63 or more.
         RuntimeError: another rank was given bad arguments, with "exact" or a CrossBatchMemory. The
             other modes do not find this out, as PML's wrapper does not.
 

@@ -64,9 +64,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     Raises:
         TypeError: an argument is not the tensor described above; a MultipleLosses with hooks.
         ValueError: more embeddings to enqueue than `memory_size`; embeddings of another size than
-            `embedding_size`; lengths that do not fit; a label of 2**63 or more; `indices_tuple` and
-            `enqueue_mask` together; `ref_labels`; a MultipleLosses with miners, and a miner or
-            `indices_tuple` as well.
+            `embedding_size`; lengths that do not fit; a uint64 label of 2**63 or more;
+            `indices_tuple` and `enqueue_mask` together; `ref_labels`; a MultipleLosses with miners,
+            and a miner or `indices_tuple` as well.
 
     Saving: `state_dict` holds the queue, its position and whether it is full. That of PML's
     CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning
@@ -232,10 +232,12 @@ class Enqueued:
         rows: of the batch
     """
 
-    def __init__(self, memory, batch, queue, indices_tuple, rows=slice(None)):
+    def __init__(self, memory, batch, queue, indices_tuple, rows: slice | None = None):
         self._given = memory, batch, queue, indices_tuple
         self._memory, self._queue, self._indices_tuple = memory, queue, indices_tuple
-        x, y, is_query, self._columns = (None if t is None else t[rows] for t in batch)
+        if rows is not None:
+            batch = tuple(None if t is None else t[rows] for t in batch)
+        x, y, is_query, self._columns = batch
         self._queries = (x, y) if is_query is None else (x[is_query], y[is_query])
         self._pairs = {}  # by miner, which is called once for all losses
 

@@ -14,7 +14,7 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 HAS_SYMMETRIC = "symmetric" in inspect.signature(losses.SelfSupervisedLoss).parameters
 # Rows of each rank, by the number of ranks.
-ROWS = {2: [8, 8], 3: [8, 5, 0]}
+ROWS = {2: [8, 8], 3: [8, 0, 5]}
 STEPS = 3
 
 
@@ -135,6 +135,7 @@ CASES = {
     "memory": {"memory": {}},
     "memory, mask": {"memory": {}, "mask": True},
     "memory, miner": {"memory": {"miner": miners.MultiSimilarityMiner}},
+    "memory, Lp": {"memory": {}, "loss": {"distance": lp}},
     "memory, not exact": {"memory": {}, "efficient": False},
     "memory, mask, not exact": {"memory": {}, "mask": True, "efficient": False},
     "self-supervised": {"views": True},

@@ -106,6 +106,9 @@ VALUE_ERRORS = [
 ]
 
 
+SETTINGS = ("anneal", "alpha", "b", "variant", "include_self", "chunk_size", "reducer", "distance")
+
+
 @pytest.mark.parametrize(
     ("error", "args", "message"),
     [*((TypeError, *x) for x in TYPE_ERRORS), *((ValueError, *x) for x in VALUE_ERRORS)],
@@ -114,10 +117,12 @@ VALUE_ERRORS = [
 def test_bad_input_is_named_and_leaves_the_loss_as_it_was(args, error, message, chunk_size):
     loss_func = PNPLoss(chunk_size=chunk_size, collect_stats=True)
     loss_func(X, Y)
-    before = dict(vars(loss_func))
+    keys = set(vars(loss_func))
+    settings = {name: getattr(loss_func, name) for name in SETTINGS}
     with pytest.raises(error, match=message):
         loss_func(*args)
-    assert vars(loss_func).keys() == before.keys()
+    assert set(vars(loss_func)) == keys
+    assert {name: getattr(loss_func, name) for name in SETTINGS} == settings
     assert torch.equal(loss_func(X, Y), PNPLoss()(X, Y))
 
 

@@ -79,6 +79,7 @@ def test_a_loss_and_an_optimizer_take_the_same_steps(loss_func, mixed):
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if mixed else {}
     models = [conv_net().to(dtype)]
     models.append(GradCache(copy.deepcopy(models[0]), 6))
+    before = copy.deepcopy(models[0])
     batches = [images().to(dtype) for _ in range(3)]
     labels = torch.arange(23, device=DEVICE) // 3
     for model in models:
@@ -93,6 +94,8 @@ def test_a_loss_and_an_optimizer_take_the_same_steps(loss_func, mixed):
             scaler.step(optimizer)
             scaler.update()
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), **tolerance)
+    pairs = zip(models[0].parameters(), before.parameters(), strict=True)
+    assert max(float((x - y).abs().max()) for x, y in pairs) > 1e-2  # no step was skipped
 
 
 def test_only_one_chunk_of_activations_is_alive_at_a_time():
@@ -233,6 +236,15 @@ def test_batchnorm_is_as_if_called_on_the_chunks_in_turn(cached):
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
     assert model[1].num_batches_tracked == 8
     cached.eval()(x).sum().backward()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
+def test_spectral_normalization_is_as_if_called_on_the_chunks_in_turn():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)).double()
+    plain, x = copy.deepcopy(model), torch.randn(12, 6, dtype=torch.float64)
+    z, expected = GradCache(model, 4)(x), in_turn(plain, x, 3)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(gradients(model, z), gradients(plain, expected))
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
@@ -663,7 +675,7 @@ def test_lower_precision_is_as_accurate_as_on_the_whole_batch(dtype, autocast):
         pairs = zip(gradients(model, z, cotangent=1), wanted, strict=True)
         errors.append(max(float((g - w).norm() / w.norm()) for g, w in pairs))
     whole, chunks = errors
-    assert 1e-9 < chunks < (1.5 if autocast else 2) * whole
+    assert (1e-5 if autocast else 1e-9) < chunks < (1.5 if autocast else 2) * whole
 
 
 # --- forms of inputs and outputs
@@ -835,6 +847,19 @@ def test_a_mapping_that_cannot_be_copied_is_refused():
     with pytest.raises(TypeError, match=r"copies with its items at args\[0\].*got Uncopied"):
         GradCache(nn.Identity(), 2)(batch)
     assert batch["x"] is x
+
+
+def test_hugging_face():
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=11, intermediate_size=16, **size)
+    model = transformers.BertModel(config).double().eval()
+    given = transformers.BatchEncoding(tokens())
+    expected, result = (m(**given, output_hidden_states=True) for m in (model, GradCache(model, 3)))
+    assert type(result) is type(expected) and len(result.hidden_states) == 3
+    torch.testing.assert_close(result.hidden_states, expected.hidden_states)
+    pooled = (gradients(model, output.pooler_output) for output in (result, expected))
+    torch.testing.assert_close(*pooled)
 
 
 # --- in the model's place

@@ -298,7 +298,27 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
 
 
-# --- what the loss gets; tests/test_stateful.py calls it several times before a backward -----
+# --- what the loss gets ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner()])
+@pytest.mark.parametrize(
+    "loss", [losses.PNPLoss(), *other_losses()], ids=lambda x: type(x).__name__
+)
+def test_every_loss_may_be_called_several_times_before_a_backward(loss, miner, device):
+    xs, ys = zip(*(batch(n=12, device=device) for _ in range(4)), strict=True)
+    results = []
+    for at_once in (True, False):
+        ours, leaves = memory(30, loss, miner=miner), [x.clone().requires_grad_() for x in xs]
+        values = []
+        for x, y in zip(leaves, ys, strict=True):
+            values.append(ours(x, y))
+            if not at_once:
+                values.pop().backward()
+        if at_once:
+            sum(values).backward()
+        results.append([x.grad for x in leaves])
+    torch.testing.assert_close(*results)
 
 
 def test_the_usual_loss_gets_the_memory_itself():

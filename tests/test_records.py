@@ -46,6 +46,18 @@ def test_statistics_are_recorded_when_asked_for():
     assert loss_func.negatives_before_positive == loss_func.positives_behind_negatives == 0
 
 
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.LpDistance()])
+def test_chunks_record_what_the_whole_batch_does(distance):
+    x, y = batch()
+    found = []
+    for chunk_size in (None, 5):
+        loss_func = PNPLoss(distance=distance, chunk_size=chunk_size, collect_stats=True)
+        loss_func(x, y)
+        found.append(recorded(loss_func, "_record_these_stats"))
+    assert found[0] == found[1]
+    assert found[0]["negatives_before_positive"] > 0
+
+
 def test_statistics_do_not_change_the_loss_and_are_off_by_default():
     x, y = batch()
     loss_func = PNPLoss()

@@ -37,7 +37,7 @@ CPU_TILE = 512
 REFERENCES_BLOCK = 2**25
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """The arguments that are not tensors, in one, since autograd takes time for each argument.
 

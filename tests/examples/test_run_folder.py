@@ -63,7 +63,7 @@ def test_lock_is_released_after_an_error(run, refused):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
-def test_system_without_locks_is_told_of(run, main, capsys, monkeypatch, number):
+def test_lock_that_fails_is_told(run, main, capsys, monkeypatch, number):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", fail_with(number))
     assert main("--resume", run, "--epochs", 2) == (2 if number == errno.EIO else 0)
