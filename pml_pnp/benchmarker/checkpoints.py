@@ -67,6 +67,7 @@ def hook_container(base: type) -> type:
             last = max(self._recorded_epochs(), default=None)
             names = [re.escape(name) for objects in self._saved(trainer) for name in objects]
             pattern = re.compile(rf"(?:{'|'.join(names)})_(?:best)?(\d+)\.pth")
+            kept = {}
             for path in Path(model_folder).glob("*.pth"):
                 match = pattern.fullmatch(path.name)
                 epoch = int(match[1]) if match else 0
@@ -74,6 +75,9 @@ def hook_container(base: type) -> type:
                 if epoch == self._first_epoch if last is None else epoch > max(0, last):
                     _set_aside(path)
                 elif match:
+                    kept[path] = epoch
+            if any(kept.values()):  # else pb begins anew, and writes those of epoch 0 again
+                for path in kept:
                     check(path)
             return super().load_latest_saved_models(trainer, model_folder, *args, **kwargs)
 

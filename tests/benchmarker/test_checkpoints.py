@@ -120,6 +120,17 @@ def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
             torch.testing.assert_close(got[name], state, rtol=0, atol=0, msg=f"{moment}: {name}")
 
 
+def test_an_unfinished_model_of_epoch_0_does_not_stop_a_run_that_writes_it_again(
+    tmp_path, hook_container
+):
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "trunk_best0.pth").write_bytes(b"torn")  # pb saves it before the first epoch
+    run(tmp_path, hook_container, 1)
+    with pytest.raises(checkpoints.DamagedCheckpoint, match="trunk_best0.pth is damaged"):
+        run(tmp_path, hook_container, 2)  # which would not write it
+
+
 def test_only_unrecorded_checkpoints_are_set_aside_and_none_is_lost(tmp_path, hook_container):
     run(tmp_path, hook_container)
     models = tmp_path / "models"
