@@ -289,6 +289,17 @@ def test_without_a_hook_before_loading_states_of_ours_still_load(monkeypatch):
     assert resumed.queue_idx == 24
 
 
+def test_a_state_of_another_size_is_refused_and_changes_nothing():
+    ours, other = memory(), memory(30)
+    ours(*batch())
+    x, y = batch(n=7)
+    other(x, y / 2)
+    with pytest.raises(RuntimeError, match="size mismatch for embedding_memory"):
+        ours.load_state_dict(other.state_dict())
+    assert (ours.queue_idx, ours.has_been_filled) == (24, False)
+    assert ours.label_memory.dtype == torch.int64
+
+
 def test_training_goes_on_after_an_evaluation_in_inference_mode():
     ours, plain = memory(), memory()
     x, y = batch(dtype=torch.float64)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_an_unfinished_model_of_epoch_0_does_not_stop_a_run_that_writes_it_again
     run(tmp_path, hook_container, 1)
     with pytest.raises(checkpoints.DamagedCheckpoint, match="trunk_best0.pth is damaged"):
         run(tmp_path, hook_container, 2)  # which would not write it
+
+
+def test_a_compressed_checkpoint_is_not_read(tmp_path):
+    torch.save({"weight": torch.zeros(100)}, tmp_path / "plain.pth")
+    checkpoints.check(tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    with pytest.raises(checkpoints.DamagedCheckpoint, match="small.pth is damaged"):
+        checkpoints.check(tmp_path / "small.pth")
 
 
 def test_only_unrecorded_checkpoints_are_set_aside_and_none_is_lost(tmp_path, hook_container):
