@@ -233,8 +233,8 @@ class Enqueued:
     """
 
     def __init__(self, memory, batch, queue, indices_tuple, rows: slice | None = None):
-        self._given = memory, batch, queue, indices_tuple
-        self._memory, self._queue, self._indices_tuple = memory, queue, indices_tuple
+        self._memory, self._batch = memory, batch
+        self._queue, self._indices_tuple = queue, indices_tuple
         if rows is not None:
             batch = tuple(None if t is None else t[rows] for t in batch)
         x, y, is_query, self._columns = batch
@@ -243,7 +243,7 @@ class Enqueued:
 
     def of(self, rows: slice) -> "Enqueued":
         """Return the queries in `rows` of the batch."""
-        return Enqueued(*self._given, rows)
+        return Enqueued(self._memory, self._batch, self._queue, self._indices_tuple, rows)
 
     def arguments(self, part: Part) -> tuple:
         """Return queries, labels, pairs, triplets or QueryColumns, references, their labels."""

@@ -12,6 +12,7 @@ of its split.
 The seeds of `untuned` and `tuned` are the same, so that the runs of two losses are pairs.
 """
 
+import copy
 import dataclasses
 import json
 import time
@@ -122,8 +123,9 @@ class Study:
 
     def longer(self, seeds: int = SEEDS, trials: int = TRIALS) -> None:
         """Run the same settings with three times the steps."""
-        longer = dataclasses.replace(self.data, steps=LONGER * self.data.steps)
-        self._measure("longer", self.best_settings(trials), seeds, data=longer)
+        longer = copy.copy(self)
+        longer.data = dataclasses.replace(self.data, steps=LONGER * self.data.steps)
+        longer._measure("longer", self.best_settings(trials), seeds)
 
     def best_settings(self, trials: int = TRIALS) -> dict[str, Params]:
         """The best trial of every loss that has so many."""
@@ -159,10 +161,8 @@ class Study:
         settings: dict[str, Params],
         seeds: int,
         parts: Callable[[int], tuple[Part, Part]] | None = None,
-        data: DataSet | None = None,
     ) -> None:
         """Run every setting with every seed, on the parts of that seed or on those of the data."""
-        data = data or self.data
         done = rows.done(self.rows(stage))
         todo = [
             (seed, name)
@@ -172,21 +172,13 @@ class Study:
         ]
         for seed, name in tqdm.tqdm(todo, desc=f"{self.data.name} {stage}"):
             train, test = parts(seed) if parts else (self.part("training"), self.part("test"))
-            outcome = self.fit(name, settings[name], seed, train, test, data)
-            self.add(stage, name, "", seed, "test", settings[name], outcome, data)
+            outcome = self.fit(name, settings[name], seed, train, test)
+            self.add(stage, name, "", seed, "test", settings[name], outcome)
 
-    def fit(
-        self,
-        name: str,
-        params: Params,
-        seed: int,
-        train: Part,
-        measured: Part,
-        data: DataSet | None = None,
-    ) -> Outcome:
+    def fit(self, name: str, params: Params, seed: int, train: Part, measured: Part) -> Outcome:
         """One run of a candidate."""
         return run(
-            data or self.data,
+            self.data,
             train,
             measured,
             lambda classes: objective(name, params, classes),
@@ -195,13 +187,10 @@ class Study:
             seed,
         )
 
-    def add(
-        self, stage, name, setting, seed, measured_on, params, outcome, data=None
-    ) -> dict[str, Any]:
+    def add(self, stage, name, setting, seed, measured_on, params, outcome) -> dict[str, Any]:
         """Write the row of a run."""
-        data = data or self.data
         row = rows.row_of(
-            data, stage, name, setting, seed, measured_on, params, outcome, self.device
+            self.data, stage, name, setting, seed, measured_on, params, outcome, self.device
         )
         rows.add(self.path, row)
         return row
