@@ -340,6 +340,7 @@ def errors(rank):
         "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
         "large labels": raised(lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y)),
         "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),
+        "float8": raised(lambda: wrapper(x.to(torch.float8_e4m3fn) if odd else x, y)),
         "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),
         "mask": raised(lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None)),
         "mask type": raised(lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1)),
@@ -385,6 +386,14 @@ def without_gradient(rank, world):
     return loss.detach(), value, x.detach(), y, x.grad
 
 
+def without_rows():
+    """(loss, gradient) of ranks of which none has a row."""
+    x, y = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    loss = DistributedLossWrapper(losses.PNPLoss(), "exact")(x, y)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
 def all_pairs_are_listed_for_no_one():
     """Pairs that the loss of this rank gets: none."""
     calls = []
@@ -396,11 +405,12 @@ def all_pairs_are_listed_for_no_one():
 
 
 def results(rank):
-    """{case: what `steps` returns}, and three of no case."""
+    """{case: what `steps` returns}, and four of no case."""
     world = distributed.get_world_size()
     return {
         "errors": errors(rank),
         "listed": all_pairs_are_listed_for_no_one(),
         "without gradient": without_gradient(rank, world),
+        "without rows": without_rows(),
         **{name: steps(CASES[name], ROWS[world], rank) for name in names(world)},
     }

@@ -63,6 +63,7 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
         ("no labels", "ValueError: expected labels or indices_tuple", BAD),
         ("size", "ValueError: all ranks .*; rank 1: embeddings of size 3 in torch.float32", None),
         ("dtype", "ValueError: all ranks .*; rank 1: embeddings of size 4 in torch.float64", None),
+        ("float8", "TypeError: embeddings must be of one of .* got torch.float8_e4m3fn", BAD),
         ("references", "ValueError: .* rank 1: .* with labels and ref_emb and ref_labels", None),
         ("mask", "ValueError: .* rank 1: .* with labels and enqueue_mask", None),
         ("mask type", "TypeError: enqueue_mask must be bool, got torch.int64", BAD),
@@ -103,6 +104,12 @@ def test_a_rank_whose_embeddings_have_no_gradient_does_not_stop_the_others(found
         torch.testing.assert_close(results["without gradient"][1], loss.detach())
     grads = torch.cat([grad for grad in grads if grad is not None])
     torch.testing.assert_close(grads / len(found), x.grad)
+
+
+def test_without_a_row_on_any_rank_the_loss_is_zero(found):
+    for results in found:
+        loss, grad = results["without rows"]
+        assert loss == 0 and grad.shape == (0, 4)
 
 
 def test_labels_are_handed_to_the_loss_without_listing_pairs(found):

@@ -45,6 +45,11 @@ def test_reproductions_are_a_number_or_a_range(text, expected):
             command_line._parser().parse_args([*flags[:-1], wrong])
 
 
+def test_folders_are_those_of_powerful_benchmarkers_own_run():
+    args = command_line._parser().parse_args(["--experiment_name", "x"])
+    assert (args.dataset_root, args.root_experiment_folder) == ("datasets", "experiments")
+
+
 def test_flags_are_not_abbreviated():
     args, rest = command_line._parser().parse_known_args(["--experiment_name", "x", "--evaluat"])
     assert rest == ["--evaluat"] and not args.evaluate
