@@ -102,10 +102,11 @@ def api_parser(base: type) -> type:
     """
 
     class Parser(base):
-        def eval_model(self, *args, load_model=False, **kwargs):
-            if load_model:
+        def eval_model(self, epoch, model_name, *args, load_model=False, **kwargs):
+            # An untrained model is made anew, also where a kill has left that of epoch 0 in pieces.
+            if load_model and not model_name.startswith("untrained"):
                 check_best(self.model_folder)
-            return super().eval_model(*args, load_model=load_model, **kwargs)
+            return super().eval_model(epoch, model_name, *args, load_model=load_model, **kwargs)
 
         def eval_ensemble(self):
             for paths in self.get_sub_experiment_dir_paths().values():

@@ -185,8 +185,8 @@ def test_damaged_models_are_not_evaluated(tmp_path):
     class Parser:
         model_folder = tmp_path
 
-        def eval_model(self, name, load_model):
-            return name
+        def eval_model(self, epoch, model_name, load_model):
+            return model_name
 
         def eval_ensemble(self):
             return "ensemble"
@@ -196,12 +196,14 @@ def test_damaged_models_are_not_evaluated(tmp_path):
 
     parser = checkpoints.api_parser(Parser)()
     torch.save({"weight": torch.zeros(9)}, tmp_path / "embedder_best3.pth")
-    assert parser.eval_model("trained", load_model=True) == "trained"
+    assert parser.eval_model(3, "best", load_model=True) == "best"
     assert parser.eval_ensemble() == "ensemble"
     content = (tmp_path / "embedder_best3.pth").read_bytes()
     (tmp_path / "embedder_best3.pth").write_bytes(content[:-50])
-    assert parser.eval_model("untrained", load_model=False) == "untrained"
-    for evaluate in (lambda: parser.eval_model("trained", load_model=True), parser.eval_ensemble):
+    assert parser.eval_model(0, "best", load_model=False) == "best"
+    for name in ("untrained_trunk", "untrained_trunk_and_embedder"):  # of which none is a file
+        assert parser.eval_model(0, name, load_model=True) == name
+    for evaluate in (lambda: parser.eval_model(3, "best", load_model=True), parser.eval_ensemble):
         with pytest.raises(checkpoints.DamagedCheckpoint, match="embedder_best3.pth is damaged"):
             evaluate()
 
