@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import types
 import zipfile
 
 import pytest
@@ -206,6 +207,26 @@ def test_damaged_models_are_not_evaluated(tmp_path):
     for evaluate in (lambda: parser.eval_model(3, "best", load_model=True), parser.eval_ensemble):
         with pytest.raises(checkpoints.DamagedCheckpoint, match="embedder_best3.pth is damaged"):
             evaluate()
+
+
+def test_a_fold_is_trained_as_far_as_was_loaded():
+    """Whatever the number of its files says."""
+
+    class Parser:
+        epoch = 3
+        args = types.SimpleNamespace(resume_training="latest")
+
+        def __init__(self):
+            self.latest_sub_experiment_epochs = {"fold": 9, "other": 9}
+
+        def should_train(self, num_epochs, split_scheme_name):
+            return self.latest_sub_experiment_epochs[split_scheme_name] < num_epochs
+
+    resumed, begun = checkpoints.api_parser(Parser)(), checkpoints.api_parser(Parser)()
+    assert [resumed.should_train(epochs, "fold") for epochs in (2, 3)] == [False, True]
+    assert resumed.latest_sub_experiment_epochs["other"] == 9
+    begun.args = types.SimpleNamespace(resume_training=None)
+    assert [begun.should_train(epochs, "fold") for epochs in (9, 10)] == [False, True]
 
 
 def test_without_records_nothing_is_touched(tmp_path, hook_container):

@@ -1,6 +1,7 @@
 """Overlays by bare name, and flags."""
 
 import importlib.util
+import logging
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_reproductions_are_a_number_or_a_range(text, expected):
 def test_folders_are_those_of_powerful_benchmarkers_own_run():
     args = command_line._parser().parse_args(["--experiment_name", "x"])
     assert (args.dataset_root, args.root_experiment_folder) == ("datasets", "experiments")
+
+
+def test_training_goes_on_from_the_latest_or_the_best_model(capsys):
+    flags = ["--experiment_name", "x", "--resume_training"]
+    for model in ("latest", "best"):
+        assert command_line._parser().parse_args([*flags, model]).resume_training == model
+    with pytest.raises(SystemExit):
+        command_line._parser().parse_args([*flags, "first"])
+    assert "argument --resume_training: invalid choice: 'first'" in capsys.readouterr().err
 
 
 def test_flags_are_not_abbreviated():
@@ -99,7 +109,8 @@ def test_what_powerful_benchmarker_reads_is_listed():
     assert read - made - taken == set(command_line.READ_BY_PB)
 
 
-def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
+def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)  # and back again after the test
     seen = []
 
     class Runner:
@@ -108,6 +119,7 @@ def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch):
 
         def run(self):
             seen.append(list(sys.argv[1:]))
+            assert logging.getLogger().level == logging.INFO  # what powerful-benchmarker does
             raise RuntimeError("stopped")
 
     monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: seen.append(bayes_opt))
