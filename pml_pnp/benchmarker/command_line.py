@@ -214,7 +214,11 @@ def build_runner(args: argparse.Namespace, words: Iterable[str] = ()):
                 raise UnknownConfig(
                     f"no experiment {args.experiment_name!r} in {self.root_experiment_folder}"
                 )
-            return super().get_saved_config_paths(args, config_folder)
+            paths = super().get_saved_config_paths(args, config_folder)
+            # For those that an older experiment lacks pb takes its own, and so it does for all.
+            if config_folder and not any(Path(p).is_file() for v in paths.values() for p in v):
+                raise UnknownConfig(f"no experiment to reproduce: no config in {config_folder}")
+            return paths
 
         def get_api_parser(self, *args):
             parser = super().get_api_parser(*args)

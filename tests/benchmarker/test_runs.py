@@ -142,6 +142,8 @@ OVERLAY = ["--config_loss_and_miners", "[default, nope]"]
 OTHER = benchmark_flags("FINISHED", epochs=5)
 NO_DATA = ["--dataset", "omniglot", "--dataset-root", "ROOT/no", "--output", "ROOT"]
 NO_LOSS = ["--output", "ROOT", "--losses", "nope"]
+FLAG = ["--sed", "0"]
+NO_CONFIG = "no experiment to reproduce: no config in .*no/configs"
 UNKNOWN = "unknown flag --sed: did you mean --seed"
 NO_SEARCH = "needs a config with a key that ends in ~BAYESIAN~"
 MISTAKES = {
@@ -152,9 +154,11 @@ MISTAKES = {
     "no data": ("run.py", [*NEW, *OMNIGLOT], "run.py: error: .*omniglot"),
     "no overlay": ("run.py", [*NEW, *OVERLAY], "no nope.yaml in .* with_pnp,"),
     "nothing to resume": ("run.py", [*NEW, "--resume_training", "latest"], "no experiment 'x' in "),
+    "nothing to reproduce": ("run.py", [*NEW, "--reproduce_results", "ROOT/no"], NO_CONFIG),
+    "flag to reproduce": ("run.py", [*NEW, "--reproduce_results", "ROOT/old", *FLAG], UNKNOWN),
     "nothing to evaluate": ("run.py", [*NEW, "--evaluate"], "no experiment 'x' in "),
     "reproductions": ("run.py", [*NEW, "--reproductions", "a"], "--reproductions"),
-    "flag": ("run.py", [*NEW, "--sed", "0"], UNKNOWN),
+    "flag": ("run.py", [*NEW, *FLAG], UNKNOWN),
     "nothing to search": ("run.py", [*NEW, "--bayes_opt_iters", "3"], NO_SEARCH),
 }
 
@@ -165,12 +169,18 @@ def said(finished, tmp_path_factory):
     folder = finished[0].parent
     cases = {"finished before": ("benchmark.py", benchmark_flags("FINISHED"), ""), **MISTAKES}
     roots = {case: tmp_path_factory.mktemp("root") for case in cases}
+    for root in roots.values():  # an experiment that lacks configs
+        (root / "old" / "configs").mkdir(parents=True)
+        (root / "old" / "configs" / "config_general.yaml").write_text("patience: 3")
     lines = []
     for case, (script, flags, _) in cases.items():
         flags = [str(x).replace("FINISHED", str(folder)) for x in flags]
         lines.append([str(EXAMPLE / script), [x.replace("ROOT", str(roots[case])) for x in flags]])
     found = found_by(Path(__file__).with_name("command_lines.py"), json.dumps(lines))
-    files = [[path for path in root.rglob("*") if path.is_file()] for root in roots.values()]
+    files = [
+        [path for path in root.rglob("*") if path.is_file() and root / "old" not in path.parents]
+        for root in roots.values()
+    ]
     return {case: (*x, y) for case, x, y in zip(cases, found, files, strict=True)}
 
 
