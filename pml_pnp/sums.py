@@ -19,6 +19,12 @@ class Part(NamedTuple):
     weight: float | Tensor = 1  # of its value
     miner: torch.nn.Module | None = None  # whose pairs or triplets it gets
 
+    def value(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
+        """Call the loss, after its miner if it has one."""
+        if self.miner is not None:
+            indices_tuple = self.miner(embeddings, labels, ref_emb, ref_labels)
+        return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
 
 def parts_of(loss: torch.nn.Module) -> list[Part]:
     """Return the losses that `loss` adds up, those of a sum inside a sum included.
@@ -88,17 +94,3 @@ def add_up(loss: torch.nn.Module, value_of: Callable[[Part], Tensor]) -> Tensor:
     if not isinstance(loss, MultipleLosses):
         return value_of(Part(loss))
     return sum(value_of(part) * part.weight for part in parts_of(loss))
-
-
-def call(loss, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-    """Call a loss with references, which MultipleLosses itself does not take."""
-    check_miners(parts_of(loss), indices_tuple is not None)
-    check_memories(loss, indices_tuple, ref_emb, ref_labels)
-
-    def value_of(part: Part) -> Tensor:
-        pairs = indices_tuple
-        if part.miner is not None:
-            pairs = part.miner(embeddings, labels, ref_emb, ref_labels)
-        return part.loss(embeddings, labels, pairs, ref_emb, ref_labels)
-
-    return add_up(loss, value_of)
