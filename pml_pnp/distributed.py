@@ -23,7 +23,7 @@ from pml_pnp.memory import takes_query_columns
 from pml_pnp.mining import mine, without_self_pairs
 from pml_pnp.pairs import QueryColumns, Relation
 from pml_pnp.precision import at_least_float32
-from pml_pnp.sums import Part, add_up, check_memories, check_miners, parts_of
+from pml_pnp.sums import Part, add_up, check_miners, parts_of
 
 EXACT = "exact"
 MEANS = (reducers.MeanReducer, reducers.DivisorReducer, reducers.ClassWeightedReducer)
@@ -122,26 +122,24 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         has_memory = isinstance(self.loss, cross_batch_memory.CrossBatchMemory)
         if self.efficient != EXACT and not has_memory:
             return self._as_in_pml(arguments, enqueue_mask)
-        is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
-        loss, error = self.loss, None
+        if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone=True)
+            if has_memory:
+                return loss(embeddings, labels, indices_tuple, enqueue_mask)
+            if loss is not self.loss:  # inside a SelfSupervisedLoss
+                return self.loss(embeddings, labels if ref_emb is None else ref_emb)
+            return add_up(loss, lambda part: part.value(*arguments))
+        error = None
         try:
-            loss, arguments = self._checked(arguments, enqueue_mask, is_alone)
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone=False)
         except (TypeError, ValueError) as caught:
-            if is_alone:
-                raise
-            error = caught  # which all ranks learn of when the batch is joined
-        if self.efficient == EXACT and not is_alone:
-            exact = _Exact(loss, *arguments, enqueue_mask, error)
-            return add_up(loss, exact.value_of)
-        if not is_alone:
-            joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
-            batch = joined.gather_constant(embeddings)
-            return loss(batch, joined.labels, None, joined.mask) * dist.get_world_size()
-        if has_memory:
-            return loss(embeddings, labels, indices_tuple, enqueue_mask)
-        if loss is not self.loss:  # inside a SelfSupervisedLoss
-            return self.loss(embeddings, labels if ref_emb is None else ref_emb)
-        return add_up(loss, lambda part: part.value(*arguments))
+            error = caught  # which the joined batch raises, on all ranks
+        joined = Joined(*arguments, enqueue_mask, error)
+        embeddings, _, _, ref_emb, _ = arguments
+        if self.efficient == EXACT:
+            return add_up(loss, _Exact(loss, joined, embeddings, ref_emb).value_of)
+        batch = joined.gather_constant(embeddings)
+        return loss(batch, joined.labels, None, joined.mask) * dist.get_world_size()
 
     def _checked(self, arguments: tuple, enqueue_mask, is_alone: bool) -> tuple:
         """Return the loss of the joined batch, and its arguments on this rank, if these fit it."""
@@ -154,8 +152,19 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             views = labels if ref_emb is None else ref_emb
             arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
             loss = loss.loss
-        check_miners(parts_of(loss), indices_tuple is not None)
-        check_memories(loss, indices_tuple, ref_emb, ref_labels)
+        elif not is_alone and ref_emb is embeddings and ref_labels is labels:
+            arguments = embeddings, labels, indices_tuple, None, None
+        parts = parts_of(loss)
+        check_miners(parts, indices_tuple is not None)
+        if (
+            isinstance(loss, MultipleLosses)
+            and any(x is not None for x in (indices_tuple, ref_emb, ref_labels))
+            and any(isinstance(part.loss, CrossBatchMemory) for part in parts)
+        ):
+            raise ValueError(
+                "a CrossBatchMemory in a MultipleLosses takes neither indices_tuple, ref_emb nor "
+                "ref_labels here, got one"
+            )
         return loss, arguments
 
     def _as_in_pml(self, arguments: tuple, enqueue_mask) -> Tensor:
@@ -284,18 +293,13 @@ class _Exact:
     Each rank computes a PNPLoss of its own queries only, and any other loss of all queries.
     """
 
-    def __init__(
-        self, loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, mask, error
-    ) -> None:
-        if ref_emb is embeddings and ref_labels is labels:
-            ref_emb = ref_labels = None
-        self.joined = Joined(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask, error)
-        self.embeddings = with_gradient(embeddings, self.joined.needs_grad)
-        self.references = None
+    def __init__(self, loss, joined: Joined, embeddings: Tensor, ref_emb: Tensor | None) -> None:
+        self.joined, self.references = joined, None
+        self.embeddings = with_gradient(embeddings, joined.needs_grad)
         if ref_emb is not None:
-            ref_emb = with_gradient(ref_emb, self.joined.ref_needs_grad)
+            ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
             ref_emb = ref_emb.to(at_least_float32(ref_emb.dtype))
-            self.references = gather_rows(ref_emb, self.joined.ref_rows)
+            self.references = gather_rows(ref_emb, joined.ref_rows)
         # A PNPLoss in a memory needs the gradient of its own queries only.
         parts = parts_of(loss)
         in_memory = [part for part in parts if isinstance(part.loss, CrossBatchMemory)]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs, check_tuple
@@ -133,20 +134,17 @@ class Joined:
 
     def gather_pairs(self) -> tuple[Tensor, ...]:
         """Gather the `pairs` of all ranks; pairs if some rank has pairs, or else triplets."""
-        anchors = anchors_of(self.pairs)
-        found = [x + self.own_rows.start * (i in anchors) for i, x in enumerate(self.pairs)]
-        numbers = [len(found), len(found[0]), len(found[-1])]
-        numbers = _gather(torch.tensor(numbers, device=self.device)).tolist()
+        a, p, a2, n = lmu.convert_to_pairs(self.pairs, None)
+        numbers = torch.tensor([len(self.pairs), len(a), len(n)], device=self.device)
+        numbers, start = _gather(numbers).tolist(), self.own_rows.start
+        positive = torch.stack((a + start, p), dim=1)
+        positive = gather_rows(positive, [number for _, number, _ in numbers])
+        negative = torch.stack((a2 + start, n), dim=1)
+        negative = gather_rows(negative, [number for *_, number in numbers])
+        # A rank that has no triplets may have an empty tuple of pairs.
         if any(kind == 4 and first + last > 0 for kind, first, last in numbers):
-            a, p, a2, n = found if len(found) == 4 else (*found[:2], found[0], found[2])
-            groups = [((a, p), 1), ((a2, n), 2)]
-        else:  # no rank has pairs, but one that has no triplets may have an empty tuple of pairs
-            groups = [(found[:3], 1)]
-        gathered = []
-        for group, i in groups:
-            rows = gather_rows(torch.stack(group, dim=1), [number[i] for number in numbers])
-            gathered += rows.unbind(dim=1)
-        return tuple(gathered)
+            return *positive.unbind(dim=1), *negative.unbind(dim=1)
+        return *positive.unbind(dim=1), negative[:, 1]
 
 
 def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
@@ -154,7 +152,7 @@ def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
     if error is not None:
         raise error
     if any(is_bad):
-        rank = [bool(bad) for bad in is_bad].index(True)
+        rank = is_bad.index(1)
         raise RuntimeError(f"bad arguments on rank {rank}; the error there says which")
 
 

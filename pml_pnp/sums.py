@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.losses.base_loss_wrapper import BaseLossWrapper
-from pytorch_metric_learning.losses.cross_batch_memory import CrossBatchMemory
 from torch import Tensor
 
 from pml_pnp.distances import is_unmodified
@@ -73,19 +72,6 @@ def check_miners(parts: list[Part], has_pairs: bool) -> None:
     if has_pairs and any(part.miner is not None for part in parts):
         raise ValueError(
             "a MultipleLosses with miners takes neither indices_tuple nor another miner, got one"
-        )
-
-
-def check_memories(loss: torch.nn.Module, *others) -> None:
-    """Raise ValueError if a CrossBatchMemory of a sum would get more than embeddings and labels."""
-    if (
-        isinstance(loss, MultipleLosses)
-        and any(x is not None for x in others)
-        and any(isinstance(part.loss, CrossBatchMemory) for part in parts_of(loss))
-    ):
-        raise ValueError(
-            "a CrossBatchMemory in a MultipleLosses takes neither indices_tuple, ref_emb nor "
-            "ref_labels here, got one"
         )
 
 
