@@ -130,13 +130,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
         """Write embeddings and labels over the oldest ones of the queue."""
         self._check_fits(batch_size)
-        end = self.queue_idx + batch_size
-        places = torch.arange(self.queue_idx, end, device=labels.device)
-        self.curr_batch_idx = places % self.memory_size
-        self.embedding_memory[self.curr_batch_idx] = embeddings.detach()
-        self.label_memory[self.curr_batch_idx] = labels.detach()
-        self.queue_idx = end % self.memory_size
-        self.has_been_filled = self.has_been_filled or end >= self.memory_size
+        is_filled = self.has_been_filled or self.queue_idx + batch_size >= self.memory_size
+        super().add_to_memory(embeddings, labels, batch_size)
+        self.has_been_filled = is_filled  # PML takes an empty batch for one that fills the queue
 
     def create_indices_tuple(
         self,

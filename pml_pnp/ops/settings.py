@@ -12,8 +12,7 @@ from pml_pnp.checks import check_hyperparameters
 class Settings(NamedTuple):
     """Hyperparameters of the loss."""
 
-    scale: float
-    """1 / anneal for a similarity, -1 / anneal for a distance."""
+    scale: float  # 1 / anneal for a similarity, -1 / anneal for a distance
     variant: str | Callable[[Tensor], Tensor]
     alpha: float
     b: float
