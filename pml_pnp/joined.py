@@ -114,7 +114,7 @@ class Joined:
         return slice(start, start + self.rows[self.rank])
 
     def own_first(self, rows: list[int]) -> Tensor:
-        """The indices of the joined rows of the ranks, from which those of this rank come first."""
+        """Where in the joined rows those of this rank are, and then those of the others, int64."""
         parts = list(torch.arange(sum(rows), device=self.device).split(rows))
         return torch.cat([parts.pop(self.rank), *parts])
 
@@ -126,7 +126,7 @@ class Joined:
         return joined
 
     def own_pairs(self, indices_tuple) -> tuple[Tensor, ...]:
-        """Of pairs or triplets of the joined batch, those like `pairs`."""
+        """The pairs or triplets of this rank's queries among all, numbered like `pairs`."""
         own = self.own_rows
         found = select_pairs(indices_tuple, lambda a, _: (a >= own.start) & (a < own.stop))
         anchors = anchors_of(found)
