@@ -238,7 +238,7 @@ def build_kernel(provider: str, n: int, per_class: int, d: int, device, dtype: s
         block = BLOCKS.get(provider, eager.CPU_BLOCK)
         sums = partial(eager.losses_and_gradient, s, None, relation, settings, True)
         return _with(eager, "CPU_BLOCK", block, sums)
-    index = relation.positives(slice(0, n), per_class, per_class)
+    index = relation.positives(per_class, per_class)
 
     def ranks(x, t):
         r = torch.sigmoid((x.unsqueeze(1) - t.unsqueeze(2)) * settings.scale).sum(dim=2)

@@ -22,15 +22,14 @@ _MODULE_OF = {
     "register": "pml_pnp.registration",
     "unregister": "pml_pnp.registration",
 }
-_SUBMODULES = {"distributed", "functional", "losses"}
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of the module
 
     def __getattr__(name: str):
-        if name in _SUBMODULES:
-            return import_module(f"pml_pnp.{name}")
         if name in _MODULE_OF:
             return getattr(import_module(_MODULE_OF[name]), name)
+        if name in __all__:
+            return import_module(f"pml_pnp.{name}")
         raise AttributeError(f"module 'pml_pnp' has no attribute {name!r}")
 
 

@@ -14,7 +14,7 @@ RANGES = {torch.float32: 1e30, torch.float64: 1e300}
 
 
 def check_hyperparameters(
-    *, b, alpha, anneal, variant, include_self, dtype: torch.dtype | None = None
+    b, alpha, anneal, variant, include_self, dtype: torch.dtype | None = None
 ) -> None:
     """Raise TypeError or ValueError unless these are valid, also for computing in `dtype`."""
     for name, value in (("b", b), ("alpha", alpha), ("anneal", anneal)):
@@ -167,21 +167,23 @@ def check_enqueue_mask(enqueue_mask, length: int) -> None:
         raise TypeError(f"enqueue_mask must be bool, got {enqueue_mask.dtype}")
 
 
-def check_relation(similarity: Tensor, **given) -> None:
+def check_relation(similarity: Tensor, labels, ref_labels, positive_mask, negative_mask) -> None:
     """Raise TypeError or ValueError unless either valid labels or two valid masks are given."""
+    given = {"labels": labels, "ref_labels": ref_labels}
+    given |= {"positive_mask": positive_mask, "negative_mask": negative_mask}
     names = [name for name, value in given.items() if value is not None]
     n, m = similarity.shape
     if names == ["positive_mask", "negative_mask"]:
-        check_masks(similarity, given["positive_mask"], given["negative_mask"])
+        check_masks(similarity, positive_mask, negative_mask)
     elif names not in (["labels"], ["labels", "ref_labels"]):
         raise ValueError(
             "expected either labels (and ref_labels) or both positive_mask and negative_mask, "
             f"got {', '.join(names) or 'none of them'}"
         )
     else:
-        check_labels("labels", given["labels"], n)
-        if len(names) == 2:
-            check_labels("ref_labels", given["ref_labels"], m)
+        check_labels("labels", labels, n)
+        if ref_labels is not None:
+            check_labels("ref_labels", ref_labels, m)
         elif n != m:
             raise ValueError(
                 "without ref_labels, similarity must be square (the references are the queries), "

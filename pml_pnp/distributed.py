@@ -23,7 +23,7 @@ from pml_pnp.memory import takes_query_columns
 from pml_pnp.mining import mine, without_self_pairs
 from pml_pnp.pairs import QueryColumns, Relation
 from pml_pnp.precision import at_least_float32
-from pml_pnp.sums import Part, add_up, call, check_memories, check_miners, parts_of
+from pml_pnp.sums import Part, add_up, check_miners, parts_of
 
 EXACT = "exact"
 MEANS = (reducers.MeanReducer, reducers.DivisorReducer, reducers.ClassWeightedReducer)
@@ -122,26 +122,24 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         has_memory = isinstance(self.loss, cross_batch_memory.CrossBatchMemory)
         if self.efficient != EXACT and not has_memory:
             return self._as_in_pml(arguments, enqueue_mask)
-        is_alone = not pml_distributed.is_distributed() or dist.get_world_size() == 1
-        loss, error = self.loss, None
+        if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone=True)
+            if has_memory:
+                return loss(embeddings, labels, indices_tuple, enqueue_mask)
+            if loss is not self.loss:  # inside a SelfSupervisedLoss
+                return self.loss(embeddings, labels if ref_emb is None else ref_emb)
+            return add_up(loss, lambda part: part.value(*arguments))
+        error = None
         try:
-            loss, arguments = self._checked(arguments, enqueue_mask, is_alone)
+            loss, arguments = self._checked(arguments, enqueue_mask, is_alone=False)
         except (TypeError, ValueError) as caught:
-            if is_alone:
-                raise
-            error = caught  # which all ranks learn of when the batch is joined
-        if self.efficient == EXACT and not is_alone:
-            exact = _Exact(loss, *arguments, enqueue_mask, error)
-            return add_up(loss, exact.value_of)
-        if not is_alone:
-            joined = Joined(embeddings, labels, mask=enqueue_mask, error=error)
-            batch, all_labels = joined.gather_constant(embeddings), torch.cat(joined.labels)
-            return loss(batch, all_labels, None, joined.mask) * dist.get_world_size()
-        if has_memory:
-            return loss(embeddings, labels, indices_tuple, enqueue_mask)
-        if loss is not self.loss:  # inside a SelfSupervisedLoss
-            return self.loss(embeddings, labels if ref_emb is None else ref_emb)
-        return call(loss, *arguments)
+            error = caught  # which the joined batch raises, on all ranks
+        joined = Joined(*arguments, enqueue_mask, error)
+        embeddings, _, _, ref_emb, _ = arguments
+        if self.efficient == EXACT:
+            return add_up(loss, _Exact(loss, joined, embeddings, ref_emb).value_of)
+        batch = joined.gather_constant(embeddings)
+        return loss(batch, joined.labels, None, joined.mask) * dist.get_world_size()
 
     def _checked(self, arguments: tuple, enqueue_mask, is_alone: bool) -> tuple:
         """Return the loss of the joined batch, and its arguments on this rank, if these fit it."""
@@ -154,8 +152,19 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             views = labels if ref_emb is None else ref_emb
             arguments = _self_supervised_arguments(loss, embeddings, views, indices_tuple)
             loss = loss.loss
-        check_miners(parts_of(loss), indices_tuple is not None)
-        check_memories(loss, indices_tuple, ref_emb, ref_labels)
+        elif not is_alone and ref_emb is embeddings and ref_labels is labels:
+            arguments = embeddings, labels, indices_tuple, None, None
+        parts = parts_of(loss)
+        check_miners(parts, indices_tuple is not None)
+        if (
+            isinstance(loss, MultipleLosses)
+            and any(x is not None for x in (indices_tuple, ref_emb, ref_labels))
+            and any(isinstance(part.loss, CrossBatchMemory) for part in parts)
+        ):
+            raise ValueError(
+                "a CrossBatchMemory in a MultipleLosses takes neither indices_tuple, ref_emb nor "
+                "ref_labels here, got one"
+            )
         return loss, arguments
 
     def _as_in_pml(self, arguments: tuple, enqueue_mask) -> Tensor:
@@ -163,7 +172,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         if enqueue_mask is not None:
             raise ValueError(NO_MEMORY)
         if isinstance(self.loss, MultipleLosses):
-            return self._sum(*arguments)
+            check_miners(parts_of(self.loss), arguments[2] is not None)
+            return add_up(self.loss, lambda part: self._wrapped(part).value(*arguments))
         if not pml_distributed.is_distributed():  # PML says so since 2.6, and failed before
             warnings.warn(
                 "DistributedLossWrapper is being used in a non-distributed setting. "
@@ -173,19 +183,12 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             return self.loss(*arguments)
         return super().forward(*arguments)
 
-    def _sum(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
-        """Add up what this wrapper returns for the losses of a MultipleLosses."""
-        check_miners(parts_of(self.loss), indices_tuple is not None)
-
-        def value_of(part: Part) -> Tensor:
-            pairs = indices_tuple
-            if part.miner is not None:
-                miner = DistributedMinerWrapper(part.miner, self.efficient)
-                pairs = miner(embeddings, labels, ref_emb, ref_labels)
-            wrapper = DistributedLossWrapper(part.loss, self.efficient)
-            return wrapper(embeddings, labels, pairs, ref_emb, ref_labels)
-
-        return add_up(self.loss, value_of)
+    def _wrapped(self, part: Part) -> Part:
+        """Wrap the loss and the miner of a MultipleLosses like this wrapper its loss."""
+        loss, miner = DistributedLossWrapper(part.loss, self.efficient), part.miner
+        if miner is not None:
+            miner = DistributedMinerWrapper(miner, self.efficient)
+        return Part(loss, miner=miner)
 
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
@@ -202,23 +205,20 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
         """Mine the joined batch."""
         if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
             return self.miner(emb, labels, ref_emb, ref_labels)
-        joined = Joined(emb, labels, ref_emb, ref_labels)
+        joined = Joined(emb, labels, None, ref_emb, ref_labels)
+        order = joined.own_first(joined.rows)
         with torch.no_grad():
-            references = torch.cat(joined.own_first(gather_rows(emb, joined.rows)))
-            all_labels = torch.cat(joined.own_first(joined.labels))
-            if not self.efficient:
-                emb, labels = references, all_labels
-            else:
-                labels = joined.labels[joined.rank]
+            batch = gather_rows(emb, joined.rows)[order], joined.labels[order]
             if ref_emb is not None:
-                references = torch.cat(joined.own_first(gather_rows(ref_emb, joined.ref_rows)))
-                all_labels = torch.cat(joined.own_first(joined.ref_labels))
-            elif not self.efficient:
-                return self.miner(emb, labels)
-            if len(emb) == 0:
-                return tuple(labels.new_empty(0, dtype=torch.int64) for _ in range(4))
-            columns = torch.arange(len(emb), device=emb.device) if ref_emb is None else None
-            return mine(self.miner, emb, labels, references, all_labels, columns)
+                order = joined.own_first(joined.ref_rows)
+                references = gather_rows(ref_emb, joined.ref_rows)[order], joined.ref_labels[order]
+            elif self.efficient:
+                references = batch
+            else:
+                return self.miner(*batch)
+            queries = (emb, joined.own_labels) if self.efficient else batch
+            columns = None if ref_emb is not None else torch.arange(len(emb), device=emb.device)
+            return mine(self.miner, *queries, *references, columns)
 
 
 def _check_loss(loss) -> None:
@@ -293,28 +293,13 @@ class _Exact:
     Each rank computes a PNPLoss of its own queries only, and any other loss of all queries.
     """
 
-    def __init__(
-        self, loss, embeddings, labels, indices_tuple, ref_emb, ref_labels, mask, error
-    ) -> None:
-        if ref_emb is embeddings and ref_labels is labels:
-            ref_emb = ref_labels = None
-        has_tuple = indices_tuple is not None
-        self.joined = joined = Joined(
-            embeddings, labels, ref_emb, ref_labels, mask=mask, has_tuple=has_tuple, error=error
-        )
+    def __init__(self, loss, joined: Joined, embeddings: Tensor, ref_emb: Tensor | None) -> None:
+        self.joined, self.references = joined, None
         self.embeddings = with_gradient(embeddings, joined.needs_grad)
-        self.own_labels = self.labels = self.pairs = None
-        if joined.labels is not None:
-            self.own_labels, self.labels = joined.labels[joined.rank], torch.cat(joined.labels)
-        self.references = self.ref_labels = None
         if ref_emb is not None:
             ref_emb = with_gradient(ref_emb, joined.ref_needs_grad)
             ref_emb = ref_emb.to(at_least_float32(ref_emb.dtype))
-            self.references = torch.cat(gather_rows(ref_emb, joined.ref_rows))
-            if joined.ref_labels is not None:
-                self.ref_labels = torch.cat(joined.ref_labels)
-        if has_tuple:
-            self.pairs = joined.own_pairs(joined.in_order(indices_tuple))
+            self.references = gather_rows(ref_emb, joined.ref_rows)
         # A PNPLoss in a memory needs the gradient of its own queries only.
         parts = parts_of(loss)
         in_memory = [part for part in parts if isinstance(part.loss, CrossBatchMemory)]
@@ -327,40 +312,41 @@ class _Exact:
         if self._is_constant:
             return self.joined.gather_constant(self.embeddings)
         dtype = at_least_float32(self.embeddings.dtype)
-        return torch.cat(gather_rows(self.embeddings.to(dtype), self.joined.rows))
+        return gather_rows(self.embeddings.to(dtype), self.joined.rows)
 
     @cached_property
     def arguments(self) -> tuple:
         """What one process would be given: batch, labels, references and their labels."""
         dtype = self.embeddings.dtype
         references = None if self.references is None else self.references.to(dtype)
-        return self.batch.to(dtype), self.labels, references, self.ref_labels
+        return self.batch.to(dtype), self.joined.labels, references, self.joined.ref_labels
 
     @cached_property
     def all_pairs(self) -> tuple[Tensor, ...] | None:
         """The pairs or triplets that the ranks were given."""
-        return None if self.pairs is None else self.joined.gather_pairs(self.pairs)
+        return None if self.joined.pairs is None else self.joined.gather_pairs()
 
     def value_of(self, part: Part) -> Tensor:
         """Return the value of a loss of the joined batch, with the gradient of this rank."""
         if isinstance(part.loss, CrossBatchMemory):
             return self._value_in_memory(part.loss)
+        joined, loss = self.joined, part.loss
         mined = None if part.miner is None else part.miner(*self.arguments)
         if not _is_divided(part):
             x, labels, *references = self.arguments
-            return part.loss(x, labels, self.all_pairs if mined is None else mined, *references)
-        pairs = self.pairs if mined is None else self.joined.own_pairs(mined)
-        references, ref_labels, columns = self.references, self.ref_labels, None
-        if references is None:
-            references, ref_labels, rows = self.batch, self.labels, self.joined.own_rows
-            columns = torch.arange(rows.start, rows.stop, device=references.device)
-        if pairs is None and columns is not None and takes_query_columns(part.loss):
+            return loss(x, labels, self.all_pairs if mined is None else mined, *references)
+        queries = self.embeddings, joined.own_labels
+        pairs = joined.pairs if mined is None else joined.own_pairs(mined)
+        if self.references is not None:
+            return _joined_loss(loss, *queries, pairs, self.references, joined.ref_labels)
+        rows = joined.own_rows
+        columns = torch.arange(rows.start, rows.stop, device=self.batch.device)
+        if pairs is None and takes_query_columns(loss):
             pairs = QueryColumns(columns)
-        elif columns is not None:
-            pairs = lmu.convert_to_pairs(pairs, self.own_labels, ref_labels)  # all, if it is None
+        else:  # all pairs, if there are none yet
+            pairs = lmu.convert_to_pairs(pairs, joined.own_labels, joined.labels)
             pairs = without_self_pairs(pairs, columns)
-        queries = self.embeddings, self.own_labels
-        return _joined_loss(part.loss, *queries, pairs, references, ref_labels)
+        return _joined_loss(loss, *queries, pairs, self.batch, joined.labels)
 
     def _value_in_memory(self, memory: CrossBatchMemory) -> Tensor:
         """Enqueue the joined batch, and return the value of the loss of a memory."""

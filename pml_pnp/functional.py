@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from pml_pnp.checks import check_masks, check_matrix, check_relation, check_vector
 from pml_pnp.ops.settings import Settings
 from pml_pnp.ops.similarity import query_losses, ranking_counts
-from pml_pnp.pairs import Relation, plain
+from pml_pnp.pairs import Pairs, Relation, plain
 from pml_pnp.precision import at_least_float32
 
 
@@ -83,6 +82,7 @@ def pnp_loss(
     and a few matrices more are needed.
 
     Example:
+        >>> import torch
         >>> similarity = torch.tensor([[1.0, 0.8, 0.9], [0.8, 1.0, 0.7], [0.9, 0.7, 1.0]])
         >>> labels = torch.tensor([0, 0, 1])
         >>> losses, counted = pnp_loss(similarity, labels, anneal=0.05, variant="Ds")
@@ -99,37 +99,22 @@ def pnp_loss(
     check_matrix("similarity", similarity, "(N, M)")
     dtype, device = at_least_float32(similarity.dtype), similarity.device
     settings = Settings.checked(
-        b=b,
-        alpha=alpha,
-        anneal=anneal,
-        variant=variant,
-        include_self=include_self,
-        is_inverted=is_inverted,
-        dtype=dtype,
+        b, alpha, anneal, variant, include_self, is_inverted=is_inverted, dtype=dtype
     )
-    check_relation(
-        similarity,
-        labels=labels,
-        ref_labels=ref_labels,
-        positive_mask=positive_mask,
-        negative_mask=negative_mask,
-    )
-    holds_queries = labels is not None and ref_labels is None
+    check_relation(similarity, labels, ref_labels, positive_mask, negative_mask)
+    holds_queries, (n, m) = labels is not None and ref_labels is None, similarity.shape
     if labels is None:
         relation = Relation.from_masks(positive_mask.to(device), negative_mask.to(device))
     else:
-        labels = plain(labels).to(device)
-        references = labels if holds_queries else plain(ref_labels).to(device)
-        column = torch.arange(len(labels), device=device) if holds_queries else None
-        relation = Relation.from_labels(labels, references, column)
+        relation = Pairs(labels, None, ref_labels, n, m, holds_queries, device).of(slice(0, n))
     if include_self and not (holds_queries and self_similarity is None):
         if self_similarity is None:
             raise ValueError(
                 f"include_self=True needs self_similarity, one value for each of the "
-                f"{len(similarity)} queries, unless labels say that the references are the "
+                f"{n} queries, unless labels say that the references are the "
                 "queries, got None"
             )
-        check_vector("self_similarity", self_similarity, len(similarity))
+        check_vector("self_similarity", self_similarity, n)
         self_similarity = plain(self_similarity).to(device, dtype)
     s = plain(similarity).to(dtype)
     losses = query_losses(s, self_similarity, relation, settings)
@@ -152,6 +137,7 @@ def ranking_statistics(
         positives with at least one: two scalar tensors, zero where there is no positive.
 
     Example:
+        >>> import torch
         >>> similarity = torch.tensor([[0.5, 0.9, 0.7, 0.1]])
         >>> positive = torch.tensor([[True, False, False, False]])
         >>> ranking_statistics(similarity, positive, ~positive)

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs, check_tuple
-from pml_pnp.mining import anchors_of, of_queries
+from pml_pnp.mining import anchors_of, select_pairs
 from pml_pnp.pairs import plain
 
 
@@ -39,18 +40,25 @@ class Joined:
     """The joined batch of all ranks, which all of them construct at the same time.
 
     The ranks first exchange whether their arguments are valid, so that all raise an error if those
-    of one are not, instead of waiting for it.
+    of one are not, instead of waiting for it. Rows and pairs are in the order of the ranks; those
+    of `indices_tuple` are numbered with this rank's rows first.
+
+    Attributes:
+        rows, ref_rows: numbers of embeddings and references of each rank
+        needs_grad, ref_needs_grad: whether some rank needs the gradient of its own
+        own_labels: of this rank
+        labels, ref_labels, mask: of the joined batch, None if they were not given
+        pairs: the pairs or triplets of the queries of this rank, which are numbered from 0
     """
 
     def __init__(
         self,
         embeddings,
         labels,
+        indices_tuple=None,
         ref_emb=None,
         ref_labels=None,
-        *,
         mask=None,
-        has_tuple: bool = False,
         error: Exception | None = None,
     ) -> None:
         self.rank = dist.get_rank()
@@ -60,16 +68,7 @@ class Joined:
         try:
             if error is not None:
                 raise error
-            # The tuple is over the joined batch, whose size is not known yet.
-            check_inputs(
-                embeddings, labels, NO_TRIPLETS if has_tuple else None, ref_emb, ref_labels
-            )
-            for name, given in (("labels", labels), ("ref_labels", ref_labels)):
-                if given is not None:
-                    check_in_int64(name, given)
-            if mask is not None:
-                check_enqueue_mask(mask, len(embeddings))
-            own = _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple)
+            own = _checked_part(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask)
         except (TypeError, ValueError) as caught:
             error = caught
         parts = [_Part(*x) for x in _gather(torch.tensor(own, device=device)).tolist()]
@@ -81,81 +80,71 @@ class Joined:
         self.ref_rows = None if ref_emb is None else [part.ref_rows for part in parts]
         self.needs_grad = any(x.needs_grad for x in parts)
         self.ref_needs_grad = any(x.ref_needs_grad for x in parts)
-        self.labels = self.ref_labels = None
+        self.own_labels = self.labels = self.ref_labels = self.mask = self.pairs = None
         dtype = torch.float64 if any(x.floating_labels for x in parts) else torch.int64
         if labels is not None:
-            self.labels = gather_rows(plain(labels).to(device, dtype), self.rows)
+            self.own_labels = plain(labels).to(device, dtype)
+            self.labels = gather_rows(self.own_labels, self.rows)
         if ref_labels is not None:
             self.ref_labels = gather_rows(plain(ref_labels).to(device, dtype), self.ref_rows)
-        self.mask = None
         if mask is not None:
-            self.mask = torch.cat(gather_rows(mask.to(device, torch.uint8), self.rows)).bool()
+            self.mask = gather_rows(mask.to(device, torch.uint8), self.rows).bool()
+        if indices_tuple is not None:
+            self.pairs = self._pairs_of(indices_tuple)
 
-    @property
-    def own_rows(self) -> slice:
-        """Rows of this rank in the joined batch, in the order of the ranks."""
-        start = sum(self.rows[: self.rank])
-        return slice(start, start + self.rows[self.rank])
-
-    def own_first(self, parts: list[Tensor]) -> list[Tensor]:
-        """Reorder the parts of the ranks, so that this rank's comes first."""
-        return [parts[self.rank], *parts[: self.rank], *parts[self.rank + 1 :]]
-
-    def gather_constant(self, x: Tensor) -> Tensor:
-        """The joined rows of a tensor, of which only those of this rank have a gradient."""
-        with torch.no_grad():
-            parts = gather_rows(x, self.rows)
-        parts[self.rank] = x
-        return torch.cat(parts)
-
-    def in_order(self, indices_tuple) -> tuple[Tensor, ...]:
-        """Renumber the rows of a tuple, of which this rank's come first, in the order of the ranks.
-
-        Raises an error on all ranks unless each has a valid tuple over the joined batch.
-        """
-        rows = self.rows if self.ref_rows is None else self.ref_rows
+    def _pairs_of(self, indices_tuple) -> tuple[Tensor, ...]:
+        """The pairs of this rank's queries; raises on all ranks unless each has a valid tuple."""
+        ref_rows = self.rows if self.ref_rows is None else self.ref_rows
         error = None
         try:
-            check_tuple(indices_tuple, sum(self.rows), sum(rows))
+            check_tuple(indices_tuple, sum(self.rows), sum(ref_rows))
         except (TypeError, ValueError) as caught:
             error = caught
         is_bad = torch.tensor(error is not None, dtype=torch.int64, device=self.device)
         _raise_if_any(error, _gather(is_bad).tolist())
-        indices_tuple = [plain(x).to(self.device, torch.int64) for x in indices_tuple]
-        anchors = anchors_of(indices_tuple)
-        orders = self._own_first_order(self.rows), self._own_first_order(rows)
-        return tuple(orders[i not in anchors][x] for i, x in enumerate(indices_tuple))
+        given = [plain(x).to(self.device, torch.int64) for x in indices_tuple]
+        found = select_pairs(given, lambda a, _: a < self.rows[self.rank])
+        anchors, order = anchors_of(found), self.own_first(ref_rows)
+        return tuple(x if i in anchors else order[x] for i, x in enumerate(found))
+
+    @property
+    def own_rows(self) -> slice:
+        """Rows of this rank in the joined batch."""
+        start = sum(self.rows[: self.rank])
+        return slice(start, start + self.rows[self.rank])
+
+    def own_first(self, rows: list[int]) -> Tensor:
+        """Where in the joined rows those of this rank are, and then those of the others, int64."""
+        parts = list(torch.arange(sum(rows), device=self.device).split(rows))
+        return torch.cat([parts.pop(self.rank), *parts])
+
+    def gather_constant(self, x: Tensor) -> Tensor:
+        """The joined rows of a tensor, of which only those of this rank have a gradient."""
+        with torch.no_grad():
+            joined = gather_rows(x, self.rows)
+        joined[self.own_rows] = x
+        return joined
 
     def own_pairs(self, indices_tuple) -> tuple[Tensor, ...]:
-        """The pairs or triplets of the queries of this rank, which are then numbered from 0."""
+        """The pairs or triplets of this rank's queries among all, numbered like `pairs`."""
         own = self.own_rows
-        is_own = torch.zeros(sum(self.rows), dtype=torch.bool, device=self.device)
-        is_own[own] = True
-        found = of_queries(indices_tuple, is_own)
+        found = select_pairs(indices_tuple, lambda a, _: (a >= own.start) & (a < own.stop))
         anchors = anchors_of(found)
         return tuple(x - own.start if i in anchors else x for i, x in enumerate(found))
 
-    def gather_pairs(self, indices_tuple) -> tuple[Tensor, ...]:
-        """Gather the `own_pairs` of all ranks; pairs if some rank has pairs, or else triplets."""
-        anchors = anchors_of(indices_tuple)
-        found = [x + self.own_rows.start * (i in anchors) for i, x in enumerate(indices_tuple)]
-        numbers = [len(found), len(found[0]), len(found[-1])]
-        numbers = _gather(torch.tensor(numbers, device=self.device)).tolist()
+    def gather_pairs(self) -> tuple[Tensor, ...]:
+        """Gather the `pairs` of all ranks; pairs if some rank has pairs, or else triplets."""
+        a, p, a2, n = lmu.convert_to_pairs(self.pairs, None)
+        numbers = torch.tensor([len(self.pairs), len(a), len(n)], device=self.device)
+        numbers, start = _gather(numbers).tolist(), self.own_rows.start
+        positive = torch.stack((a + start, p), dim=1)
+        positive = gather_rows(positive, [number for _, number, _ in numbers])
+        negative = torch.stack((a2 + start, n), dim=1)
+        negative = gather_rows(negative, [number for *_, number in numbers])
+        # A rank that has no triplets may have an empty tuple of pairs.
         if any(kind == 4 and first + last > 0 for kind, first, last in numbers):
-            a, p, a2, n = found if len(found) == 4 else (*found[:2], found[0], found[2])
-            groups = [((a, p), 1), ((a2, n), 2)]
-        else:  # no rank has pairs, but one that has no triplets may have an empty tuple of pairs
-            groups = [(found[:3], 1)]
-        gathered = []
-        for group, i in groups:
-            rows = gather_rows(torch.stack(group, dim=1), [number[i] for number in numbers])
-            gathered += torch.cat(rows).unbind(dim=1)
-        return tuple(gathered)
-
-    def _own_first_order(self, rows: list[int]) -> Tensor:
-        """Where the rows are in the order of the ranks, if those of this rank come first."""
-        order = list(torch.arange(sum(rows), device=self.device).split(rows))
-        return torch.cat(self.own_first(order))
+            return *positive.unbind(dim=1), *negative.unbind(dim=1)
+        return *positive.unbind(dim=1), negative[:, 1]
 
 
 def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
@@ -163,7 +152,7 @@ def _raise_if_any(error: Exception | None, is_bad: list[int]) -> None:
     if error is not None:
         raise error
     if any(is_bad):
-        rank = [bool(bad) for bad in is_bad].index(True)
+        rank = is_bad.index(1)
         raise RuntimeError(f"bad arguments on rank {rank}; the error there says which")
 
 
@@ -179,8 +168,8 @@ def with_gradient(x: Tensor, is_needed: bool) -> Tensor:
     return x.detach().requires_grad_() if is_needed and not x.requires_grad else x
 
 
-def gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
-    """Gather tensors with `rows[rank]` rows, in the order of the ranks.
+def gather_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Join the tensors of the ranks, which have `rows[rank]` rows.
 
     It is differentiable: the gradient of x is the sum of those of the ranks.
     """
@@ -189,16 +178,24 @@ def gather_rows(x: Tensor, rows: list[int]) -> list[Tensor]:
     if missing:
         x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     gathered = _Gather.apply(x) if longest else x.unsqueeze(0).expand(len(rows), *x.shape)
-    return [part[:number] for part, number in zip(gathered, rows, strict=True)]
+    return torch.cat([part[:number] for part, number in zip(gathered, rows, strict=True)])
 
 
-def _part(embeddings, labels, ref_emb, ref_labels, mask, has_tuple: bool) -> _Part:
-    """Describe the arguments of this rank."""
-    given = [x is not None for x in (labels, ref_emb, ref_labels, mask)] + [has_tuple]
+def _checked_part(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask) -> _Part:
+    """Check and describe the arguments of this rank."""
+    # The tuple is over the joined batch, whose size is not known yet.
+    any_tuple = None if indices_tuple is None else NO_TRIPLETS
+    check_inputs(embeddings, labels, any_tuple, ref_emb, ref_labels)
+    for name, given in (("labels", labels), ("ref_labels", ref_labels)):
+        if given is not None:
+            check_in_int64(name, given)
+    if mask is not None:
+        check_enqueue_mask(mask, len(embeddings))
     if embeddings.dtype not in DTYPES:
         raise TypeError(f"embeddings must be of one of {DTYPES}, got {embeddings.dtype}")
+    optional = enumerate((labels, ref_emb, ref_labels, mask, indices_tuple))
     return _Part(
-        given=sum(is_given << bit for bit, is_given in enumerate(given)),
+        given=sum((x is not None) << bit for bit, x in optional),
         rows=len(embeddings),
         size=embeddings.shape[1],
         dtype=DTYPES.index(embeddings.dtype),

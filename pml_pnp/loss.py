@@ -1,7 +1,6 @@
 """PNPLoss, a loss function of pytorch-metric-learning (PML)."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -141,9 +140,7 @@ class PNPLoss(BaseMetricLossFunction):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_hyperparameters(
-            b=b, alpha=alpha, anneal=anneal, variant=variant, include_self=include_self
-        )
+        check_hyperparameters(b, alpha, anneal, variant, include_self)
         check_chunk_size(chunk_size, or_none=True)
         for name in ("reducer", "embedding_regularizer"):
             check_part(name, kwargs.get(name))
@@ -201,7 +198,7 @@ class PNPLoss(BaseMetricLossFunction):
         dtype = at_least_float32(embeddings.dtype)
         device = embeddings.device.type
         autocast = is_autocast_on(device)
-        with autocast_off(device) if autocast else nullcontext():
+        with autocast_off(device):
             references = () if ref_emb is None else (plain(ref_emb).to(dtype), ref_labels)
             loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)
         if isinstance(loss, Tensor) and not autocast:
@@ -222,14 +219,9 @@ class PNPLoss(BaseMetricLossFunction):
         # PML's own losses recognize the batch as its own references by identity, too.
         is_own = ref_emb is None or (ref_emb is embeddings and ref_labels is labels)
         references = None if is_own else ref_emb  # in PML 0.9 always None
+        hyperparameters = self.b, self.alpha, self.anneal, self.variant, self.include_self
         settings = Settings.checked(
-            b=self.b,
-            alpha=self.alpha,
-            anneal=self.anneal,
-            variant=self.variant,
-            include_self=self.include_self,
-            is_inverted=self.distance.is_inverted,
-            dtype=embeddings.dtype,
+            *hyperparameters, is_inverted=self.distance.is_inverted, dtype=embeddings.dtype
         )
         check_chunk_size(self.chunk_size, or_none=True)
         n, m = embeddings.shape[0], (embeddings if is_own else references).shape[0]

@@ -20,7 +20,7 @@ from pml_pnp.loss import PNPLoss as PNPLoss  # "as" makes it public to type chec
 from pml_pnp.memory import CrossBatchMemory as CrossBatchMemory
 from pml_pnp.memory import with_pnp_loss
 from pml_pnp.sums import TakesSums as _TakesSums
-from pml_pnp.sums import call as _call
+from pml_pnp.sums import add_up as _add_up
 
 __all__ = [name for name in vars(_pml) if not name.startswith("_")]
 if "PNPLoss" not in __all__:
@@ -34,7 +34,8 @@ class SelfSupervisedLoss(_pml.SelfSupervisedLoss, _TakesSums):
 
     def forward(self, embeddings, ref_emb):
         """Compute the loss of embeddings and their views, (N, d) each."""
-        return _call(self.loss, *self.loss_arguments(embeddings, ref_emb))
+        arguments = self.loss_arguments(embeddings, ref_emb)
+        return _add_up(self.loss, lambda part: part.value(*arguments))
 
     def loss_arguments(self, embeddings, ref_emb) -> tuple:
         """Return the arguments to call the loss with; a row and its view have the same label."""

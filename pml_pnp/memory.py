@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs
+from pml_pnp.checks import check_enqueue_mask, check_in_int64, check_inputs, check_tuple
 from pml_pnp.distances import has_global_hooks, is_unmodified
 from pml_pnp.loss import PNPLoss
 from pml_pnp.mining import mine, without_self_pairs
@@ -130,13 +130,9 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
         """Write embeddings and labels over the oldest ones of the queue."""
         self._check_fits(batch_size)
-        end = self.queue_idx + batch_size
-        places = torch.arange(self.queue_idx, end, device=labels.device)
-        self.curr_batch_idx = places % self.memory_size
-        self.embedding_memory[self.curr_batch_idx] = embeddings.detach()
-        self.label_memory[self.curr_batch_idx] = labels.detach()
-        self.queue_idx = end % self.memory_size
-        self.has_been_filled = self.has_been_filled or end >= self.memory_size
+        is_filled = self.has_been_filled or self.queue_idx + batch_size >= self.memory_size
+        super().add_to_memory(embeddings, labels, batch_size)
+        self.has_been_filled = is_filled  # PML takes an empty batch for one that fills the queue
 
     def create_indices_tuple(
         self,
@@ -151,19 +147,15 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         """Make pairs or triplets by `miner`, or by that of the memory, or else all pairs."""
         miner = self.miner if miner is None else miner
         columns = self.curr_batch_idx if do_remove_self_comparisons else None
-        if len(labels) == 0 or len(L_mem) == 0:  # some miners fail with empty tensors
-            indices_tuple = tuple(self.curr_batch_idx.new_empty(0) for _ in range(4))
-        elif miner is not None:
+        if miner is not None:
             indices_tuple = mine(miner, embeddings, labels, E_mem, L_mem, columns)
         else:
             indices_tuple = without_self_pairs(lmu.get_all_pairs_indices(labels, L_mem), columns)
         if input_indices_tuple is None:
             return indices_tuple
-        if len(indices_tuple) == 4:
-            given = lmu.convert_to_pairs(input_indices_tuple, labels)
-        else:
-            given = lmu.convert_to_triplets(input_indices_tuple, labels)
-        return c_f.concatenate_indices_tuples(indices_tuple, without_self_pairs(given, columns))
+        convert = lmu.convert_to_pairs if len(indices_tuple) == 4 else lmu.convert_to_triplets
+        given = without_self_pairs(convert(input_indices_tuple, labels), columns)
+        return c_f.concatenate_indices_tuples(indices_tuple, given)
 
     def _lists_pairs(self, loss) -> bool:
         """Whether a loss gets a list of pairs or triplets, and not the positions of the batch."""
@@ -193,9 +185,8 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
         if indices_tuple is not None:
             if enqueue_mask is not None:
                 raise ValueError("expected indices_tuple or enqueue_mask, got both")
-            size = self.memory_size if self.has_been_filled else self.queue_idx + len(embeddings)
-            rows, row_labels = self.embedding_memory[:size], self.label_memory[:size]
-            check_inputs(embeddings, labels, indices_tuple, rows, row_labels)
+            filled = self.memory_size if self.has_been_filled else self.queue_idx + len(embeddings)
+            check_tuple(indices_tuple, len(embeddings), min(filled, self.memory_size))
         if enqueue_mask is not None:
             check_enqueue_mask(enqueue_mask, len(embeddings))
         self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))

@@ -1,6 +1,7 @@
 """Pairs and triplets of queries among references that hold a copy of each query."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -27,6 +28,8 @@ def mine(miner, queries, labels, references, ref_labels, columns: Tensor | None)
     Returns:
         pairs or triplets, as the miner returns them
     """
+    if len(queries) == 0 or len(references) == 0:  # some miners fail with empty tensors
+        return tuple(torch.empty(0, dtype=torch.int64, device=queries.device) for _ in range(4))
     found = miner(queries, labels, references, ref_labels)
     kept = without_self_pairs(found, columns)
     if len(kept[0]) == len(found[0]):
@@ -47,7 +50,7 @@ def mine(miner, queries, labels, references, ref_labels, columns: Tensor | None)
     is_still_shown = len(again[0]) < number
     again = [rows[x] if i in anchors_of(again) else x for i, x in enumerate(again)]
     lost.zero_()[rows] = True
-    kept = c_f.concatenate_indices_tuples(of_queries(kept, ~lost), again)
+    kept = c_f.concatenate_indices_tuples(select_pairs(kept, lambda a, _: ~lost[a]), again)
     if is_still_shown and len(kept[0]) == 0:
         warnings.warn(
             f"{type(miner).__name__} chooses for every query its own copy among the references, "
@@ -65,22 +68,17 @@ def without_self_pairs(indices_tuple, columns: Tensor | None):
     """
     if columns is None:
         return indices_tuple
+    return select_pairs(indices_tuple, lambda a, reference: columns[a] != reference)
+
+
+def select_pairs(indices_tuple, is_kept: Callable[[Tensor, Tensor], Tensor]):
+    """Keep the pairs where `is_kept(queries, references)` is true, or triplets of such pairs."""
     if len(indices_tuple) == 3:
         a, p, n = indices_tuple
-        keep = (columns[a] != p) & (columns[a] != n)
+        keep = is_kept(a, p) & is_kept(a, n)
         return a[keep], p[keep], n[keep]
     a1, p, a2, n = indices_tuple
-    keep1, keep2 = columns[a1] != p, columns[a2] != n
-    return a1[keep1], p[keep1], a2[keep2], n[keep2]
-
-
-def of_queries(indices_tuple, is_query: Tensor):
-    """Return the pairs or triplets of the queries where `is_query`, (N,) bool, is true."""
-    if len(indices_tuple) == 3:
-        keep = is_query[indices_tuple[0]]
-        return tuple(x[keep] for x in indices_tuple)
-    a1, p, a2, n = indices_tuple
-    keep1, keep2 = is_query[a1], is_query[a2]
+    keep1, keep2 = is_kept(a1, p), is_kept(a2, n)
     return a1[keep1], p[keep1], a2[keep2], n[keep2]
 
 

@@ -16,7 +16,6 @@ class Relation(NamedTuple):
     columns: Tensor  # (K,) int64, columns of the similarity matrix, which are references
     start: Tensor  # (N,) int64
     number: Tensor  # (N,) int64, of positives in `columns`
-    counted: Tensor  # (N,) bool, whether the query has a positive besides itself
     not_negative: Tensor | None  # (N, M) bool, or None if all but the positives are negatives
     query_column: Tensor | None  # (N,) int64, the column of each query itself; None if it has none
 
@@ -31,8 +30,7 @@ class Relation(NamedTuple):
         ordered, columns = ref_labels.sort(stable=True)
         start = torch.searchsorted(ordered, labels)
         number = torch.searchsorted(ordered, labels, right=True).sub_(start)
-        counted = number > (0 if query_column is None else 1)
-        return Relation(columns, start, number, counted, None, query_column)
+        return Relation(columns, start, number, None, query_column)
 
     @staticmethod
     def from_masks(
@@ -44,13 +42,19 @@ class Relation(NamedTuple):
             positive_mask = positive_mask.scatter(1, query_column.unsqueeze(1), True)
             not_negative.scatter_(1, query_column.unsqueeze(1), True)
         number = positive_mask.sum(dim=1)
-        counted = number > (0 if query_column is None else 1)
         columns = positive_mask.nonzero()[:, 1].contiguous()
         start = number.cumsum(0) - number
-        return Relation(columns, start, number, counted, not_negative, query_column)
+        return Relation(columns, start, number, not_negative, query_column)
+
+    @property
+    def counted(self) -> Tensor:
+        """Whether each query has a positive besides itself, and thus counts, (N,) bool."""
+        return self.number > (0 if self.query_column is None else 1)
 
     def of(self, rows: slice) -> "Relation":
         """Return the relation of the queries in `rows`."""
+        if rows.stop - rows.start == self.start.shape[0]:
+            return self
         columns, *of_queries = self
         return Relation(columns, *(None if x is None else x[rows] for x in of_queries))
 
@@ -61,38 +65,38 @@ class Relation(NamedTuple):
         low, high = self.number.aminmax()
         return int(low), int(high)
 
-    def positives(self, rows: slice, smallest: int, width: int) -> Tensor:
-        """Columns of the positives of the queries in `rows`, (rows, width); sizes as of `sizes`.
+    def positives(self, smallest: int, width: int) -> Tensor:
+        """Columns of the positives of each query, (N, width); the result of `sizes` is given.
 
         Shorter lists are padded with their last column, empty ones with arbitrary columns.
         """
         place = torch.arange(width, device=self.start.device)
         if smallest < width:
-            place = torch.minimum(place, (self.number[rows] - 1).clamp_(min=0).unsqueeze(1))
-        place = place + self.start[rows].unsqueeze(1)
+            place = torch.minimum(place, (self.number - 1).clamp_(min=0).unsqueeze(1))
+        place = place + self.start.unsqueeze(1)
         if smallest == 0:
             place.clamp_(max=max(0, len(self.columns) - 1))
         return self.columns.take(place) if width else place
 
-    def used(self, rows: slice, index: Tensor, with_query: bool) -> Tensor:
-        """Which entries of `index`, the result of `positives`, enter the loss, (rows, width) bool.
+    def used(self, index: Tensor, with_query: bool) -> Tensor:
+        """Which entries of `index`, the result of `positives`, enter the loss, (N, width) bool.
 
         Padding and queries that do not count do not, and the query itself only `with_query`.
         """
-        number = (self.number[rows] * self.counted[rows]).unsqueeze(1)
+        number = (self.number * self.counted).unsqueeze(1)
         used = torch.arange(index.shape[1], device=index.device) < number
         if self.query_column is not None and not with_query:
-            used.logical_and_(index != self.query_column[rows].unsqueeze(1))
+            used.logical_and_(index != self.query_column.unsqueeze(1))
         return used
 
-    def fill_non_negatives_(self, x: Tensor, rows: slice, index: Tensor, value: float) -> None:
-        """Set x (rows, M) to `value` if not a negative; `index` is the result of `positives`."""
+    def fill_non_negatives_(self, x: Tensor, index: Tensor, value: float) -> None:
+        """Set x (N, M) to `value` if not a negative; `index` is the result of `positives`."""
         if self.not_negative is not None:
-            x.masked_fill_(self.not_negative[rows], value)
+            x.masked_fill_(self.not_negative, value)
         elif self.query_column is not None:
             x.scatter_(1, index, value)
         else:  # the columns of a query without positives are arbitrary, and keep their values
-            has_positives = (self.number[rows] > 0).unsqueeze(1)
+            has_positives = (self.number > 0).unsqueeze(1)
             values = x.detach().gather(1, index).masked_fill_(has_positives, value)
             x.scatter_(1, index, values)
 
@@ -118,7 +122,7 @@ class Pairs:
         self, labels, indices_tuple, ref_labels, n: int, m: int, is_own_reference: bool, device
     ) -> None:
         """Take the arguments of a PML loss, with n queries and m references."""
-        self._n, self._m = n, m
+        self._m = m
         self._query_column = self._by_labels = self._tuple = None
         if is_own_reference:
             self._query_column, ref_labels = torch.arange(n, device=device), labels
@@ -133,8 +137,7 @@ class Pairs:
     def of(self, rows: slice) -> Relation:
         """Return the relation of the queries in `rows`."""
         if self._by_labels is not None:
-            is_whole = rows.stop - rows.start == self._n
-            return self._by_labels if is_whole else self._by_labels.of(rows)
+            return self._by_labels.of(rows)
         anchors, positives, *rest = self._tuple
         negative_anchors, negatives = rest if len(rest) == 2 else (anchors, *rest)
         column = None if self._query_column is None else self._query_column[rows]

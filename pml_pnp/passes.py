@@ -24,7 +24,8 @@ class Passes:
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any]):
-        if any(isinstance(m, torch.jit.ScriptModule) and _is_trained(m) for m in model.modules()):
+        scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+        if any(p.requires_grad for m in scripted for p in m.parameters()):
             raise TypeError(
                 "GradCache cannot train a TorchScript module, which saves other tensors for the "
                 "backward pass when it is called again: wrap the module that it was made of"
@@ -161,10 +162,6 @@ class _Chunk:
                 f"{self.start} to {self.start + self.count - 1}. The gradient would be wrong."
                 f"\n\n{error}\n\n{_REASONS}"
             ) from None
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
 
 
 _REASONS = """The usual reasons are

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.losses.base_loss_wrapper import BaseLossWrapper
-from pytorch_metric_learning.losses.cross_batch_memory import CrossBatchMemory
 from torch import Tensor
 
 from pml_pnp.distances import is_unmodified
@@ -18,6 +17,12 @@ class Part(NamedTuple):
     loss: torch.nn.Module
     weight: float | Tensor = 1  # of its value
     miner: torch.nn.Module | None = None  # whose pairs or triplets it gets
+
+    def value(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
+        """Call the loss, after its miner if it has one."""
+        if self.miner is not None:
+            indices_tuple = self.miner(embeddings, labels, ref_emb, ref_labels)
+        return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 def parts_of(loss: torch.nn.Module) -> list[Part]:
@@ -70,35 +75,8 @@ def check_miners(parts: list[Part], has_pairs: bool) -> None:
         )
 
 
-def check_memories(loss: torch.nn.Module, *others) -> None:
-    """Raise ValueError if a CrossBatchMemory of a sum would get more than embeddings and labels."""
-    if (
-        isinstance(loss, MultipleLosses)
-        and any(x is not None for x in others)
-        and any(isinstance(part.loss, CrossBatchMemory) for part in parts_of(loss))
-    ):
-        raise ValueError(
-            "a CrossBatchMemory in a MultipleLosses takes neither indices_tuple, ref_emb nor "
-            "ref_labels here, got one"
-        )
-
-
 def add_up(loss: torch.nn.Module, value_of: Callable[[Part], Tensor]) -> Tensor:
     """Return the sum of the weighted values of the parts of a loss."""
     if not isinstance(loss, MultipleLosses):
         return value_of(Part(loss))
     return sum(value_of(part) * part.weight for part in parts_of(loss))
-
-
-def call(loss, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-    """Call a loss with references, which MultipleLosses itself does not take."""
-    check_miners(parts_of(loss), indices_tuple is not None)
-    check_memories(loss, indices_tuple, ref_emb, ref_labels)
-
-    def value_of(part: Part) -> Tensor:
-        pairs = indices_tuple
-        if part.miner is not None:
-            pairs = part.miner(embeddings, labels, ref_emb, ref_labels)
-        return part.loss(embeddings, labels, pairs, ref_emb, ref_labels)
-
-    return add_up(loss, value_of)

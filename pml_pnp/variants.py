@@ -16,12 +16,9 @@ from torch import Tensor
 class Variant(NamedTuple):
     """One row of the table of variants."""
 
-    f: Callable[[Tensor, float, float], Tensor]
-    """f(R, alpha, b), elementwise."""
-    derivative: Callable[[Tensor, float, float], Tensor]
-    """f'(R), with the same arguments."""
-    equation: int | None
-    """Number of the equation in the paper; None for an f that is not in the paper."""
+    f: Callable[[Tensor, float, float], Tensor]  # f(R, alpha, b), elementwise
+    derivative: Callable[[Tensor, float, float], Tensor]  # f'(R), with the same arguments
+    equation: int | None  # number of the equation in the paper, or None
 
 
 def _bounded(r: Tensor, b: float) -> Tensor:

@@ -90,7 +90,7 @@ def losses_and_gradient(
         factor = (scale * share).unsqueeze(1)
     buffers = None
     for rows, columns in blocks(n, m, width + has_self, block_entries(s.device)):
-        part = s[rows]
+        part, block = s[rows], relation.of(rows)
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(part.shape), s.new_empty(part.numel() * columns[0].stop)
         x = buffers[0][: len(part)]
@@ -105,13 +105,13 @@ def losses_and_gradient(
             torch.sub(part, middle, out=x).mul_(-scale).exp_()
             t_self = (t_self - middle).mul_(-scale).exp_() if has_self else None
             ranked_last, ranked_first = INF, 0.0
-        index = relation.positives(rows, smallest, width)
+        index = block.positives(smallest, width)
         t = x.gather(1, index)
-        relation.fill_non_negatives_(x, rows, index, ranked_last)
+        block.fill_non_negatives_(x, index, ranked_last)
         if not uniform:
-            t.masked_fill_(~relation.used(rows, index, with_query), ranked_first)
+            t.masked_fill_(~block.used(index, with_query), ranked_first)
         if has_self:
-            t_self = t_self.masked_fill(~relation.counted[rows].unsqueeze(1), ranked_first)
+            t_self = t_self.masked_fill(~block.counted.unsqueeze(1), ranked_first)
             t = torch.cat([t, t_self], dim=1)
         grad_of_rows = grad_s[rows] if with_gradient else None
         weight = factor if uniform else factor[rows]

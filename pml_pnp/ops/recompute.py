@@ -76,9 +76,8 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(call, queries, references, *parameters):  # noqa: D102
-        chunks = []
-        for rows in blocks_of(queries, call.chunk_size):
-            chunks.append(call.function(rows, queries, references))
+        blocks = blocks_of(queries, call.chunk_size)
+        chunks = [call.function(rows, queries, references) for rows in blocks]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
     @staticmethod

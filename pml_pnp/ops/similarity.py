@@ -134,7 +134,6 @@ def _losses_and_gradient(
     columns: Tensor,
     start: Tensor,
     number: Tensor,
-    counted: Tensor,
     not_negative: Optional[Tensor],  # noqa: UP045
     query_column: Optional[Tensor],  # noqa: UP045
     scale: float,
@@ -143,7 +142,7 @@ def _losses_and_gradient(
     b: float,
     include_self: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    relation = Relation(columns, start, number, counted, not_negative, query_column)
+    relation = Relation(columns, start, number, not_negative, query_column)
     settings = Settings(scale, variant, alpha, b, include_self)
     return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
 
@@ -158,15 +157,15 @@ def differentiable_losses(
     s: Tensor, self_similarity: Tensor | None, relation: Relation, settings: Settings
 ) -> Tensor:
     """Compute `query_losses` by operations that autograd differentiates."""
-    rows, with_query = slice(0, len(s)), settings.include_self and self_similarity is None
-    index = relation.positives(rows, *relation.sizes())
-    t, used = s.gather(1, index), relation.used(rows, index, with_query)
+    index = relation.positives(*relation.sizes())
+    t = s.gather(1, index)
+    used = relation.used(index, settings.include_self and self_similarity is None)
     if self_similarity is not None:
         t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
         used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
     t = t.masked_fill(~used, 0)
     s = s.clone()
-    relation.fill_non_negatives_(s, rows, index, -eager.INF if settings.scale > 0 else eager.INF)
+    relation.fill_non_negatives_(s, index, -eager.INF if settings.scale > 0 else eager.INF)
     r = eager.NegativesBefore.apply(s, t, settings.scale)
     # Unused entries get R = 1, where every f and its derivatives are finite, and no gradient.
     r = r.masked_fill(~used, 1)
@@ -181,12 +180,11 @@ def ranking_counts(s: Tensor, relation: Relation, is_inverted: bool) -> Tensor:
     The counts are summed over all queries, so that those of blocks of queries add up, and leave out
     the queries themselves; (COUNTS,), dtype of `s`.
     """
-    rows = slice(0, len(s))
-    index = relation.positives(rows, *relation.sizes())
-    used = relation.used(rows, index, False)
+    index = relation.positives(*relation.sizes())
+    used = relation.used(index, False)
     s = s.clone() if is_inverted else -s
     t = s.gather(1, index)
-    relation.fill_non_negatives_(s, rows, index, -eager.INF)
+    relation.fill_non_negatives_(s, index, -eager.INF)
     not_before = torch.searchsorted(s.sort(dim=1)[0], t, right=True)
     count = (s.shape[1] - not_before).masked_fill_(~used, 0)
     return torch.stack([count.sum(), (count > 0).sum(), used.sum()]).to(s.dtype)
