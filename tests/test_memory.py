@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import IS_TORCH_2_4, batch, value_and_grad
+from helpers import IS_TORCH_2_4, batch, expected_mean, value_and_grad
 from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -83,8 +83,11 @@ def test_a_mask_that_enqueues_nothing_does_not_fill_the_memory(loss, miner, devi
     assert value == 0 and grad.eq(0).all() and not ours.has_been_filled
     ours(x, y)
     first = copy.deepcopy(ours)
-    ours(x, y, enqueue_mask=nothing)
+    value = ours(x, y, enqueue_mask=nothing)
     assert not ours.has_been_filled and ours.queue_idx == 24
+    if loss is None and miner is None:
+        expected = expected_mean(x, y, ref_emb=x, ref_labels=y, variant="Ds", anneal=0.1)
+        assert value.item() == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(first.state_dict(), ours.state_dict())
 
 
