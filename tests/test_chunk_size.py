@@ -15,10 +15,7 @@ CALLS = {
     "pairs": lambda x, y, ref, ref_y: (x, None, lmu.get_all_pairs_indices(y)),
     "triplets": lambda x, y, ref, ref_y: (x, y, lmu.get_all_triplets_indices(y)),
     "pairs of references": lambda x, y, ref, ref_y: (
-        x,
-        None,
-        lmu.get_all_pairs_indices(y, ref_y),
-        ref,
+        *(x, None, lmu.get_all_pairs_indices(y, ref_y), ref),
     ),
 }
 
@@ -42,7 +39,10 @@ def stepwise(loss_func, args, twice):
 @pytest.mark.parametrize("name", ["cosine", "lp", "snr", "user's own, learning"])
 @pytest.mark.parametrize("kind", CALLS)
 def test_chunks_give_what_the_whole_batch_gives(kind, name, include_self, collect_stats, device):
-    """Also the gradients of parameters of the distance and the variant."""
+    """Also statistics, second derivatives, and gradients of parameters of distance and variant.
+
+    tests/test_properties.py has chunks of other sizes.
+    """
     x, y = batch(n=12, dtype=torch.float64, device=device)
     ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
     args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)
@@ -50,15 +50,13 @@ def test_chunks_give_what_the_whole_batch_gives(kind, name, include_self, collec
         distance=DISTANCES[name](), variant=Scale() if collect_stats else "Ds", anneal=0.3,
         include_self=include_self, collect_stats=collect_stats,
     ).to(device, torch.float64)  # fmt: skip
-    found = []
-    for loss_func.chunk_size in (None, 1, 5):
-        found.append(stepwise(loss_func, args, twice=name != "lp"))
-    (whole, stats), *chunks = found
+    whole, stats = stepwise(loss_func, args, twice=name != "lp")
+    loss_func.chunk_size = 5
+    got, got_stats = stepwise(loss_func, args, twice=name != "lp")
     assert all(x.abs().max() > 1e-6 for x in whole)
+    torch.testing.assert_close(got, whole, rtol=1e-7, atol=1e-9)
     assert (stats.get("negatives_before_positive", 0) > 0) is collect_stats
-    for got, got_stats in chunks:
-        torch.testing.assert_close(got, whole, rtol=1e-7, atol=1e-9)
-        assert got_stats == stats
+    assert got_stats == stats
 
 
 class Cooling(torch.nn.Module):
@@ -103,18 +101,11 @@ def test_derivatives_are_those_of_what_was_given_whatever_becomes_of_it(distance
     torch.testing.assert_close(grads[2:], grads[:2])
 
 
-@pytest.mark.parametrize(
-    "distance",
-    [
-        distances.LpDistance(),
-        distances.CosineSimilarity(),
-        distances.DotProductSimilarity(normalize_embeddings=False),
-    ],
-)
+@pytest.mark.parametrize("distance", ["lp", "cosine", "dot"])
 def test_embeddings_changed_before_backward_are_an_error(distance):
     x, y = batch()
     embeddings = x.requires_grad_() * 1
-    loss = PNPLoss(chunk_size=5, distance=distance)(embeddings, y)
+    loss = PNPLoss(chunk_size=5, distance=DISTANCES[distance]())(embeddings, y)
     embeddings.detach().mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import IS_TORCH_2_4, batch
+from helpers import IS_TORCH_2_4, batch, value_and_grad
 from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,12 +20,6 @@ def _nothing_is_compiled():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def value_and_grad(loss_func, x, *args):
-    x = x.detach().clone().requires_grad_()
-    loss = loss_func(x, *args)
-    return loss.detach(), *torch.autograd.grad(loss, x)
 
 
 def assert_equal(compiled, loss_func, *args):
@@ -81,15 +75,14 @@ def test_from_the_second_batch_size_on_nothing_is_compiled_anew(make):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss_func, backend=graphs)
     counts = []
-    for n in (24, 24, 32, 40, 27):
+    for n in (24, 24, 32, 27):
         x, y = batch(n=n)
         assert_equal(compiled, loss_func, x, y, None if make is None else make(y))
         counts.append(graphs.frame_count)
-    first, again, second, *later = counts
+    first, again, second, third = counts
     if make is None and TRACES_PML:
         assert (first, second) == (1, 2)
-    assert first == again
-    assert later == [second] * 2
+    assert first == again and second == third
 
 
 def test_chunks_compile_with_a_break_in_the_graph():
@@ -110,9 +103,9 @@ def test_the_position_of_a_memory_compiles_nothing_anew():
     for _ in range(2):
         memories.append(losses.CrossBatchMemory(PNPLoss(anneal=0.1), 8, memory_size=100))
     counts = []
-    for _ in range(12):
+    for _ in range(6):
         x, y = batch()
         torch.testing.assert_close(compiled(memories[0], x, y), step(memories[1], x, y))
         counts.append(graphs.frame_count)
     assert counts[-1] == counts[0]
-    assert memories[0].queue_idx == memories[1].queue_idx == 88
+    assert memories[0].queue_idx == memories[1].queue_idx == 44

@@ -6,7 +6,6 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from pml_pnp.functional import pnp_loss, ranking_statistics
-from pml_pnp.ops import eager
 
 
 def random_case(n=7, m=11, dtype=torch.float64, device="cpu", scale=0.1):
@@ -30,18 +29,12 @@ def test_gradients_of_first_and_second_order(variant, is_inverted):
 
     def call(s, own):
         return pnp_loss(
-            s,
-            positive_mask=positive,
-            negative_mask=negative,
-            self_similarity=own,
-            variant=variant,
-            anneal=0.1,
+            s, **masks(positive, negative), self_similarity=own, variant=variant, anneal=0.1,
             is_inverted=is_inverted,
-        )[0]
+        )[0]  # fmt: skip
 
     inputs = (s.requires_grad_(), own.requires_grad_())
-    assert gradcheck(call, inputs)
-    assert gradgradcheck(call, inputs)
+    assert gradcheck(call, inputs) and gradgradcheck(call, inputs)
 
 
 def test_a_callable_sees_no_odd_place_in_the_padding():
@@ -72,18 +65,14 @@ def test_a_query_that_does_not_count_is_not_shown_to_the_callable():
 def test_minus_infinity_may_stand_where_the_loss_does_not_look(by):
     labels = torch.tensor([0, 0, 1, 1, 1])
     s = (0.1 * torch.randn(5, 5)).fill_diagonal_(float("-inf")).requires_grad_()
-    if by == "labels":
-        kwargs = {"labels": labels}
-    else:
-        s = s.detach()
-        s[:, 0] = float("-inf")  # the column that padding would point to
-        s.requires_grad_()
+    kwargs = {"labels": labels}
+    if by == "masks":
+        with torch.no_grad():
+            s[:, 0] = float("-inf")  # the column that padding would point to
         same = labels[:, None] == labels
-        same.fill_diagonal_(False)
-        seen = torch.ones(5, 5, dtype=torch.bool)
+        seen = torch.ones(5, 5, dtype=torch.bool).fill_diagonal_(False)
         seen[:, 0] = False
-        different = labels[:, None] != labels
-        kwargs = {"positive_mask": same & seen, "negative_mask": different & seen}
+        kwargs = masks(same & seen, ~same & seen)
     losses, _ = pnp_loss(s, include_self=False, **kwargs)
     losses.sum().backward()
     assert losses.isfinite().all() and s.grad.isfinite().all()
@@ -201,16 +190,3 @@ OF_POSITIVES, OF_NEGATIVES = "positive_mask must be a bool", "negative_mask must
 def test_bad_input_of_ranking_statistics_is_named(args, error, message):
     with pytest.raises(error, match=f"^{message}"):
         ranking_statistics(*args)
-
-
-# --- internals: blocks
-
-
-def test_blocks_cover_every_pair_once():
-    for n, m, p, entries in [(5, 7, 3, 1), (5, 7, 3, 21), (1, 1, 1, 99), (9, 100, 50, 1000)]:
-        seen = torch.zeros(n, p)
-        for rows, columns in eager.blocks(n, m, p, entries):
-            for cols in columns:
-                seen[rows, cols] += 1
-                assert seen[rows, cols].numel() * m <= max(entries, m)
-        assert (seen == 1).all()

@@ -60,15 +60,24 @@ def gradients(model, output, *inputs, cotangent=None):
 # --- values, gradients, memory
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 22, 23, 64])
-def test_value_and_gradients_are_those_of_the_whole_batch(chunk_size):
-    model, x = conv_net(), images().requires_grad_()
+@pytest.mark.parametrize(
+    ("n", "chunk_size", "sizes"),
+    [
+        *((23, 1, [1] * 23), (23, 22, [11, 12]), (65, 64, [32, 33]), (12, 4, [4] * 3)),
+        *((4, 4, [4]), (3, 9, [3]), (0, 4, [0])),
+    ],
+)
+def test_value_and_gradients_are_those_of_the_whole_batch(n, chunk_size, sizes):
+    """Chunks are of nearly equal size; a single one is embedded once."""
+    model, x = conv_net(), images(n).requires_grad_()
     expected = model(x)
+    wanted = gradients(model, expected, x)
+    assert n == 0 or all(g.abs().max() > 1e-3 for g in wanted)
+    seen = rows_seen(model)
     result = GradCache(model, chunk_size)(x)
     torch.testing.assert_close(result, expected)
-    wanted = gradients(model, expected, x)
-    assert all(g.abs().max() > 1e-3 for g in wanted)
     torch.testing.assert_close(gradients(model, result, x), wanted)
+    assert seen == sizes + (sizes[::-1] if len(sizes) > 1 else [])
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -133,30 +142,6 @@ def test_an_output_that_is_a_view_does_not_keep_its_base_alive():
     z = GradCache(FirstToken(), 4)(x)
     assert most == [1, 1, 1]
     torch.testing.assert_close(z, x.sum(2)[:, :1].expand(12, 100))
-
-
-@pytest.mark.parametrize(
-    ("n", "chunk_size", "sizes"),
-    [(65, 64, [32, 33]), (12, 4, [4] * 3), (4, 4, [4]), (3, 9, [3]), (0, 4, [0])],
-)
-def test_chunks_are_of_nearly_equal_size(n, chunk_size, sizes):
-    model = conv_net()
-    seen = rows_seen(model)
-    z = GradCache(model, chunk_size)(images(n))
-    assert seen == sizes and z.shape == (n, 5)
-    z.sum().backward()
-    assert seen == sizes + (sizes[::-1] if len(sizes) > 1 else [])  # a single chunk is kept
-
-
-def test_backward_twice():
-    model, x = batchnorm_net(), images()
-    z = GradCache(model, 6)(x)
-    state = copy.deepcopy(model.state_dict())
-    z.square().sum().backward(retain_graph=True)
-    first = [p.grad.clone() for p in model.parameters()]
-    z.square().sum().backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], [2 * g for g in first])
-    torch.testing.assert_close(model.state_dict(), state)
 
 
 def test_second_derivatives():
@@ -239,44 +224,12 @@ def test_batchnorm_is_as_if_called_on_the_chunks_in_turn(cached):
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
-def test_spectral_normalization_is_as_if_called_on_the_chunks_in_turn():
-    model = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)).double()
-    plain, x = copy.deepcopy(model), torch.randn(12, 6, dtype=torch.float64)
-    z, expected = GradCache(model, 4)(x), in_turn(plain, x, 3)
-    torch.testing.assert_close(z, expected)
-    torch.testing.assert_close(gradients(model, z), gradients(plain, expected))
-    torch.testing.assert_close(model.state_dict(), plain.state_dict())
-
-
-class Sharing(nn.Module):
-    """Two parts count into one buffer, and multiply by it."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.register_buffer("calls", torch.zeros(()))
-        self.part = nn.Module()
-        self.part.register_buffer("calls", self.calls)
-
-    def forward(self, x):
-        self.calls += 1
-        self.part.calls += 1
-        return self.weight * self.calls * x
-
-
-def test_a_buffer_that_two_modules_share():
-    model, x = Sharing(), torch.ones(6, 2)
-    z = GradCache(model, 2)(x)
-    assert torch.equal(z[:, 0], torch.tensor([2.0, 2, 4, 4, 6, 6]))
-    z.sum().backward()
-    assert model.calls is model.part.calls and model.calls == 6 and model.weight.grad == 48
-
-
 class Stateful(nn.Module):
     """Multiplies what `state` makes of the module and its input by a weight.
 
     Attributes:
         buffer, frozen, nothing: a buffer, a frozen parameter, and a buffer that is None at first.
+        shared: a buffer that another module has too.
         calls, generator, numpy: state of other kinds.
     """
 
@@ -288,9 +241,12 @@ class Stateful(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.replaced = nn.Parameter(torch.ones(3))
         self.norm = nn.BatchNorm1d(3)
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
         self.state = state
         self.calls, self.generator, self.numpy = 0, torch.Generator(), np.random.default_rng(0)
         self.double().to(DEVICE)
+        self.register_buffer("shared", torch.zeros((), device=DEVICE))
+        self.norm.register_buffer("shared", self.shared)
 
     def forward(self, x):
         return self.state(self, x) @ self.weight
@@ -344,6 +300,22 @@ def update_or_register(m, x):
     return x - m.late.mul_(0.5).add_(mean)
 
 
+def count_in_two_modules(m, x):
+    m.shared += 1
+    m.norm.shared += 1
+    return x * m.shared.clone()  # which the next chunk changes
+
+
+def checkpointed(use_reentrant):
+    def drop(m, x):
+        def part(x):
+            return nn.functional.dropout(x * m.weight.sum(1), 0.3)
+
+        return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=use_reentrant)
+
+    return drop
+
+
 def renormalize(m, x):
     """Batch Renormalization, without its bounds."""
     mean = m.norm.running_mean.clone()
@@ -358,6 +330,7 @@ REPEATED = {
     "buffer.data": update_in_place("buffer", through_data=True),
     "a longer buffer": grow,
     "another buffer": replace_buffer,
+    "a buffer of two modules": count_in_two_modules,
     "a buffer that was None": update_or_set,
     "a buffer that was not there": update_or_register,
     "frozen parameter": update_in_place("frozen", through_data=False),
@@ -365,12 +338,15 @@ REPEATED = {
     "another parameter": replace_parameter,
     "statistics of BatchNorm": renormalize,
     "statistics that the first chunk skips": lambda m, x: m.norm(x) if x[0, 0] > 0 else 2 * x,
+    "spectral normalization": lambda m, x: m.spectral(x),
+    "checkpoint": checkpointed(use_reentrant=False),
+    "reentrant checkpoint": checkpointed(use_reentrant=True),
 }
 
 
 @pytest.mark.parametrize("state", REPEATED)
 def test_what_a_second_pass_repeats(state):
-    """Also when the model has embedded another batch before the backward pass."""
+    """Also when the model has embedded another batch before the first of two backward passes."""
 
     def seed(number):
         random.seed(number), np.random.seed(number), torch.manual_seed(number)
@@ -379,18 +355,25 @@ def test_what_a_second_pass_repeats(state):
     plain = copy.deepcopy(model)
     batches = torch.randn(2, 12, 3, dtype=torch.float64, device=DEVICE)
     batches[:, ::4, 0] = torch.tensor([-1.0, 1.0, 1.0])  # the first rows of the chunks
-    batches.requires_grad_()
+    inputs = [batches.clone().requires_grad_() for _ in range(2)]
     results = []
-    for forward in (GradCache(model, 4), lambda x: in_turn(plain, x, 3)):
+    for forward, x in zip(
+        (GradCache(model, 4), lambda x: in_turn(plain, x, 3)), inputs, strict=True
+    ):
         seed(0)
-        results.append(torch.cat([forward(x) for x in batches]))
+        results.append(torch.cat([forward(batch) for batch in x]))
     torch.testing.assert_close(*results)
+
+    def backward(i):
+        weight, x = (model, plain)[i].weight, inputs[i]
+        weight.grad = x.grad = None
+        results[i].square().sum().backward(retain_graph=True)
+        return weight.grad, x.grad
+
+    expected = backward(1)
     seed(1)
-    found, expected = (
-        torch.autograd.grad(z.square().sum(), [m.weight, batches])
-        for m, z in zip((model, plain), results, strict=True)
-    )
-    torch.testing.assert_close(found, expected)
+    for _ in range(2):
+        torch.testing.assert_close(found := backward(0), expected)
     assert not torch.allclose(found[1], 0 * found[1])
     # A second pass leaves no trace.
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
@@ -435,44 +418,31 @@ def test_what_a_second_pass_cannot_repeat_is_an_error(state):
     assert model.weight.grad is None  # nothing wrong was added to it
 
 
-def in_place(model, cached, x):
-    z = cached(x)
-    with torch.no_grad():
-        model[4].weight.add_(1)
-    return z
-
-
-def through_data(model, cached, x):
-    z = cached(x)
-    model[4].weight.data.add_(0.1)
-    return z
-
-
-def in_another_mode(model, cached, x):
-    z = cached(x)
-    model.eval()
-    return z
-
-
-def with_other_parameters(model, cached, x):
-    parameters = {name: 2 * p for name, p in model.named_parameters()}
-    return torch.func.functional_call(cached, parameters, x)
-
-
 MODE = "(?s)Sequential again .* the training mode or settings"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_place, "a parameter of Sequential has changed since"),
-        *((x, MODE) for x in (through_data, in_another_mode, with_other_parameters)),
+        (lambda m: nn.init.zeros_(m[4].weight), "a parameter of Sequential has changed since"),
+        (lambda m: m[4].weight.data.add_(0.1), MODE),
+        (lambda m: m.eval(), MODE),
     ],
+    ids=["in place", "through .data", "mode"],
 )
 def test_what_changes_between_the_passes_is_an_error(change, message):
     model = batchnorm_net()
-    z = change(model, GradCache(model, 6), images(24))
+    z = GradCache(model, 6)(images(24))
+    change(model)
     with pytest.raises(RuntimeError, match=message):
+        z.square().sum().backward()
+
+
+def test_parameters_given_to_one_call_are_an_error():
+    model = batchnorm_net()
+    doubled = {name: 2 * p for name, p in model.named_parameters()}
+    z = torch.func.functional_call(GradCache(model, 6), doubled, images(24))
+    with pytest.raises(RuntimeError, match=MODE):
         z.square().sum().backward()
 
 
@@ -515,22 +485,21 @@ def test_rounding_is_no_difference(case, refused):
         z.sum().backward()
 
 
-OTHERS = {
-    "without gradients": (
-        lambda calls, x, z: {"z": z, "target": x * calls, "count": x.argmax(1)},
-        r"output\['target'\]: Tensor-likes",
-    ),
-    "other keys": (
-        lambda calls, x, z: {"z" if calls <= 2 else "z1": z},
-        r"Expected \[\"output\['z'\]\"\], got .*'z1'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_outputs_in_the_second_pass_are_an_error(case):
-    form, message = OTHERS[case]
-
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda n, x, z: {"z": z, "target": x * n, "count": x.argmax(1)},
+            r"output\['target'\]: Tensor-likes",
+        ),
+        (
+            lambda n, x, z: {"z" if n <= 2 else "z1": z},
+            r"Expected \[\"output\['z'\]\"\], got .*'z1'",
+        ),
+    ],
+    ids=["without gradients", "other keys"],
+)
+def test_other_outputs_in_the_second_pass_are_an_error(form, message):
     class Model(nn.Linear):
         calls = 0
 
@@ -578,25 +547,6 @@ def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
     z = GradCache(model, 4)(x)
     with pytest.raises(RuntimeError, match="rows 0 to 3") if size == 500 else nullcontext():
         z.sum().backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoints_inside_of_the_model(use_reentrant):
-    class Checkpointed(nn.Sequential):
-        def forward(self, x):
-            for layer in self:
-                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
-            return x
-
-    model, x = Checkpointed(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2)), torch.randn(9, 3)
-    x.requires_grad_()
-    torch.manual_seed(0)
-    GradCache(model, 3)(x).square().sum().backward()
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    torch.manual_seed(0)
-    in_turn(model, x, 3).square().sum().backward()
-    torch.testing.assert_close(found, [p.grad for p in model.parameters()])
 
 
 def test_uninitialized_layers():
@@ -710,18 +660,12 @@ class BatchEncoding(UserDict):
         self.encodings = "kept"
 
 
-CALLS = {
-    "positional": lambda model, batch: model(batch["input_ids"], batch["attention_mask"]),
-    "keywords": lambda model, batch: model(**batch),
-    "mixed": lambda model, batch: model(batch["input_ids"], attention_mask=batch["attention_mask"]),
-    "others": lambda model, batch: model(**batch, scale=torch.tensor(2.0), name="a"),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_forms_of_inputs(call):
+@pytest.mark.parametrize("positional", [0, 1, 2])
+@pytest.mark.parametrize("others", [{}, {"scale": torch.tensor(2.0), "name": "a"}])
+def test_forms_of_inputs(positional, others):
     model, batch = Encoder(), tokens()
-    expected, result = (CALLS[call](m, batch) for m in (model, GradCache(model, 3)))
+    args = [batch.pop(name) for name in list(batch)[:positional]]
+    expected, result = (m(*args, **batch, **others) for m in (model, GradCache(model, 3)))
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(gradients(model, result), gradients(model, expected))
 
@@ -814,16 +758,14 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_outputs(form):
     model, batch = Encoder(FORMS[form]), tokens()
-    expected, result = (m(**batch) for m in (model, GradCache(model, 3)))
+    outputs = result, expected = [m(**batch) for m in (GradCache(model, 3), model)]
     assert type(result) is type(expected)
     torch.testing.assert_close(result, expected)
     if form in ("ModelOutput", "AttrDict", "dict with attributes"):
         torch.testing.assert_close(result.hidden, expected.hidden)
     if form == "nested":
-        hidden = [output["states"][1][1] for output in (result, expected)]
-    else:
-        is_mapping = isinstance(expected, MutableMapping)
-        hidden = [next(iter(o.values() if is_mapping else o)) for o in (result, expected)]
+        outputs = [output["states"] for output in outputs]
+    hidden = [next(iter(o.values() if isinstance(o, MutableMapping) else o)) for o in outputs]
     torch.testing.assert_close(*(gradients(model, h) for h in hidden))
 
 
@@ -963,7 +905,7 @@ def test_names_are_those_of_the_model():
     assert cached.get_submodule("body.1") is model.body[1]
 
 
-def test_attributes_are_those_of_the_model():
+def test_attributes_modes_and_dtypes_are_those_of_the_model():
     model = Net()
     cached = GradCache(model, 6)
     assert cached.head is model.head and cached.temperature == 3 and cached.module is model
@@ -978,18 +920,12 @@ def test_attributes_are_those_of_the_model():
     assert not hasattr(model, "chunk_size")
     with pytest.raises(AttributeError, match="'Net' object has no attribute 'nothing'"):
         cached.nothing  # noqa: B018
-
-
-def test_modes_devices_and_dtypes_reach_the_model():
-    model = Net()
-    cached = GradCache(model, 6).eval()
-    assert not any(m.training for m in model.modules())
-    cached.train()
-    assert all(m.training for m in model.modules())
     assert cached.float().head.weight.dtype == torch.float32
     assert cached.apply(lambda m: m.requires_grad_(False)) is cached
     assert not any(p.requires_grad for p in model.parameters())
-    assert "chunk_size=6" in repr(cached)
+    assert not any(m.training for m in cached.eval().module.modules())
+    assert all(m.training for m in cached.train().module.modules())
+    assert "chunk_size=2" in repr(cached)
 
 
 @pytest.mark.parametrize(

@@ -271,15 +271,6 @@ def test_rows_that_were_not_loaded_are_no_references(name):
     assert untouched.queue_idx == 12
 
 
-def test_a_state_of_another_size_is_refused():
-    ours = memory(39)
-    with pytest.raises(RuntimeError, match="size mismatch for embedding_memory"):
-        ours.load_state_dict(memory(40).state_dict())
-    assert ours.queue_idx == 0
-    with pytest.raises(RuntimeError, match="embedding_memory"):
-        memory().load_state_dict({})
-
-
 def test_without_a_hook_before_loading_states_of_ours_still_load(monkeypatch):
     """As with torch 2.4."""
     monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
@@ -296,6 +287,8 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing():
     other(x, y / 2)
     with pytest.raises(RuntimeError, match="size mismatch for embedding_memory"):
         ours.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="embedding_memory"):
+        ours.load_state_dict({})
     assert (ours.queue_idx, ours.has_been_filled) == (24, False)
     assert ours.label_memory.dtype == torch.int64
 
@@ -398,75 +391,59 @@ class AllTriplets(miners.BaseMiner):
 # --- who looks at the loss ------------------------------------------------------------------
 
 
-def assert_is_pmls_tuple(indices_tuple):
-    assert type(indices_tuple) is tuple and len(indices_tuple) == 4
-    assert all(i.dtype == torch.int64 for i in indices_tuple)
+def replaced(method, keep):
+    def replacement(self, embeddings, labels, indices_tuple, *references):
+        keep(indices_tuple)
+        return method(self, embeddings, labels, indices_tuple, *references)
+
+    return replacement
 
 
 def through_hook(name):
-    def look(ours, keep):
-        return getattr(ours.loss, name)(lambda module, args, *_: keep(args[2]))
+    def look(ours, keep, request):
+        getattr(ours.loss, name)(lambda module, args, *_: keep(args[2]))
 
     return look
 
 
-def through_hook_of_all_modules(ours, keep):
-    def hook(module, args):
-        if module is ours.loss:
-            keep(args[2])
-
-    return torch.nn.modules.module.register_module_forward_pre_hook(hook)
-
-
-def through_method(name):
-    def look(ours, keep):
-        original = getattr(ours.loss, name)
-
-        def replacement(embeddings, labels, indices_tuple, *references):
-            keep(indices_tuple)
-            return original(embeddings, labels, indices_tuple, *references)
-
-        setattr(ours.loss, name, replacement)
+def through_method(name, of_class):
+    def look(ours, keep, request):
+        method = replaced(getattr(losses.PNPLoss, name), keep)
+        if of_class:
+            request.getfixturevalue("monkeypatch").setattr(losses.PNPLoss, name, method)
+        else:
+            setattr(ours.loss, name, method.__get__(ours.loss))
 
     return look
 
 
-@pytest.mark.parametrize(
-    "look",
-    [
-        through_hook("register_forward_pre_hook"),
-        through_hook("register_forward_hook"),
-        through_hook_of_all_modules,
-        through_method("compute_loss"),
-        through_method("forward"),
-    ],
-)
-def test_hooks_and_replaced_methods_get_the_tuple_of_pml(look):
+def through_hook_of_all_modules(ours, keep, request):
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: keep(args[2]) if module is ours.loss else None
+    )
+    request.addfinalizer(handle.remove)
+
+
+LOOKS = {
+    "hook before forward": through_hook("register_forward_pre_hook"),
+    "hook after forward": through_hook("register_forward_hook"),
+    "hook of all modules": through_hook_of_all_modules,
+    "compute_loss": through_method("compute_loss", of_class=False),
+    "forward": through_method("forward", of_class=False),
+    "compute_loss of the class": through_method("compute_loss", of_class=True),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_hooks_and_replaced_methods_get_the_tuple_of_pml(look, request):
     x, y = batch()
     expected = memory()(x, y)
     seen, ours = [], memory()
-    handle = look(ours, seen.append)
-    try:
-        torch.testing.assert_close(ours(x, y), expected)
-    finally:
-        if handle is not None:
-            handle.remove()
+    LOOKS[look](ours, seen.append, request)
+    torch.testing.assert_close(ours(x, y), expected)
     (indices_tuple,) = seen
-    assert_is_pmls_tuple(indices_tuple)
-
-
-def test_a_method_replaced_on_the_class_gets_the_tuple_of_pml(monkeypatch):
-    x, y = batch()
-    expected = memory()(x, y)
-    seen, original = [], losses.PNPLoss.compute_loss
-
-    def compute_loss(self, embeddings, labels, indices_tuple, *references):
-        seen.append(indices_tuple)
-        return original(self, embeddings, labels, indices_tuple, *references)
-
-    monkeypatch.setattr(losses.PNPLoss, "compute_loss", compute_loss)
-    torch.testing.assert_close(memory()(x, y), expected)
-    assert_is_pmls_tuple(seen[0])
+    assert type(indices_tuple) is tuple and len(indices_tuple) == 4
+    assert all(i.dtype == torch.int64 for i in indices_tuple)
 
 
 def test_nobody_looks_and_no_pairs_are_listed():

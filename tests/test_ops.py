@@ -55,21 +55,24 @@ class Work(TorchDispatchMode):
         self.alive -= size
 
 
+def cost(loss_func, *args):
+    with Work() as counted:
+        loss_func(*args).backward()
+    return counted
+
+
 def work(n, per_class=4, **kwargs):
     x = torch.randn(n, 16, requires_grad=True)
     y = torch.arange(n) // per_class
     loss_func = PNPLoss(**kwargs)
     loss_func(x, y).backward()  # what is kept from call to call
-    with Work() as counted:
-        loss_func(x, y).backward()
-    return counted
+    return cost(loss_func, x, y)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"variant": torch.log1p}, {"chunk_size": 64}],
-    ids=["default", "callable variant", "chunks"],
-)
+WORK = {"default": {}, "callable variant": {"variant": torch.log1p}, "chunks": {"chunk_size": 64}}
+
+
+@pytest.mark.parametrize("kwargs", WORK.values(), ids=WORK)
 def test_work_grows_with_the_square(kwargs, monkeypatch):
     monkeypatch.setattr(product, "CPU_TILE", 128)  # both sizes in parts
     small, large = work(256, **kwargs), work(1024, **kwargs)
@@ -124,9 +127,7 @@ def test_memory_of_many_references_is_bounded(small_blocks, monkeypatch):
     peaks = []
     for entries in (product.REFERENCES_BLOCK, 8 * m):
         monkeypatch.setattr(product, "REFERENCES_BLOCK", entries)
-        with Work() as counted:
-            PNPLoss()(x, y, None, *references).backward()
-        peaks.append(counted.peak)
+        peaks.append(cost(PNPLoss(), x, y, None, *references).peak)
     assert peaks[1] < n * m * 4 / 2 < n * m * 4 <= peaks[0]
 
 
@@ -135,12 +136,7 @@ def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
     x, y = torch.randn(n, 16, requires_grad=True), torch.arange(n) // 4
     a = torch.arange(n)
     pairs = a, a ^ 1, a, (a + 8) % n
-    peaks = []
-    for chunk_size in (None, 16):
-        loss_func = PNPLoss(chunk_size=chunk_size)
-        with Work() as counted:
-            loss_func(x, y, pairs).backward()
-        peaks.append(counted.peak)
+    peaks = [cost(PNPLoss(chunk_size=size), x, y, pairs).peak for size in (None, 16)]
     assert peaks[1] < n * n / 2 < peaks[0]  # of a mask alone: n * n
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DEVICE
-from pytorch_metric_learning import miners, samplers, testers, trainers
+from pytorch_metric_learning import miners, reducers, samplers, testers, trainers
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import Dataset
@@ -118,11 +118,7 @@ RUNS = {
     "deep adversarial": lambda: train(
         trainers.DeepAdversarialMetricLearning,
         Points(),
-        {
-            **metric_loss(),
-            "synth_loss": losses.PNPLoss(),
-            "g_adv_loss": losses.TripletMarginLoss(),
-        },
+        {**metric_loss(), "synth_loss": losses.PNPLoss(), "g_adv_loss": losses.TripletMarginLoss()},
         models={"generator": linear(30, 10)},
         loss_weights=dict.fromkeys(
             ["metric_loss", "synth_loss", "g_adv_loss", "g_hard_loss", "g_reg_loss"], 1
@@ -162,25 +158,19 @@ def test_a_memory_in_a_trainer_is_saved_and_loaded_by_pmls_hooks(tmp_path):
 
 def test_hierarchical_sampler_feeds_the_loss():
     dataset = Points(hierarchy=True)
-    sampler = samplers.HierarchicalSampler(
-        dataset.labels, batch_size=24, samples_per_class=4, batches_per_super_tuple=1
-    )
+    sampler = samplers.HierarchicalSampler(dataset.labels, 24, 4, batches_per_super_tuple=1)
     model = linear(12, 6)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler)
     for x, y in loader:
-        loss = losses.PNPLoss()(model(x.to(DEVICE)), y[:, 0])
-        loss.backward()
+        losses.PNPLoss()(model(x.to(DEVICE)), y[:, 0]).backward()
     assert len(loader) > 0 and model.weight.grad.isfinite().all() and model.weight.grad.any()
 
 
 def test_m_per_class_sampler_makes_every_query_count():
     dataset = Points()
-    sampler = samplers.MPerClassSampler(
-        dataset.labels, m=3, batch_size=24, length_before_new_iter=24
-    )
+    sampler = samplers.MPerClassSampler(dataset.labels, 3, 24, 24)
     x, y = zip(*(dataset[i] for i in sampler), strict=True)
-    reducer = losses.PNPLoss().reducer
-    loss_func = losses.PNPLoss(reducer=type(reducer)(collect_stats=True))
+    loss_func = losses.PNPLoss(reducer=reducers.MeanReducer(collect_stats=True))
     loss_func(torch.stack(x), torch.stack(y))
     assert loss_func.reducer.losses_size == 24
 
@@ -248,13 +238,8 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
         ),
     )
     keeper.tensorboard_writer.flush()
-    hyperparameters = {
-        "b": 2,
-        "alpha": 4,
-        "anneal": 0.01,
-        "variant_name": "log1p",
-        "include_self": 1,
-    }
+    hyperparameters = {"b": 2, "alpha": 4, "anneal": 0.01}
+    hyperparameters |= {"variant_name": "log1p", "include_self": 1}
     statistics = ["negatives_before_positive", "positives_behind_negatives"]
 
     with open(tmp_path / "logs" / "metric_loss_PNPLoss.csv") as file:

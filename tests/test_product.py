@@ -112,14 +112,10 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_what_is_a_product(name):
-    assert is_product(PRODUCTS[name][0]())
-
-
-@pytest.mark.parametrize("name", ORDINARY)
-def test_what_is_left_to_the_distance(name):
-    assert not is_product(ORDINARY[name])
+@pytest.mark.parametrize("name", [*PRODUCTS, *ORDINARY])
+def test_what_is_a_product_and_what_is_left_to_the_distance(name):
+    distance = PRODUCTS[name][0]() if name in PRODUCTS else ORDINARY[name]
+    assert is_product(distance) is (name in PRODUCTS)
 
 
 @pytest.mark.parametrize("method", ["forward", "compute_mat", "normalize", "maybe_normalize"])
@@ -205,12 +201,10 @@ def test_only_a_second_derivative_refuses_references_that_were_changed():
 def test_a_loss_that_is_kept_does_not_keep_the_embeddings(with_references):
     x, y = batch()
     refs = (x + 0.1, y) if with_references else (None, None)
-    given = [t for t in (x, refs[0]) if t is not None]
     embeddings = x.requires_grad_() * 2
-    given.append(embeddings)
     loss = PNPLoss()(embeddings, y, None, *refs)
     loss.backward()
-    watched = [weakref.ref(t) for t in given[1:]]  # the graph leads to the first, a leaf
-    del x, refs, given, embeddings
+    watched = [weakref.ref(t) for t in (embeddings, refs[0]) if t is not None]
+    del refs, embeddings
     gc.collect()
     assert loss.grad_fn is not None and all(ref() is None for ref in watched)

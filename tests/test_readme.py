@@ -199,7 +199,6 @@ def test_the_generated_parts_are_what_the_committed_rows_say():
     ("page", "changed", "said"),
     [
         ("README.md", ("| **PNPLoss** |", "| PNPLoss |"), "README.md is not what"),
-        ("docs/performance.md", ("| SupAP", "| Sup"), "docs/performance.md is not what"),
         (
             *("docs/powerful_benchmarker.md", ("| with_pnp |", "| best |")),
             "docs/powerful_benchmarker.md is not what",

@@ -117,11 +117,8 @@ def test_a_sum_inside_a_sum():
     inner = losses.MultipleLosses([pnp(), losses.ContrastiveLoss()], weights=[1, 2])
     outer = losses.MultipleLosses([inner, losses.NTXentLoss()], [mined(), None], [3, 5])
     parts = parts_of(outer)
-    assert [type(part.loss).__name__ for part in parts] == [
-        "PNPLoss",
-        "ContrastiveLoss",
-        "NTXentLoss",
-    ]
+    names = [type(part.loss).__name__ for part in parts]
+    assert names == ["PNPLoss", "ContrastiveLoss", "NTXentLoss"]
     assert [part.weight for part in parts] == [3, 6, 5]
     assert [part.miner for part in parts] == [outer.miners[0], outer.miners[0], None]
     x, y = batch()[0], torch.arange(24) // 4

@@ -34,13 +34,9 @@ def test_value_and_gradient_keep_their_digits_from_tiny_to_large_ranks(name, dty
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_negative_before_a_positive_costs_nothing(name):
-    assert apply_variant(name, torch.zeros(3), alpha=ALPHA, b=B).tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_nan_rank_gives_nan(name):
-    assert apply_variant(name, torch.tensor([float("nan")]), alpha=ALPHA, b=B).isnan().all()
+def test_no_negative_before_a_positive_costs_nothing_and_nan_stays_nan(name):
+    costs = apply_variant(name, torch.tensor([0.0, float("nan")]), alpha=ALPHA, b=B)
+    assert costs[0] == 0 and costs[1].isnan()
 
 
 def test_table_holds_the_variants_of_the_paper():
@@ -49,17 +45,11 @@ def test_table_holds_the_variants_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [("O", "constant"), ("Iu", "rising"), ("Ib", "rising"), ("Ds", "falling"), ("Dq", "falling")],
+    ("name", "slope"), [("O", 0), ("Iu", 1), ("Ib", 1), ("Ds", -1), ("Dq", -1)]
 )
-def test_gradient_assignment_is_what_the_paper_calls_it(name, shape):
+def test_gradient_assignment_is_constant_rising_or_falling_as_the_paper_says(name, slope):
     r = torch.linspace(0.01, 30, 200, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(apply_variant(name, r, alpha=ALPHA, b=B).sum(), r)
-    steps = grad.diff()
-    assert {
-        "constant": (steps == 0).all(),
-        "rising": (steps > 0).all(),
-        "falling": (steps < 0).all(),
-    }[shape]
+    assert (grad.diff().sign() == slope).all()
     if name == "Ib":
         assert (grad < 1 / B).all() and grad[-1] > 0.98 / B

@@ -43,10 +43,7 @@ def test_multiple_losses_with_a_miner_each(device):
 
 
 def test_wrappers_still_refuse_what_pml_refuses():
-    for wrapper in (
-        lambda loss: losses.CrossBatchMemory(loss, 8),
-        losses.SelfSupervisedLoss,
-    ):
+    for wrapper in (lambda loss: losses.CrossBatchMemory(loss, 8), losses.SelfSupervisedLoss):
         with pytest.raises(Exception, match="not supported for FastAPLoss"):
             wrapper(losses.FastAPLoss())
 

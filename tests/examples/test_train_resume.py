@@ -262,19 +262,13 @@ def test_more_epochs_continue_a_finished_run(whole, run, main, refused, ends_ali
     assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
 
 
-CONTRADICTIONS = {
-    "--lr 0.5": "the run has --lr",
-    "--loss-args variant=O": "the run has --loss-args",
-    "--name other": "leave out --name",
-}
-
-
-@pytest.mark.parametrize("arguments", CONTRADICTIONS)
-def test_resume_refuses_what_contradicts_the_run(run, refused, arguments):
-    assert CONTRADICTIONS[arguments] in refused("--resume", run, *arguments.split())
-
-
-def test_resume_refuses_another_number_of_processes(run, main, refused, strict_json):
+def test_resume_refuses_what_contradicts_the_run(run, main, refused, strict_json):
+    for arguments, message in {
+        "--lr 0.5": "the run has --lr",
+        "--loss-args variant=O": "the run has --loss-args",
+        "--name other": "leave out --name",
+    }.items():
+        assert message in refused("--resume", run, *arguments.split())
     assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
     config = strict_json(run / "config.json")
     (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
@@ -375,10 +369,7 @@ def test_a_moved_run_goes_on_with_its_images(moved, main):
 # The header of a table, and its rows of an image.
 TABLES = {
     "grocery": ("path,fine", "{0},{1}"),
-    "csv": (
-        "path,label,split,x_1,y_1,x_2,y_2",
-        "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8",
-    ),
+    "csv": ("path,label,split,x_1,y_1,x_2,y_2", "{0},{1},train,0,0,8,4\n{0},{1},train,0,4,8,8"),
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sqlite3
 
 import optuna
@@ -96,8 +97,7 @@ def test_a_candidate_trains_at_its_defaults_and_within_its_space(name):
         embeddings = torch.randn(24, 128, requires_grad=True)
         loss = objective(name, params, 6)(embeddings, labels)
         loss.backward()
-        assert loss.isfinite()
-        assert embeddings.grad.isfinite().all()
+        assert loss.isfinite() and embeddings.grad.isfinite().all()
     if candidate.tuned:
         own = {k: d for k, d in candidate.space.items() if k != "proxy_learning_rate"}
         assert own.keys() == candidate.defaults.keys()
@@ -156,10 +156,8 @@ def test_parts_of_a_data_set_share_no_class(name):
     for part in parts.values():
         assert part.labels.bincount().min() > 1
         assert len(part.classes) == part.labels.max() + 1
-        # A class has one coarse label.
-        assert len({*zip(part.labels.tolist(), part.coarse.tolist(), strict=True)}) == len(
-            part.classes
-        )
+        coarse = {*zip(part.labels.tolist(), part.coarse.tolist(), strict=True)}
+        assert len(coarse) == len(part.classes)  # a class has one coarse label
 
 
 def test_the_linear_layer_starts_as_the_principal_components():
@@ -172,10 +170,8 @@ def test_an_image_is_warped_and_stays_in_range():
     images = torch.rand(8, 3, 16, 16)
     warp = Warp(turn=0.2, scale=0.2, shift=0.1, mirror=True)
     got = warp(images, torch.Generator().manual_seed(0))
-    assert got.shape == images.shape
-    assert not got.equal(images)
-    assert got.min() >= 0
-    assert got.max() <= 1
+    assert got.shape == images.shape and not got.equal(images)
+    assert got.min() >= 0 and got.max() <= 1
     assert warp(images, torch.Generator().manual_seed(0)).equal(got)
     same = Warp(0.0, 0.0, 0.0, mirror=False)(images, torch.Generator())
     torch.testing.assert_close(same, images)
@@ -185,13 +181,22 @@ def test_an_image_is_warped_and_stays_in_range():
 
 
 def test_tuning_never_reads_the_test_classes_and_final_runs_measure_on_them(shorter, study_of):
-    study_of().tune(trials=3)
+    """Every loss searches the learning rate over the same range, which can be widened."""
+    study = study_of(["SupCon", "ArcFace"])
+    study.tune(trials=3)
     assert set(shorter.read.parts) == {"fit", "validation"}
-    assert {r["measured_on"] for r in study_of().rows()} == {"validation"}
+    assert {r["measured_on"] for r in study.rows()} == {"validation"}
+    rates = [json.loads(r["parameters"])["learning_rate"] for r in study.rows("tune")]
+    usual = study.data.learning_rate
+    assert all(usual / 10 <= x <= usual * 10 for x in rates)
+    assert len(set(rates)) > 3
+    study.rate_range = 100.0
+    assert (study.learning_rates().low, study.learning_rates().high) == (usual / 100, usual * 100)
     shorter.read.parts.clear()
-    study_of(folder="final").untuned(seeds=1)
+    final = study_of(folder="final")
+    final.untuned(seeds=1)
     assert set(shorter.read.parts) == {"training", "test"}
-    assert {r["measured_on"] for r in study_of(folder="final").rows()} == {"test"}
+    assert {r["measured_on"] for r in final.rows()} == {"test"}
 
 
 def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
@@ -268,47 +273,32 @@ def test_the_best_trial_is_run_with_every_seed_when_all_are_complete(shorter, st
     assert int(longer["steps"]) == 3 * study.data.steps
 
 
-def test_the_range_of_learning_rates_can_be_widened(study_of):
-    study = study_of()
-    study.rate_range, usual = 100.0, study.data.learning_rate
-    rates = study.learning_rates()
-    assert (rates.low, rates.high) == (usual / 100, usual * 100)
-
-
-@pytest.mark.parametrize("database_is_lost", [False, True], ids=["database", "rows alone"])
-def test_a_killed_study_goes_on_as_if_it_had_not_been(study_of, monkeypatch, database_is_lost):
+def test_a_killed_study_goes_on_as_if_it_had_not_been(study_of, monkeypatch, tmp_path):
+    """By its database, or by its rows alone."""
     monkeypatch.setattr(study_module, "TRIALS_AT_RANDOM", 2)
     whole, killed = (study_of(["PNP-Dq"], name) for name in ("whole", "killed"))
-    whole.tune(trials=5)
+    whole.tune(trials=4)
     tell, told = study_module.optuna.Study.tell, []
 
-    def killed_at_the_fourth(self, *args):
+    def killed_at_the_third(self, *args):
         told.append(args)
-        if len(told) == 4:
+        if len(told) == 3:
             raise KeyboardInterrupt
         return tell(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module.optuna.Study, "tell", killed_at_the_fourth)
+        patch.setattr(study_module.optuna.Study, "tell", killed_at_the_third)
         with pytest.raises(KeyboardInterrupt):
-            killed.tune(trials=5)
+            killed.tune(trials=4)
     with killed.path.open("a") as file:
         file.write("tiny,tune,PNP-Dq,0,1")  # a line that the kill cut short
-    if database_is_lost:
-        killed.database.unlink()
-    study_of(["PNP-Dq"], "killed").tune(trials=5)
+    shutil.copytree(tmp_path / "killed", tmp_path / "rows alone")
     columns = ("loss", "setting", "parameters", "map_at_r")
-    found, expected = ([[r[x] for x in columns] for r in s.rows("tune")] for s in (killed, whole))
-    assert found == expected
-
-
-def test_every_loss_searches_the_learning_rate_over_the_same_range(study_of):
-    study = study_of(["SupCon", "ArcFace"])
-    study.tune(trials=4)
-    rates = [json.loads(r["parameters"])["learning_rate"] for r in study.rows("tune")]
-    usual = study.data.learning_rate
-    assert all(usual / 10 <= x <= usual * 10 for x in rates)
-    assert len(set(rates)) > 4
+    expected = [[row[x] for x in columns] for row in whole.rows("tune")]
+    for name in ("killed", "rows alone"):
+        study = study_of(["PNP-Dq"], name)
+        study.tune(trials=4)
+        assert [[row[x] for x in columns] for row in study.rows("tune")] == expected
 
 
 # --- rows -----------------------------------------------------------------------------------

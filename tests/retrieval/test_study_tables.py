@@ -10,25 +10,12 @@ from scipy import stats
 
 
 def row(stage, loss, seed, value, setting="", dataset="tiny", **parameters):
-    return {
-        "dataset": dataset,
-        "stage": stage,
-        "loss": loss,
-        "setting": setting,
-        "seed": seed,
-        "measured_on": "validation",
-        "map_at_r": value,
-        "precision_at_1": 0.9,
-        "r_precision": 0.8,
-        "parameters": json.dumps(parameters),
-        "steps": 3,
-        "batch_size": 24,
-        "machine": "a machine",
-        "torch": "2.13.0",
-        "pytorch-metric-learning": "2.9.0",
-        "date": "2026-11-25",
-        "command": "python benchmarks/retrieval/run.py --dataset tiny --stages x",
-    }
+    run = {"dataset": dataset, "stage": stage, "loss": loss, "setting": setting, "seed": seed}
+    run |= {"measured_on": "validation", "map_at_r": value, "parameters": json.dumps(parameters)}
+    run |= {"precision_at_1": 0.9, "r_precision": 0.8, "steps": 3, "batch_size": 24}
+    run |= {"machine": "a machine", "torch": "2.13.0", "pytorch-metric-learning": "2.9.0"}
+    command = "python benchmarks/retrieval/run.py --dataset tiny --stages x"
+    return {**run, "date": "2026-11-25", "command": command}
 
 
 def made(part, rows, *more):
@@ -79,19 +66,15 @@ def test_a_final_table_compares_with_the_best_peer():
     assert positions == sorted(positions)
 
 
-def test_the_command_of_a_table_is_that_of_all_its_losses():
+def test_the_conditions_of_a_table_are_a_command_for_all_its_losses_and_their_seeds():
     rows = [row("untuned", loss, 1, 0.5) for loss in ("PNP-Ds", "PNP-Ds, memory")]
     begin = "python benchmarks/retrieval/run.py --dataset tiny"
     rows[0]["command"] = f"{begin} --device cuda --seeds 5 --stages tune tuned"
     rows[1]["command"] = f"{begin} --stages untuned --losses 'PNP-Ds, memory' --device cuda"
     text = made("conditions", rows)
-    assert text.count("python") == 1
-    assert text.endswith(f", `{begin} --device cuda`")
+    assert text.count("python") == 1 and text.endswith(f", `{begin} --device cuda`")
     splits = made("conditions", [row("splits", "PNP-Ds", 1, 0.5)])
     assert splits.endswith("--dataset tiny --stages splits`")
-
-
-def test_a_table_of_a_probe_says_how_many_seeds_its_losses_have():
     rows = [row("settings", "PNP-Ds", s, 0.5, "a") for s in (1, 2, 3)]
     rows += [row("settings", "PNP-Dq", 1, 0.5, "a")]
     text = made("conditions_of_probe", rows)
@@ -186,20 +169,23 @@ def test_no_rows_say_so():
     assert all(make(none).startswith("No ") for make in study_tables.PARTS.values())
 
 
-def test_the_parts_are_made_of_the_rows_of_a_folder(tmp_path):
-    path = tmp_path / "tiny.csv"
-    pd.DataFrame([row("untuned", "PNP-Ds", 1, 0.5)]).to_csv(path, index=False)
-    with path.open("a") as file:
+def test_the_parts_are_made_of_the_rows_of_a_folder_in_which_a_run_counts_once(tmp_path):
+    """Runs tuned over a wider range have tables of their own."""
+    untuned = [row("untuned", "PNP-Ds", s, 0.5) for s in (1, 2, 2)]  # one by two processes
+    tuned, longer = row("tuned", "SupCon", 1, 0.25), row("longer", "SupCon", 1, 0.5)
+    (tmp_path / "wider").mkdir()
+    for name, rows in (("tiny.csv", [*untuned, tuned]), ("wider/tiny.csv", [tuned, longer])):
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    with (tmp_path / "tiny.csv").open("a") as file:
         file.write("tiny,untuned,PNP-")  # a run that is being written
+    signal = study_tables.RESULTS / study_tables.SIGNAL
+    (tmp_path / study_tables.SIGNAL).write_bytes(signal.read_bytes())
+    assert study_tables.read_all(tmp_path).seed.tolist() == [1, 2, 1]
     parts = study_tables.parts(tmp_path)
-    assert not any("longer" in name for name in parts)  # where no run is of more steps
-    assert "| **PNP-Ds** | 50.00 | 90.00 | 80.00 | 1 |" in parts["tiny untuned"]
-
-
-def test_a_run_that_two_processes_made_counts_once(tmp_path):
-    rows = [row("untuned", "PNP-Ds", s, 0.5) for s in (1, 2, 2)]
-    pd.DataFrame(rows).to_csv(tmp_path / "tiny.csv", index=False)
-    assert study_tables.read_all(tmp_path).seed.tolist() == [1, 2]
+    assert "| **PNP-Ds** | 50.00 ± 0.00 | 90.00" in parts["tiny untuned"]
+    assert "| SupCon | 25.00 |" in parts["tiny wider tuned"]
+    assert "| SupCon | 50.00 |" in parts["tiny wider longer"]
+    assert "tiny longer" not in parts  # where no run is of more steps
 
 
 def test_pnp_is_compared_with_smooth_ap_over_the_seeds_of_both():
@@ -229,27 +215,21 @@ def test_the_temperature_of_the_batch_is_compared_with_the_best_fixed_one():
     assert "PNP-Dq" not in table  # no temperature of the batch was tried with it
 
 
+def test_the_gradients_are_those_of_the_formulas():
+    header, _, *lines = study_tables.gradients().splitlines()
+    column = [x.strip() for x in header.split("|")].index("R = 10")
+    at_10 = {x.split("|")[1].strip(): float(x.split("|")[column]) for x in lines}
+    slopes = {"O": 1, "Iu": math.log(11) + 1, "Ib": 10 / 21}
+    slopes |= {"Ds": 1 / 11, "Dq": 11**-2, "Dq, alpha 4": 4 * 11**-5}
+    assert at_10 == pytest.approx(slopes, rel=0.01)
+
+
 def test_settings_are_compared_with_the_default():
     rows = [row("settings", "PNP-Ds", s, 0.5 + s / 100, "include_self True") for s in (1, 2)]
     rows += [row("settings", "PNP-Dq", s, 0.51 + s / 50, "alpha 2.0") for s in (1, 2)]
     table = made("settings", rows)
     assert cells(table, "PNP-Ds, include_self True")[4:] == ["", ""]
     assert cells(table, "PNP-Dq, alpha 2.0")[4].startswith("+2.50 ± ")
-
-
-def test_the_gradients_are_those_of_the_formulas():
-    header, _, *lines = study_tables.gradients().splitlines()
-    column = [x.strip() for x in header.split("|")].index("R = 10")
-    at_10 = {x.split("|")[1].strip(): float(x.split("|")[column]) for x in lines}
-    slopes = {
-        "O": 1,
-        "Iu": math.log(11) + 1,
-        "Ib": 10 / 21,
-        "Ds": 1 / 11,
-        "Dq": 11**-2,
-        "Dq, alpha 4": 4 * 11**-5,
-    }
-    assert at_10 == pytest.approx(slopes, rel=0.01)
 
 
 def test_larger_batches_are_compared_with_the_smallest():
@@ -269,15 +249,3 @@ def test_losses_on_coarse_labels_are_compared_with_the_one_that_blurs():
     assert cells(table, "PNP-Ds, anneal 0.05")[4].startswith("+2.50 ± ")
     assert cells(table, "PNP-Iu, anneal 0.05")[4:] == ["", ""]
     assert table.index("untrained") < table.index("| PNP-Ds")
-
-
-def test_runs_tuned_over_a_wider_range_have_tables_of_their_own(tmp_path):
-    table = [row(stage, "SupCon", 1, value) for stage, value in (("tuned", 0.25), ("longer", 0.5))]
-    (tmp_path / "wider").mkdir()
-    for path, rows in (("tiny.csv", [*table[:1]]), ("wider/tiny.csv", table)):
-        pd.DataFrame(rows).to_csv(tmp_path / path, index=False)
-    signal = study_tables.RESULTS / study_tables.SIGNAL
-    (tmp_path / study_tables.SIGNAL).write_bytes(signal.read_bytes())
-    made = study_tables.parts(tmp_path)
-    assert "| SupCon | 25.00 |" in made["tiny wider tuned"]
-    assert "| SupCon | 50.00 |" in made["tiny wider longer"]
