@@ -29,6 +29,8 @@ LOSSES = (
     "with_pnp",
     "pnp_recommended",
     "pnp_ds",
+    "pnp_ds_0.03",
+    "pnp_ds_0.1",
     "pnp_o",
     "multi_similarity",
     "triplet",
