@@ -397,7 +397,7 @@ def _number_of_counted(n: int, labels, indices_tuple, ref_labels, like: Tensor) 
     """Number of queries that have a positive besides themselves, (), dtype and device of `like`."""
     if indices_tuple is None or isinstance(indices_tuple, QueryColumns):
         columns = None if indices_tuple is None else indices_tuple.columns
-        return Relation.from_labels(labels, ref_labels, columns).counted.sum().to(like)
+        return Relation.from_labels(labels, ref_labels, columns).counted().sum().to(like)
     counted = like.new_zeros(n)
     counted[indices_tuple[0]] = 1
     return counted.sum()

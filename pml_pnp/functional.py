@@ -118,7 +118,7 @@ def pnp_loss(
         self_similarity = plain(self_similarity).to(device, dtype)
     s = plain(similarity).to(dtype)
     losses = query_losses(s, self_similarity, relation, settings)
-    return losses.to(similarity.dtype), relation.counted
+    return losses.to(similarity.dtype), relation.counted()
 
 
 def ranking_statistics(

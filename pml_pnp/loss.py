@@ -336,7 +336,7 @@ def _losses_of(
         counts = ranking_counts(s, relation, settings.scale > 0)
     else:
         counts = losses.new_zeros(COUNTS)
-    return losses, relation.counted, counts.unsqueeze(0)
+    return losses, relation.counted(), counts.unsqueeze(0)
 
 
 def _nan_unless_finite(distance, *tensors: Tensor | None) -> Tensor:

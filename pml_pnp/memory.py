@@ -69,8 +69,7 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
             and a miner or `indices_tuple` as well.
 
     Saving: `state_dict` holds the queue, its position and whether it is full. That of PML's
-    CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning
-    (torch 2.4 needs `strict=False` for it).
+    CrossBatchMemory lacks the latter two: when it is loaded, the queue starts anew, with a warning.
 
     Memory: memory_size x (d + 1) numbers. Several calls may precede a backward, so a loss whose
     backward reads the references gets a copy of the queue. PNPLoss with a cosine similarity or dot
@@ -89,8 +88,10 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
     def __init__(self, loss, embedding_size, memory_size=1024, miner=None, **kwargs):
         check_miners(parts_of(loss), miner is not None)
         super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
-        if hasattr(self, "register_load_state_dict_pre_hook"):  # not in torch 2.4
+        if hasattr(self, "register_load_state_dict_pre_hook"):
             self.register_load_state_dict_pre_hook(_before_loading)
+        else:  # torch 2.4
+            self._register_load_state_dict_pre_hook(_before_loading, with_module=True)
 
     def forward(self, embeddings, labels, indices_tuple=None, enqueue_mask=None, ref_labels=None):
         """Enqueue the batch and compute its loss; the class docstring describes the arguments."""

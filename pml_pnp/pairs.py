@@ -46,7 +46,7 @@ class Relation(NamedTuple):
         start = number.cumsum(0) - number
         return Relation(columns, start, number, not_negative, query_column)
 
-    @property
+    # Not a property, which torch.compile did not read from a tuple before torch 2.10.
     def counted(self) -> Tensor:
         """Whether each query has a positive besides itself, and thus counts, (N,) bool."""
         return self.number > (0 if self.query_column is None else 1)
@@ -83,7 +83,7 @@ class Relation(NamedTuple):
 
         Padding and queries that do not count do not, and the query itself only `with_query`.
         """
-        number = (self.number * self.counted).unsqueeze(1)
+        number = (self.number * self.counted()).unsqueeze(1)
         used = torch.arange(index.shape[1], device=index.device) < number
         if self.query_column is not None and not with_query:
             used.logical_and_(index != self.query_column.unsqueeze(1))

@@ -5,6 +5,7 @@ As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose d
 
 import os
 import socket
+from importlib import metadata
 
 import pytest
 import reference
@@ -28,6 +29,28 @@ VARIANTS_OF_THE_PAPER = {"O": 5, "Iu": 7, "Ib": 9, "Ds": 12, "Dq": 13}  # and th
 
 BUILT_IN = getattr(pml_losses, "PNPLoss", None)
 IS_TORCH_2_4 = torch.__version__.startswith("2.4.")
+
+
+def version_of(package):
+    return tuple(map(int, metadata.version(package).split(".")[:2]))
+
+
+def _why_no_triton():
+    """Why the Triton kernel cannot run here, or None."""
+    try:
+        triton = version_of("triton")  # not imported before conftest.py has chosen how it runs
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    if torch.cuda.is_available():
+        return None
+    if triton < (3, 1):
+        return "the interpreter of Triton 3.0 leaves results unwritten"
+    if triton < (3, 6) and version_of("numpy") >= (2, 4):
+        return "the interpreter of Triton before 3.6 fails with NumPy 2.4"
+    return None
+
+
+WHY_NO_TRITON = _why_no_triton()
 needs_built_in = pytest.mark.skipif(BUILT_IN is None, reason="this PML has no PNPLoss of its own")
 
 

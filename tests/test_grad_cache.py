@@ -63,7 +63,7 @@ def gradients(model, output, *inputs, cotangent=None):
 @pytest.mark.parametrize(
     ("n", "chunk_size", "sizes"),
     [
-        *((23, 1, [1] * 23), (23, 22, [11, 12]), (65, 64, [32, 33]), (12, 4, [4] * 3)),
+        *((23, 1, [1] * 23), (23, 22, [11, 12]), (65, 64, [32, 33]), (23, 4, [3, *[4] * 5])),
         *((4, 4, [4]), (3, 9, [3]), (0, 4, [0])),
     ],
 )
@@ -98,8 +98,10 @@ def test_a_loss_and_an_optimizer_take_the_same_steps(loss_func, mixed):
             optimizer.zero_grad()
             with torch.autocast(DEVICE.type, torch.float16, enabled=mixed):
                 z = model(x)
-            target = labels if isinstance(loss_func, PNPLoss) else torch.ones_like(z)
-            scaler.scale(loss_func(z, target)).backward()
+            arguments = z, labels
+            if isinstance(loss_func, nn.MSELoss):  # not for float16 in torch 2.4
+                arguments = z.to(dtype), torch.ones_like(z, dtype=dtype)
+            scaler.scale(loss_func(*arguments)).backward()
             scaler.step(optimizer)
             scaler.update()
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), **tolerance)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import IS_TORCH_2_4, batch, expected_mean, value_and_grad
+from helpers import batch, expected_mean, value_and_grad
 from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -198,18 +198,13 @@ def saved(module):
     return torch.load(file, weights_only=True)
 
 
-needs_hook = pytest.mark.skipif(
-    IS_TORCH_2_4, reason="torch 2.4 has no public hook before a state_dict is loaded"
-)
-
-
 @pytest.mark.parametrize("calls", [1, 2, 4])
 @pytest.mark.parametrize(
     ("floating", "dtype"),
     [
         (False, torch.float32),
-        pytest.param(True, torch.float32, marks=needs_hook),
-        pytest.param(False, torch.float64, marks=needs_hook),
+        (True, torch.float32),
+        (False, torch.float64),
     ],
 )
 def test_a_resumed_run_goes_on_with_its_memory(calls, floating, dtype):
@@ -228,8 +223,11 @@ def test_a_resumed_run_goes_on_with_its_memory(calls, floating, dtype):
     torch.testing.assert_close(resumed[1].state_dict(), ours.state_dict())
 
 
-@needs_hook
-def test_a_state_of_pmls_memory_loads_and_starts_the_queue_anew():
+@pytest.mark.parametrize("is_public", [True, False])
+def test_a_state_of_pmls_memory_loads_and_starts_the_queue_anew(monkeypatch, is_public):
+    if not is_public:  # as in torch 2.4
+        name = "register_load_state_dict_pre_hook"
+        monkeypatch.delattr(torch.nn.Module, name, raising=False)
     x, y = batch()
     theirs = pmls(loss=losses.ContrastiveLoss())
     theirs(x, y)
@@ -255,7 +253,6 @@ def test_our_state_loads_into_pmls_memory_without_the_position():
     torch.testing.assert_close(theirs.embedding_memory, ours.embedding_memory)
 
 
-@needs_hook
 @pytest.mark.parametrize("name", ["embedding_memory", "label_memory"])
 def test_rows_that_were_not_loaded_are_no_references(name):
     ours, resumed = memory(), memory()
@@ -269,15 +266,6 @@ def test_rows_that_were_not_loaded_are_no_references(name):
     untouched(*batch(n=12))
     untouched.load_state_dict({}, strict=False)
     assert untouched.queue_idx == 12
-
-
-def test_without_a_hook_before_loading_states_of_ours_still_load(monkeypatch):
-    """As with torch 2.4."""
-    monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
-    ours, resumed = memory(), memory()
-    ours(*batch())
-    resumed.load_state_dict(ours.state_dict())
-    assert resumed.queue_idx == 24
 
 
 def test_a_state_of_another_size_is_refused_and_changes_nothing():

@@ -6,11 +6,10 @@ import sys
 import weakref
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import reference
 import torch
-from helpers import VARIANTS
+from helpers import VARIANTS, WHY_NO_TRITON, version_of
 from pytorch_metric_learning import distances
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -208,17 +207,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def version_of(module):
-    return tuple(map(int, module.__version__.split(".")[:2]))
-
-
 @pytest.fixture
 def triton_kernel(monkeypatch):
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if not CUDA and version_of(triton) < (3, 1):
-        pytest.skip("the interpreter of Triton 3.0 leaves results unwritten")
-    if not CUDA and version_of(triton) < (3, 6) and version_of(numpy) >= (2, 4):
-        pytest.skip("the interpreter of Triton before 3.6 fails with NumPy 2.4")
+    if WHY_NO_TRITON:
+        pytest.skip(WHY_NO_TRITON)
     from pml_pnp.ops import triton as triton_kernel
 
     monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "triton")
@@ -368,8 +360,8 @@ for target in targets:
 
 
 def test_triton_compiles_for_gpus_that_are_not_here():
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if version_of(triton) < (3, 5):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if version_of("triton") < (3, 5):
         pytest.skip("this Triton compiles by other arguments, or for AMD only where ROCm is")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import oracle
 import torch
-from helpers import DISTANCES, VARIANTS
+from helpers import DISTANCES, VARIANTS, WHY_NO_TRITON
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import reducers
@@ -20,11 +20,6 @@ from pytorch_metric_learning import reducers
 from pml_pnp import PNPLoss
 from pml_pnp.functional import pnp_loss
 from pml_pnp.ops import dispatch, eager, product
-
-try:
-    from pml_pnp.ops import triton
-except ImportError:
-    triton = None
 
 EXAMPLES = settings.default.max_examples
 SEEDS = st.integers(0, 2**32 - 1)
@@ -239,7 +234,8 @@ def test_losses_and_gradients_of_a_matrix_are_the_formula(case):
         wide, positive, negative, wide_own if has_own else wide.diagonal(), k=k,
         **case.settings.of_formula(),
     )  # fmt: skip
-    with_triton = triton and case.with_triton and s.dtype != torch.float64 and s.numel() < 200
+    with_triton = case.with_triton and s.dtype != torch.float64 and s.numel() < 200
+    with_triton = with_triton and not WHY_NO_TRITON
     with case.inside.patched(n, m, "triton" if with_triton else "eager"):
         losses_, counted = pnp_loss(
             s, **args, self_similarity=own if has_own else None, is_inverted=case.is_inverted,

@@ -111,7 +111,7 @@ def losses_and_gradient(
         if not uniform:
             t.masked_fill_(~block.used(index, with_query), ranked_first)
         if has_self:
-            t_self = t_self.masked_fill(~block.counted.unsqueeze(1), ranked_first)
+            t_self = t_self.masked_fill(~block.counted().unsqueeze(1), ranked_first)
             t = torch.cat([t, t_self], dim=1)
         grad_of_rows = grad_s[rows] if with_gradient else None
         weight = factor if uniform else factor[rows]
@@ -124,7 +124,7 @@ def losses_and_gradient(
             grad_of_rows.scatter_add_(1, index, grad_t)
     losses.mul_(share)
     if not uniform:
-        losses.masked_fill_(~relation.counted, 0)
+        losses.masked_fill_(~relation.counted(), 0)
     return losses, grad_s, grad_self
 
 

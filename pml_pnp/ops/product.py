@@ -120,7 +120,7 @@ class _Mean(torch.autograd.Function):
             )
             del s  # on a GPU the gradient does not overwrite it
             total = total + losses.sum()
-            number = number + relation.counted.sum()
+            number = number + relation.counted().sum()
             if whole and call.with_gradient:
                 grad_q = _times_both(grad_s, z)
             elif call.with_gradient:

@@ -162,7 +162,7 @@ def differentiable_losses(
     used = relation.used(index, settings.include_self and self_similarity is None)
     if self_similarity is not None:
         t = torch.cat([t, self_similarity.unsqueeze(1)], dim=1)
-        used = torch.cat([used, relation.counted.unsqueeze(1)], dim=1)
+        used = torch.cat([used, relation.counted().unsqueeze(1)], dim=1)
     t = t.masked_fill(~used, 0)
     s = s.clone()
     relation.fill_non_negatives_(s, index, -eager.INF if settings.scale > 0 else eager.INF)
