@@ -225,8 +225,9 @@ def conditions_of_probe(rows: pd.DataFrame) -> str:
     """The same of a probe, with the number of its seeds."""
     seeds, last = rows.groupby(["loss", "setting"]).size(), rows.iloc[-1]
     number = " to ".join(str(x) for x in sorted({seeds.min(), seeds.max()}))
+    number += " seed" if seeds.max() == 1 else " seeds"
     return (
-        f"MAP@R in percent on {last.measured_on}, {number} seeds, {last.steps} steps, "
+        f"MAP@R in percent on {last.measured_on}, {number}, {last.steps} steps, "
         f"on {_where(rows, f' --stages {last.stage} --probe-seeds {seeds.max()}')}"
     )
 
