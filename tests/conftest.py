@@ -56,8 +56,7 @@ def dtype(request):
 
 @pytest.fixture(params=["ratios", "one by one"])
 def sigmoids(request, monkeypatch):
-    """Sigmoids in either way, whatever the size of the batch."""
-    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
+    """Sigmoids in either way."""
     if request.param == "one by one":
         monkeypatch.setattr(eager, "LARGEST_RANGE", dict.fromkeys(eager.LARGEST_RANGE, -1.0))
 

@@ -142,12 +142,11 @@ def test_lean_mode_does_not_hold_the_masks_of_a_tuple(small_blocks):
 @pytest.mark.parametrize("positives", [[2, 5], [5]], ids=["two", "the nearest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("share", [0.97, 1.03])
-def test_value_at_the_widest_range_of_similarities(dtype, share, positives, monkeypatch):
+def test_value_at_the_widest_range_of_similarities(dtype, share, positives):
     """At either side of the limit beyond which an exponential alone would not fit the dtype.
 
     The rank of the nearest is near zero, and keeps its relative accuracy.
     """
-    monkeypatch.setattr(eager, "FEW_SIGMOIDS", 0)
     anneal = 1 / (share * eager.LARGEST_RANGE[dtype])
     row = torch.tensor([0.0, 0.49, 0.5, 0.51, 0.52, 1.0], dtype=dtype)
     is_positive = torch.zeros(1, 6).bool()

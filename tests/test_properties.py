@@ -94,7 +94,6 @@ class Inside(SimpleNamespace):
             mock.patch.multiple(
                 eager,
                 CPU_BLOCK=max(self.block, n * m // 10),
-                FEW_SIGMOIDS=self.few,
                 LARGEST_RANGE=ranges,
             ),
             mock.patch.multiple(
@@ -110,7 +109,6 @@ class Inside(SimpleNamespace):
 INSIDE = st.builds(
     Inside,
     block=st.sampled_from([eager.CPU_BLOCK, 1, 30, 1000]),
-    few=st.sampled_from([eager.FEW_SIGMOIDS, 0]),
     is_ratio=st.booleans(),
     tile=st.sampled_from([product.CPU_TILE, 1, 5]),
     references=st.sampled_from([product.REFERENCES_BLOCK, 1, 30]),

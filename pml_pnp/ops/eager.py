@@ -31,8 +31,6 @@ DEVICE_BLOCK = 2**24
 # Largest scale * (max - min) of a block's similarities for which exp(scale * (s - middle)) is a
 # normal number; 2 * 87 and 2 * 708 would be too large.
 LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
-# Below this number of sigmoids, finding the range takes longer than the exponentials that it saves.
-FEW_SIGMOIDS = 2**13
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
@@ -97,7 +95,7 @@ def losses_and_gradient(
             buffers = s.new_empty(part.shape), s.new_empty(part.numel() * columns[0].stop)
         x = buffers[0][: len(part)]
         t_self = self_similarity[rows].unsqueeze(1) if has_self else None
-        middle = None if n * (width + has_self) * m < FEW_SIGMOIDS else _middle(part, t_self, scale)
+        middle = _middle(part, t_self, scale)
         # A reference that is not a negative is set to `ranked_last`, after every positive, and a
         # positive that is not used to `ranked_first`, before every negative: R = f(R) = 0.
         if middle is None:
