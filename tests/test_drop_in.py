@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import mpmath
 import pytest
 import torch
-from helpers import BUILT_IN, VARIANTS, batch, needs_built_in, value_and_grad
+from helpers import BUILT_IN, VARIANTS, Scale, batch, needs_built_in, value_and_grad
 from pytorch_metric_learning import distances, reducers, regularizers
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch.nn.utils import parametrizations
 
-from pml_pnp import PNPLoss
+from pml_pnp import PNPLoss, losses
 from pml_pnp.checks import RANGES
 from pml_pnp.functional import pnp_loss
 
@@ -54,6 +55,48 @@ def test_a_reducer_is_asked_for_the_mean_unless_it_is_pmls_own(monkeypatch):
     torch.testing.assert_close(PNPLoss(reducer=Thrice())(x, y), 3 * want)
     monkeypatch.setattr(reducers.MeanReducer, "element_reduction", lambda self, losses, *_: 5.0)
     assert PNPLoss()(x, y) == 5.0
+
+
+def test_embedding_regularizer_is_added(device):
+    x, y = batch(device=device)
+    plain = PNPLoss()(x, y)
+    loss_func = PNPLoss(
+        embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5
+    )
+    regularizer = regularizers.LpRegularizer()(x) * 0.5
+    torch.testing.assert_close(loss_func(x, y), plain + regularizer)
+
+
+def test_a_subclass_may_change_the_distance():
+    class Euclidean(PNPLoss):
+        def get_default_distance(self):
+            return distances.LpDistance()
+
+    x, y = batch()
+    assert torch.equal(Euclidean()(x, y), PNPLoss(distance=distances.LpDistance())(x, y))
+
+
+def test_a_subclass_with_its_own_compute_loss_gets_pmls_arguments_and_elements():
+    class Own(PNPLoss):
+        def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+            if indices_tuple is not None:
+                lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
+            parts = super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            assert parts["loss"]["reduction_type"] == "element"
+            return parts
+
+    x, y = batch()
+    torch.testing.assert_close(Own()(x, y), PNPLoss()(x, y))
+    assert losses.CrossBatchMemory(Own(), 8, memory_size=40)(x, y).isfinite()
+
+
+def test_a_module_as_variant_is_part_of_the_loss():
+    loss_func = PNPLoss(variant=Scale())
+    assert [name for name, _ in loss_func.named_parameters()] == ["variant.weight"]
+    x, y = batch()
+    loss_func(x, y).backward()
+    expected = PNPLoss()(x, y)
+    torch.testing.assert_close(loss_func.variant.weight.grad, expected)
 
 
 class Triple(distances.BatchedDistance):
@@ -282,16 +325,6 @@ def test_threads_that_share_a_loss_record_what_one_of_them_saw(chunk_size):
         for i, (found, record) in enumerate(pool.map(step, range(60))):
             torch.testing.assert_close(found, alone[i % 4][0], rtol=0, atol=0)
             assert record in records
-
-
-def test_nothing_of_a_call_stays_on_the_loss_but_records():
-    loss_func = PNPLoss(collect_stats=True, chunk_size=5)
-    before = set(vars(loss_func))
-    x, y = batch()
-    loss_func(x.requires_grad_(), y).backward()
-    records = {"negatives_before_positive", "positives_behind_negatives"}
-    assert set(vars(loss_func)) - before <= records
-    assert all(type(getattr(loss_func, name)) is float for name in records)
 
 
 # --- ranges
