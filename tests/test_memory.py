@@ -43,31 +43,20 @@ def other_losses():
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
 @pytest.mark.parametrize("loss", other_losses(), ids=lambda loss: type(loss).__name__)
 def test_other_losses_and_the_queue_are_as_in_pml(loss, miner, device):
+    """Also with a mask, and with pairs or triplets, which are added to those of the memory."""
     ours, theirs = memory(30, loss, miner=miner), pmls(30, loss, miner=miner)
+    given = {1: lmu.get_all_pairs_indices, 4: lmu.get_all_triplets_indices}
     for step in range(5):
         x, y = batch(n=10, device=device)
-        mask = {"enqueue_mask": torch.arange(10, device=device) < 5} if step == 3 else {}
+        args = {"enqueue_mask": torch.arange(10, device=device) < 5} if step == 3 else {}
+        if step in given:
+            args["indices_tuple"] = c_f.shift_indices_tuple(given[step](y), ours.queue_idx)
         torch.testing.assert_close(
-            value_and_grad(ours, x, y, **mask), value_and_grad(theirs, x, y, **mask)
+            value_and_grad(ours, x, y, **args), value_and_grad(theirs, x, y, **args)
         )
         assert ours.queue_idx == theirs.queue_idx
         assert ours.has_been_filled == theirs.has_been_filled
         torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-
-
-def test_a_given_tuple_is_added_to_the_pairs_as_in_pml(device):
-    for loss in other_losses():
-        ours, theirs = memory(40, loss), pmls(40, loss)
-        for _ in range(3):
-            x, y = batch(n=10, device=device)
-            pairs = c_f.shift_indices_tuple(lmu.get_all_pairs_indices(y), ours.queue_idx)
-            triplets = c_f.shift_indices_tuple(lmu.get_all_triplets_indices(y), ours.queue_idx)
-            for given in (pairs, triplets):
-                a, b = copy.deepcopy(ours), copy.deepcopy(theirs)
-                torch.testing.assert_close(
-                    value_and_grad(a, x, y, given), value_and_grad(b, x, y, given)
-                )
-            ours, theirs = a, b
 
 
 # --- what is enqueued -----------------------------------------------------------------------
@@ -285,15 +274,6 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing():
     assert ours.label_memory.dtype == torch.int64
 
 
-def test_training_goes_on_after_an_evaluation_in_inference_mode():
-    ours, plain = memory(), memory()
-    x, y = batch(dtype=torch.float64)
-    with torch.inference_mode():
-        ours(x, y / 2)  # makes the queue float64, and its labels too
-    plain(x, y / 2)
-    torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
-
-
 # --- what the loss gets ---------------------------------------------------------------------
 
 
@@ -329,84 +309,17 @@ def test_the_usual_loss_gets_the_memory_itself():
         assert arguments_of(kept, *batch(n=8))[3].data_ptr() == kept.embedding_memory.data_ptr()
 
 
-# --- a query and its own copy ---------------------------------------------------------------
-
-
-class Watched(losses.PNPLoss):
-    """Keeps the tuple that it was called with."""
-
-    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        self.seen = indices_tuple
-        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-
-
-@pytest.mark.parametrize("n", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["all", "pairs", "triplets", "given pairs", "given triplets"])
-def test_a_query_is_not_compared_with_itself(kind, n, device):
-    """Also in a batch of one, and where a batch goes over the end of the memory."""
-    size = 10
-    miner = {"pairs": AllPairs(), "triplets": AllTriplets()}.get(kind)
-    ours = memory(size, Watched(), miner=miner)
-    for step in range(8):
-        x, y = torch.randn(n, 8, device=device), torch.arange(n, device=device) % 2
-        columns = (step * n + torch.arange(n)) % size
-        given = None
-        if kind.startswith("given"):
-            rows = torch.arange(n)
-            given = (rows, columns, rows, columns)  # nothing but comparisons with themselves
-            given = tuple(i.to(device) for i in (given if "pairs" in kind else given[:3]))
-        ours(x, y, given)
-        seen = ours.loss.seen
-        a1, p, a2, q = (i.cpu() for i in lmu.convert_to_pairs(seen, y))
-        assert not (columns[a1] == p).any() and not (columns[a2] == q).any()
-        if kind == "triplets":
-            continue
-        filled = min(size, (step + 1) * n)
-        labels = ours.label_memory[:filled].cpu()
-        same = y.cpu().unsqueeze(1) == labels
-        same[torch.arange(n), columns] = False
-        assert set(zip(a1.tolist(), p.tolist(), strict=True)) == {
-            tuple(pair) for pair in same.nonzero().tolist()
-        }
-
-
-class AllPairs(miners.BaseMiner):
-    def mine(self, embeddings, labels, ref_emb, ref_labels):
-        return lmu.get_all_pairs_indices(labels, ref_labels)
-
-
-class AllTriplets(miners.BaseMiner):
-    def mine(self, embeddings, labels, ref_emb, ref_labels):
-        return lmu.get_all_triplets_indices(labels, ref_labels)
-
-
 # --- who looks at the loss ------------------------------------------------------------------
 
 
-def replaced(method, keep):
-    def replacement(self, embeddings, labels, indices_tuple, *references):
-        keep(indices_tuple)
-        return method(self, embeddings, labels, indices_tuple, *references)
+def keeping(method, keep):
+    """The method, which first keeps the tuple: what stands before references and their labels."""
+
+    def replacement(*args):
+        keep(args[-3])
+        return method(*args)
 
     return replacement
-
-
-def through_hook(name):
-    def look(ours, keep, request):
-        getattr(ours.loss, name)(lambda module, args, *_: keep(args[2]))
-
-    return look
-
-
-def through_method(name, of_class):
-    def look(ours, keep, request):
-        method = replaced(getattr(losses.PNPLoss, name), keep)
-        if of_class:
-            request.getfixturevalue("monkeypatch").setattr(losses.PNPLoss, name, method)
-        else:
-            setattr(ours.loss, name, method.__get__(ours.loss))
-
-    return look
 
 
 def through_hook_of_all_modules(ours, keep, request):
@@ -416,13 +329,26 @@ def through_hook_of_all_modules(ours, keep, request):
     request.addfinalizer(handle.remove)
 
 
+def through_class(ours, keep, request):
+    method = keeping(losses.PNPLoss.compute_loss, keep)
+    request.getfixturevalue("monkeypatch").setattr(losses.PNPLoss, "compute_loss", method)
+
+
 LOOKS = {
-    "hook before forward": through_hook("register_forward_pre_hook"),
-    "hook after forward": through_hook("register_forward_hook"),
+    "hook before forward": lambda ours, keep, _: ours.loss.register_forward_pre_hook(
+        lambda module, args: keep(args[2])
+    ),
+    "hook after forward": lambda ours, keep, _: ours.loss.register_forward_hook(
+        lambda module, args, output: keep(args[2])
+    ),
     "hook of all modules": through_hook_of_all_modules,
-    "compute_loss": through_method("compute_loss", of_class=False),
-    "forward": through_method("forward", of_class=False),
-    "compute_loss of the class": through_method("compute_loss", of_class=True),
+    "compute_loss": lambda ours, keep, _: setattr(
+        ours.loss, "compute_loss", keeping(ours.loss.compute_loss, keep)
+    ),
+    "forward": lambda ours, keep, _: setattr(
+        ours.loss, "forward", keeping(ours.loss.forward, keep)
+    ),
+    "compute_loss of the class": through_class,
 }
 
 
