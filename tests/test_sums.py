@@ -1,6 +1,7 @@
-"""PML's MultipleLosses in the wrappers: the sum of what its losses are in them alone."""
+"""The wrappers: around a PNPLoss, and around PML's MultipleLosses the sum of its losses in them."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from test_wrappers import HAS_SYMMETRIC
 
 from pml_pnp import losses
 from pml_pnp.sums import parts_of
@@ -23,35 +23,39 @@ def mined():
     return miners.MultiSimilarityMiner(epsilon=0.3)
 
 
-# The arguments of a MultipleLosses, and its (loss, weight, miner).
+HAS_SYMMETRIC = "symmetric" in inspect.signature(pml_losses.SelfSupervisedLoss).parameters
+# Losses with their weights and miners.
 SUMS = {
-    "list": lambda: ([[losses.MultiSimilarityLoss(), pnp()]], [(0, 1, None), (1, 1, None)]),
-    "weights": lambda: (
-        [[pnp(), losses.TripletMarginLoss(), pnp(distance=distances.LpDistance())], None]
-        + [[2, torch.tensor(0.5), 1]],
-        [(0, 2, None), (1, 0.5, None), (2, 1, None)],
-    ),
-    "dict": lambda: (
-        [{"a": losses.NTXentLoss(), "b": pnp(reducer=reducers.SumReducer())}, None]
-        + [{"b": 0.1, "a": 3}],
-        [("a", 3, None), ("b", 0.1, None)],
-    ),
-    "miners": lambda: (
-        [[pnp(), pnp(), losses.ContrastiveLoss()], [mined(), None, miners.BatchHardMiner()]],
-        [(0, 1, mined()), (1, 1, None), (2, 1, miners.BatchHardMiner())],
-    ),
-    "dict of miners": lambda: (
-        [{"a": pnp(), "b": losses.SupConLoss()}, {"b": mined()}, {"a": 2, "b": 3}],
-        [("a", 2, None), ("b", 3, mined())],
-    ),
+    "list": lambda: [(losses.MultiSimilarityLoss(), 1, None), (pnp(), 1, None)],
+    "weights": lambda: [
+        (pnp(), 2, None),
+        (losses.TripletMarginLoss(), torch.tensor(0.5), None),
+        (pnp(distance=distances.LpDistance()), 1, None),
+    ],
+    "dict": lambda: [
+        (losses.NTXentLoss(), 3, None),
+        (pnp(reducer=reducers.SumReducer()), 0.1, None),
+    ],
+    "miners": lambda: [
+        (pnp(), 1, mined()),
+        (pnp(), 1, None),
+        (losses.ContrastiveLoss(), 1, miners.BatchHardMiner()),
+    ],
+    "dict of miners": lambda: [(pnp(), 2, mined()), (losses.SupConLoss(), 3, None)],
 }
 
 
 def made(name):
-    """A MultipleLosses, and its losses with weights and miners."""
-    arguments, parts = SUMS[name]()
-    both = pml_losses.MultipleLosses(*arguments)
-    return both, [(copy.deepcopy(both.losses[key]), *rest) for key, *rest in parts]
+    """A MultipleLosses of lists or dicts, and its losses with weights and miners."""
+    parts = SUMS[name]()
+    given = [list(column) for column in zip(*copy.deepcopy(parts), strict=True)]
+    if "dict" in name:  # in any order, and miners not for all
+        given = [dict(zip("ab", column, strict=True)) for column in given]
+        given[1] = dict(reversed(given[1].items()))
+        given[2] = {key: miner for key, miner in given[2].items() if miner is not None}
+    losses_, weights, miners_ = given
+    weights, miners_ = weights if name != "list" else None, miners_ if "miners" in name else None
+    return losses.MultipleLosses(losses_, miners_, weights), parts
 
 
 def assert_sum(whole, parts, *args, **kwargs):
@@ -90,11 +94,11 @@ def test_a_memory_adds_up_what_it_would_return_for_each_loss(name, kind, device)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", ["PNPLoss alone", *SUMS])
 def test_views_are_compared_by_each_loss(name, symmetric, device):
     if symmetric and not HAS_SYMMETRIC:
         pytest.skip("this PML has no symmetric SelfSupervisedLoss")
-    both, parts = made(name)
+    both, parts = made(name) if name in SUMS else (pnp(), [(pnp(), 1, None)])
     kwargs = {"symmetric": symmetric} if HAS_SYMMETRIC else {}
     x, view = (batch(n=12, dtype=torch.float64, device=device)[0] for _ in range(2))
     y = torch.arange(12, device=device)
@@ -158,6 +162,8 @@ def with_miner():
 
 
 NO_MINER = "MultipleLosses with miners takes neither indices_tuple nor another miner"
+NOT_IN_MEMORY = "CrossBatchMemory not supported for FastAPLoss"
+NO_VIEWS = "SelfSupervisedLoss not supported for MarginLoss"
 PAIRS = (torch.tensor([0]),) * 3
 
 
@@ -167,16 +173,10 @@ PAIRS = (torch.tensor([0]),) * 3
         (lambda: in_memory(Halved([pnp()])), TypeError, "without hooks .* got Halved"),
         (lambda: in_memory(hooked()), TypeError, "without hooks"),
         (lambda: in_memory(summed([])), ValueError, "at least one loss, got none"),
-        (
-            lambda: in_memory(summed([pnp(), losses.FastAPLoss()])),
-            Exception,
-            "CrossBatchMemory not supported for FastAPLoss",
-        ),
-        (
-            lambda: losses.SelfSupervisedLoss(summed([pnp(), losses.MarginLoss()])),
-            Exception,
-            "SelfSupervisedLoss not supported for MarginLoss",
-        ),
+        (lambda: in_memory(losses.FastAPLoss()), Exception, NOT_IN_MEMORY),
+        (lambda: in_memory(summed([pnp(), losses.FastAPLoss()])), Exception, NOT_IN_MEMORY),
+        (lambda: losses.SelfSupervisedLoss(losses.MarginLoss()), Exception, NO_VIEWS),
+        (lambda: losses.SelfSupervisedLoss(summed([losses.MarginLoss()])), Exception, NO_VIEWS),
         (lambda: in_memory(with_miner(), miner=mined()), ValueError, NO_MINER),
         (lambda: parts_of(summed([with_miner()], [mined()])), ValueError, NO_MINER),
         (lambda: in_memory(with_miner())(*batch(), PAIRS), ValueError, NO_MINER),
