@@ -10,7 +10,6 @@ import pytest
 import reference
 import torch
 from helpers import VARIANTS, WHY_NO_TRITON, version_of
-from pytorch_metric_learning import distances
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_pnp import PNPLoss
@@ -94,14 +93,10 @@ def small_blocks(monkeypatch):
 
 
 def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
+    """However many positives a query has."""
     n = 1024
-    assert n * n * 4 <= work(n).peak <= 1.4 * n * n * 4
-
-
-def test_the_similarities_of_another_distance_are_left_alone(small_blocks):
-    n = 1024
-    peak = work(n, distance=distances.CosineSimilarity(power=2)).peak
-    assert 2 * n * n * 4 <= peak  # backward of the power reads them
+    for per_class in (4, 64):
+        assert n * n * 4 <= work(n, per_class).peak <= 1.4 * n * n * 4
 
 
 def test_backward_only_scales_the_gradient():
@@ -173,15 +168,11 @@ def test_no_gradient_is_made_that_nobody_can_ask_for():
     assert with_gradient.elements - without.elements >= 64 * 64 * 5  # sigmoid's, and the gradient
 
 
-def test_every_mode_dtype_and_default_device_gives_the_same():
+def test_a_default_device_changes_nothing():
     s, labels = torch.randn(8, 8), torch.arange(8) // 2
-    with torch.inference_mode():
-        want = pnp_loss(s, labels)[0].clone()
-    assert torch.equal(pnp_loss(s.requires_grad_(), labels)[0].detach(), want)
-    for dtype in (torch.float64, torch.float32):
-        assert pnp_loss(s.to(dtype), labels)[0].dtype == dtype
+    want = pnp_loss(s, labels)[0]
     with torch.device("meta"):
-        assert torch.equal(pnp_loss(s, labels)[0].detach(), want)
+        assert torch.equal(pnp_loss(s, labels)[0], want)
 
 
 def test_what_does_not_count_is_zero_whatever_stands_there():
@@ -191,14 +182,6 @@ def test_what_does_not_count_is_zero_whatever_stands_there():
     losses, counted = pnp_loss(s, labels)
     assert losses.isfinite().all() and not counted[4]
     assert torch.autograd.grad(losses[:4].sum(), s)[0][:4].isfinite().all()
-
-
-def test_the_custom_operation_passes_pytorchs_own_checks():
-    labels = torch.tensor([0, 0, 1, 1, 1, 2])
-    relation = Relation.from_labels(labels, labels, torch.arange(6))
-    settings = Settings(10.0, "Ds", 1.0, 2.0, True)
-    args = (torch.randn(6, 6), None, *relation, *settings)
-    torch.library.opcheck(similarity._losses_and_gradient, args)
 
 
 # --- Triton, interpreted where there is no GPU
@@ -390,11 +373,3 @@ def test_a_step_on_a_gpu_does_not_wait_for_it_and_is_repeatable(variant):
             torch.cuda.set_sync_debug_mode("default")
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
-
-
-@needs_cuda
-def test_triton_is_what_a_gpu_uses(monkeypatch):
-    triton_kernel = pytest.importorskip("pml_pnp.ops.triton")
-    monkeypatch.setattr(triton_kernel, "losses_and_gradient", lambda *args: pytest.fail("called"))
-    with pytest.raises(pytest.fail.Exception):
-        pnp_loss(torch.eye(4, device="cuda"), torch.tensor([0, 0, 1, 1]))

@@ -12,8 +12,6 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pml_pnp import PNPLoss
 from pml_pnp.distances import has_global_hooks, is_product
 from pml_pnp.ops import dispatch, eager, product
-from pml_pnp.ops.settings import Settings
-from pml_pnp.pairs import Pairs
 
 
 class Cosine(CosineSimilarity):
@@ -73,17 +71,6 @@ def test_a_large_embedding_is_left_to_a_distance_that_does_not_normalize():
     x, y = batch()
     x[2] = 1e20
     assert PNPLoss(distance=distance)(x, y).isfinite()
-
-
-def test_counts_have_no_gradient_and_are_not_made_unasked():
-    x, y = batch()
-    pairs = Pairs(y, None, None, len(x), len(x), True, x.device)
-    settings = Settings(10.0, "O", 1.0, 1.0, True)
-    arguments = x.requires_grad_(), None, pairs, settings
-    flags = {"normalized": True, "chunk_size": None}
-    mean, counts = product.mean_of_losses(*arguments, **flags, with_counts=True)
-    assert mean.requires_grad and not counts.requires_grad
-    assert product.mean_of_losses(*arguments, **flags, with_counts=False)[1] is None
 
 
 HOOKS = "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"
