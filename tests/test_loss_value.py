@@ -16,7 +16,6 @@ from helpers import (
     needs_built_in,
     value_and_grad,
 )
-from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_pnp import PNPLoss
@@ -94,40 +93,7 @@ def test_references_may_come_from_inference_mode(variant):
     )
 
 
-def test_self_similarity_is_cut_into_blocks(monkeypatch, device):
-    x, y = batch(dtype=torch.float64, device=device)
-    ref, ref_y = batch(n=9, dtype=torch.float64, device=device)
-    distance = distances.DotProductSimilarity(normalize_embeddings=False)
-    loss_func = PNPLoss(distance=distance, anneal=0.3)
-    whole = value_and_grad(loss_func, x, y, None, ref, ref_y)
-    monkeypatch.setattr("pml_pnp.distances.SELF_SIMILARITY_BLOCK", 5)
-    for got, want in zip(value_and_grad(loss_func, x, y, None, ref, ref_y), whole, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-# --- nothing to rank, and numbers that are not finite
-
-
-EDGES = {
-    "one class": (torch.randn(4, 3), torch.zeros(4, dtype=torch.long), None),
-    "lone examples": (torch.randn(4, 3), torch.arange(4), None),
-    "batch of one": (torch.randn(1, 3), torch.zeros(1, dtype=torch.long), None),
-    "empty batch": (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), None),
-    "empty triplets": (torch.randn(4, 3), torch.arange(4) // 2, 3),
-    "empty pairs": (torch.randn(4, 3), torch.arange(4) // 2, 4),
-}
-
-
-@pytest.mark.parametrize("case", EDGES)
-def test_nothing_to_rank_is_zero_connected_to_the_graph(case, dtype, device):
-    x, y, length = EDGES[case]
-    x, y = x.to(device, dtype), y.to(device)
-    indices = (
-        None if length is None else tuple(torch.tensor([], device=device) for _ in range(length))
-    )
-    value, grad = value_and_grad(PNPLoss(), x, y, indices)
-    assert value == 0 and value.dtype == dtype
-    assert grad.shape == x.shape and grad.eq(0).all()
+# --- zero, and numbers that are not finite
 
 
 def test_zero_is_connected_to_references_too(device):

@@ -17,7 +17,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import reducers
 
-from pml_pnp import PNPLoss
+from pml_pnp import PNPLoss, distances
 from pml_pnp.functional import pnp_loss
 from pml_pnp.ops import dispatch, eager, product
 
@@ -92,10 +92,9 @@ class Inside(SimpleNamespace):
         ranges = eager.LARGEST_RANGE if self.is_ratio else dict.fromkeys(eager.LARGEST_RANGE, -1.0)
         with (
             mock.patch.multiple(
-                eager,
-                CPU_BLOCK=max(self.block, n * m // 10),
-                LARGEST_RANGE=ranges,
+                eager, CPU_BLOCK=max(self.block, n * m // 10), LARGEST_RANGE=ranges
             ),
+            mock.patch.object(distances, "SELF_SIMILARITY_BLOCK", max(self.tile, n // 10)),
             mock.patch.multiple(
                 product,
                 CPU_TILE=max(self.tile, n // 10),
@@ -267,7 +266,7 @@ class Tuple(SimpleNamespace):
         lengths = (
             [self.length] * 2 + [self.other_length] * 2 if self.is_pairs else [self.length] * 3
         )
-        if n * m == 0:
+        if n * m == 0 or sum(lengths) == 0:
             return [torch.tensor([])] * len(sizes)  # float32, as some miners return it
         made = []
         for size, length, dtype in zip(sizes, lengths, self.dtypes, strict=False):
