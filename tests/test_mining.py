@@ -1,7 +1,5 @@
 """Miners in a memory do not choose a query's own copy."""
 
-import warnings
-
 import pytest
 import torch
 from helpers import value_and_grad
@@ -72,12 +70,11 @@ def as_sets(indices_tuple):
     return [sorted(zip(*(x.tolist() for x in group), strict=True)) for group in groups]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", MINERS)
 def test_a_query_is_mined_as_if_its_copy_were_no_reference(name, device):
     queries, labels, references, ref_labels, columns = data(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = mine(MINERS[name](), queries, labels, references, ref_labels, columns)
+    found = mine(MINERS[name](), queries, labels, references, ref_labels, columns)
     expected = []
     for a, column in enumerate(columns):
         others = torch.cat([torch.arange(column), torch.arange(column + 1, 30)]).to(device)
@@ -109,11 +106,10 @@ def test_no_query_counts_with_a_miner_that_cannot_be_kept_from_the_copies():
         assert memory(x, y) == 0
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_batch_in_which_no_query_has_a_positive_is_no_reason_for_a_warning():
     memory = losses.CrossBatchMemory(losses.PNPLoss(), 8, miner=miners.BatchEasyHardMiner())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert memory(torch.randn(24, 8), torch.arange(24)) == 0
+    assert memory(torch.randn(24, 8), torch.arange(24)) == 0
 
 
 def test_a_miner_is_called_once_unless_it_chooses_copies():

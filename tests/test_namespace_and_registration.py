@@ -65,11 +65,6 @@ def test_a_subclass_is_taken_by_the_wrappers():
     assert losses.SelfSupervisedLoss(Tuned())(x, x + 0.1).isfinite()
 
 
-def test_pml_alone_refuses_its_own_wrappers():
-    with pytest.raises(Exception, match="not supported for PNPLoss"):
-        pml_losses.CrossBatchMemory(losses.PNPLoss(), 8)
-
-
 @pytest.mark.parametrize("name", ["CrossBatchMemory", "SelfSupervisedLoss"])
 def test_register_changes_what_was_imported_from_pml_before(registered, name):
     earlier = {"CrossBatchMemory": PMLMemory, "SelfSupervisedLoss": PMLViews}[name]

@@ -1,4 +1,4 @@
-"""Half precision, autocast, and embeddings at which gradients could overflow."""
+"""Half precision and autocast."""
 
 import pytest
 import torch
@@ -70,13 +70,3 @@ def test_reducers_work_on_float32_elements(device):
     y = torch.arange(512, device=device) // 4
     divided = PNPLoss(variant="Iu", reducer=reducers.DivisorReducer())(x, y)
     assert divided.isfinite() and divided == PNPLoss(variant="Iu")(x, y)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_far_apart_and_coinciding_embeddings_have_finite_gradients(variant, dtype, device):
-    x = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [0, 1], [0, 0]], dtype=dtype, device=device)
-    y = torch.tensor([0, 0, 1, 1, 1], device=device)
-    if dtype == torch.float16:
-        x[4] = 0.01  # the slope of a normalized vector of length 0 is 1e12, beyond float16
-    value, grad = value_and_grad(PNPLoss(variant=variant), x, y)
-    assert value.isfinite() and grad.isfinite().all()

@@ -473,26 +473,3 @@ def test_value_and_gradients_of_the_loss_are_the_formula(case):
         exact = EXACT[leaf.dtype] if is_expanded else EXACT[dtype]
         atol = (exact + 30 * relative) * added + floor
         assert_near(g, w, EXACT[leaf.dtype], atol)
-
-
-@given(
-    st.builds(
-        SimpleNamespace,
-        n=SIZES,
-        per_class=st.sampled_from([2, 4, 3, 1, 8, 30, 1000]),
-        chunk_size=st.sampled_from([None, 1, 5, 128]),
-        settings=SETTINGS,
-        seed=SEEDS,
-    )
-)
-def test_neither_the_order_of_a_batch_nor_the_names_of_its_labels_matter(case):
-    g = torch.Generator().manual_seed(case.seed)
-    x = torch.randn(case.n, 8, generator=g, dtype=torch.float64, requires_grad=True)
-    y = torch.randint(0, max(1, case.n // case.per_class), (case.n,), generator=g)
-    order, names = (torch.randperm(k, generator=g) for k in (case.n, 1000))
-    loss_func = PNPLoss(chunk_size=case.chunk_size, **case.settings.of_loss())
-    want, got = loss_func(x, y), loss_func(x[order], (names - 500)[y[order]].int())
-    assert_near(got.detach(), want.detach(), 1e-8)
-    of_want, of_got = (torch.autograd.grad(v, x)[0] for v in (want, got))
-    largest = float(of_want.abs().max()) if case.n else 0.0
-    assert_near(of_got, of_want, 1e-6, 1e-6 * largest)
