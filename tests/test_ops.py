@@ -99,6 +99,18 @@ def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
         assert n * n * 4 <= work(n, per_class).peak <= 1.4 * n * n * 4
 
 
+def test_a_kernel_for_gpus_makes_one_more_matrix(small_blocks, monkeypatch):
+    """That of the gradient; the similarities are freed before the gradient is multiplied."""
+
+    def kernel(s, *args, overwrite):
+        return eager.losses_and_gradient(s, *args)
+
+    monkeypatch.setattr(dispatch, "kernel_for", lambda s: kernel)
+    n = 1024
+    assert 2 * n * n * 4 <= work(n).peak <= 2.15 * n * n * 4
+    assert work(n, chunk_size=n // 4).peak <= 0.7 * n * n * 4
+
+
 def test_backward_only_scales_the_gradient():
     n = 256
     s, labels = torch.randn(n, n, requires_grad=True), torch.arange(n) // 4

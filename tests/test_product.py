@@ -11,7 +11,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 
 from pml_pnp import PNPLoss
 from pml_pnp.distances import has_global_hooks, is_product
-from pml_pnp.ops import dispatch, eager, product
+from pml_pnp.ops import product
 
 
 class Cosine(CosineSimilarity):
@@ -140,30 +140,6 @@ def test_hooks_on_all_modules_see_the_distance(hook):
     finally:
         handle.remove()
     assert distance in seen
-
-
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_matrices_are_freed_before_the_next_is_made(chunk_size, monkeypatch):
-    """By a kernel that makes a matrix for the gradient, as the one for GPUs does."""
-    made = []
-
-    def kernel(s, *args, overwrite):
-        assert all(grad() is None for grad in made)
-        results = eager.losses_and_gradient(s, *args)
-        made.append(weakref.ref(results[1]))
-        similarities.append(weakref.ref(s))
-        return results
-
-    def times_both(grad, z):
-        assert all(s() is None for s in similarities)
-        return (grad + grad.T) @ z
-
-    similarities = []
-    monkeypatch.setattr(dispatch, "kernel_for", lambda s: kernel)
-    monkeypatch.setattr(product, "_times_both", times_both)
-    x, y = batch()
-    PNPLoss(chunk_size=chunk_size)(x.requires_grad_(), y).backward()
-    assert len(made) == (1 if chunk_size is None else 4)
 
 
 def test_only_a_second_derivative_refuses_references_that_were_changed():
