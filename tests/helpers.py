@@ -111,28 +111,16 @@ def batch(n=24, d=8, classes=5, dtype=torch.float32, device="cpu", spread=0.3):
     return embeddings.to(device, dtype), labels.to(device)
 
 
-def sets_from_labels(labels, ref_labels=None):
-    """Positives and negatives of each query; without ref_labels the query is in neither."""
-    refs = labels.tolist() if ref_labels is None else ref_labels.tolist()
-    own = ref_labels is None
-    positives, negatives = [], []
-    for a, label in enumerate(labels.tolist()):
-        positives.append({j for j, r in enumerate(refs) if r == label and not (own and j == a)})
-        negatives.append({j for j, r in enumerate(refs) if r != label})
-    return positives, negatives
-
-
-def sets_from_tuple(indices_tuple, n):
-    positives, negatives = [set() for _ in range(n)], [set() for _ in range(n)]
-    if len(indices_tuple) == 3:
-        a, p, q = indices_tuple
-        indices_tuple = a, p, a, q
-    a1, p, a2, q = (i.tolist() for i in indices_tuple)
-    for x, y in zip(a1, p, strict=True):
-        positives[x].add(y)
-    for x, y in zip(a2, q, strict=True):
-        negatives[x].add(y)
-    return positives, negatives
+def masks_of(shape, labels=None, indices_tuple=None, ref_labels=None):
+    """Positives and negatives, (N, M) each; without references the query is in neither."""
+    if indices_tuple is None:
+        same = labels.unsqueeze(1) == (labels if ref_labels is None else ref_labels)
+        return (same.clone().fill_diagonal_(False) if ref_labels is None else same), ~same
+    a, p, *rest = indices_tuple
+    positive, negative = torch.zeros(2, *shape, dtype=torch.bool)
+    positive[a, p] = True
+    negative[rest[0] if len(rest) == 2 else a, rest[-1]] = True
+    return positive, negative
 
 
 def distance_matrix(distance, x, ref=None):
@@ -152,11 +140,9 @@ def expected_losses(
 ):
     """{query: loss} by the reference, for cosine similarity or another distance."""
     distance = distances.CosineSimilarity() if distance is None else distance
-    if indices_tuple is None:
-        sets = sets_from_labels(labels, ref_labels)
-    else:
-        sets = sets_from_tuple(indices_tuple, len(embeddings))
     s = distance_matrix(distance, embeddings, ref_emb)
+    masks = masks_of(s.shape, labels, indices_tuple, ref_labels)
+    sets = ([set(row.nonzero().flatten().tolist()) for row in mask] for mask in masks)
     own = distance_matrix(distance, embeddings).diagonal()
     k = 1 if distance.is_inverted else -1
     return reference.pnp_losses(s.tolist(), *sets, own.tolist(), k=k, **kwargs)

@@ -59,19 +59,15 @@ def test_statistics_do_not_change_the_loss_and_are_off_by_default():
 def test_statistics_are_of_references_and_tuples(kind, distance, device):
     x, y = batch(n=6, classes=2, device=device)
     ref, ref_y = batch(n=40, classes=2, device=device)
-    if kind == "references":
-        args, sets = (None, ref, ref_y), helpers.sets_from_labels(y, ref_y)
-    else:
-        indices = tuple(i[::3] for i in lmu.get_all_pairs_indices(y, ref_y))
-        args, sets = (indices, ref), helpers.sets_from_tuple(indices, 6)
+    indices = tuple(i[::3] for i in lmu.get_all_pairs_indices(y, ref_y))
+    args = (y, None, ref, ref_y) if kind == "references" else (None, indices, ref)
     loss_func = PNPLoss(distance=distance, collect_stats=True)
-    loss_func(x, y if kind == "references" else None, *args)
+    loss_func(x, *args)
     s = (1 if distance.is_inverted else -1) * helpers.distance_matrix(distance, x, ref)
-    before = [
-        sum(s[a, n] > s[a, p] for n in negatives).item()
-        for a, (positives, negatives) in enumerate(zip(*sets, strict=True))
-        for p in positives
-    ]
+    positive, negative = helpers.masks_of(
+        s.shape, y, None if kind == "references" else indices, ref_y
+    )
+    before = [(s[a, negative[a]] > s[a, p]).sum().item() for a, p in positive.nonzero().tolist()]
     assert loss_func.negatives_before_positive == pytest.approx(sum(before) / len(before))
     share = sum(count > 0 for count in before) / len(before)
     assert loss_func.positives_behind_negatives == pytest.approx(share)
