@@ -153,20 +153,13 @@ def test_ranking_statistics_of_half_precision_are_float32(dtype):
         assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=1e-5)
 
 
-OF_POSITIVES, OF_NEGATIVES = "positive_mask must be a bool", "negative_mask must be a bool"
-
-
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (([[1.0]], MASK, MASK), TypeError, "similarity must be a tensor, got list"),
         ((S.long(), MASK, MASK), TypeError, "similarity must be floating point, got torch.int64"),
-        ((S > 0, MASK, MASK), TypeError, "similarity must be floating point, got torch.bool"),
         ((S[0], MASK, MASK), ValueError, r"similarity must have shape \(N, M\), got \(4,\)"),
-        ((S, MASK.long(), MASK), TypeError, f"{OF_POSITIVES} tensor, got torch.int64"),
-        ((S, MASK, S), TypeError, f"{OF_NEGATIVES} tensor, got torch.float32"),
-        ((S, None, MASK), TypeError, f"{OF_POSITIVES} tensor, got NoneType"),
-        ((S, MASK, MASK.tolist()), TypeError, f"{OF_NEGATIVES} tensor, got list"),
+        ((S, MASK.long(), MASK), TypeError, "positive_mask must be a bool tensor, got torch.int64"),
+        ((S, MASK, MASK.tolist()), TypeError, "negative_mask must be a bool tensor, got list"),
         ((S, MASK[:, :1], MASK), ValueError, r"positive_mask must .*, \(4, 4\), got \(4, 1\)"),
         ((S, MASK, MASK[:2]), ValueError, r"negative_mask must .*, \(4, 4\), got \(2, 4\)"),
     ],
