@@ -44,12 +44,9 @@ class Program:
         self.seconds = 0.0
 
     def run(self, arguments: list, phase: str = "", moment: float = 0.0) -> str | None:
-        """One run; the phase in which it was killed, None if it came to its end before.
+        """One run, killed at a moment of a phase (a share of an undisturbed run of it) or nowhere.
 
-        Args:
-            arguments: Of the program.
-            phase: Where to kill it; nowhere by default.
-            moment: How far in the phase, as a share of an undisturbed run, which `measure` is for.
+        Returns the phase in which it was killed, None if it came to its end before.
         """
         event = int(moment * self.counts.get(phase, 0)) + 1
         process = self.context.Process(
@@ -82,16 +79,10 @@ class Program:
         return (self.folder / "phase").read_text().strip()
 
     def kill(self, arguments_of, kills: int, in_a_row: int, check) -> Counter:
-        """Kill runs that continue each other until they were killed so often, and end them.
+        """Kill runs so often, each at most `in_a_row` times; return the kills of each phase.
 
-        Args:
-            arguments_of: Makes, of a number, the arguments of a run that continues itself.
-            kills: How many at least.
-            in_a_row: How many of them the same run suffers.
-            check: Called with the number of each run when that has ended.
-
-        Returns:
-            How many kills each phase had.
+        `arguments_of(number)` makes those of a run that continues itself; when that has ended,
+        `check(number)` is called.
         """
         phases = itertools.cycle([*self.counts, ANY])
         generator = random.Random(0)

@@ -24,6 +24,10 @@ from pml_pnp.functional import pnp_loss
 def test_what_pmls_class_has_this_one_has():
     ours, theirs = PNPLoss(), BUILT_IN()
     assert PNPLoss.VARIANTS == BUILT_IN.VARIANTS
+    signature = list(inspect.signature(BUILT_IN).parameters.values())[:-1]
+    begin = list(inspect.signature(PNPLoss).parameters.values())[: len(signature)]
+    # PML has no annotations.
+    assert [x.replace(annotation=inspect.Parameter.empty) for x in begin] == signature
     public = {name for name in dir(theirs) if not name.startswith("_")} - {"sigmoid"}  # a helper
     assert public <= set(dir(ours))
     assert ours.state_dict() == theirs.state_dict() == {}

@@ -338,15 +338,9 @@ LOOKS = {
     "hook before forward": lambda ours, keep, _: ours.loss.register_forward_pre_hook(
         lambda module, args: keep(args[2])
     ),
-    "hook after forward": lambda ours, keep, _: ours.loss.register_forward_hook(
-        lambda module, args, output: keep(args[2])
-    ),
     "hook of all modules": through_hook_of_all_modules,
     "compute_loss": lambda ours, keep, _: setattr(
         ours.loss, "compute_loss", keeping(ours.loss.compute_loss, keep)
-    ),
-    "forward": lambda ours, keep, _: setattr(
-        ours.loss, "forward", keeping(ours.loss.forward, keep)
     ),
     "compute_loss of the class": through_class,
 }
