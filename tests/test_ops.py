@@ -196,6 +196,14 @@ def test_what_does_not_count_is_zero_whatever_stands_there():
     assert torch.autograd.grad(losses[:4].sum(), s)[0][:4].isfinite().all()
 
 
+def test_the_custom_operation_passes_pytorchs_own_checks():
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    relation = Relation.from_labels(labels, labels, torch.arange(6))
+    settings = Settings(10.0, "Ds", 1.0, 2.0, True)
+    args = (torch.randn(6, 6), None, *relation, *settings)
+    torch.library.opcheck(similarity._losses_and_gradient, args)
+
+
 # --- Triton, interpreted where there is no GPU
 
 CUDA = torch.cuda.is_available()
