@@ -319,6 +319,16 @@ def test_threads_that_share_a_loss_record_what_one_of_them_saw(chunk_size):
             assert record in records
 
 
+def test_nothing_of_a_call_stays_on_the_loss_but_records():
+    loss_func = PNPLoss(collect_stats=True, chunk_size=5)
+    before = set(vars(loss_func))
+    x, y = batch()
+    loss_func(x.requires_grad_(), y).backward()
+    records = {"negatives_before_positive", "positives_behind_negatives"}
+    assert set(vars(loss_func)) - before <= records
+    assert all(type(getattr(loss_func, name)) is float for name in records)
+
+
 # --- ranges
 
 

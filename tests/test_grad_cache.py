@@ -155,6 +155,17 @@ def test_frozen_parts_get_no_gradient(chunk_size):
     torch.testing.assert_close(result, expected)
 
 
+def test_weights_that_are_no_parameters_get_gradients():
+    model, x = nn.Sequential(nn.Tanh()), torch.randn(8, 3)
+    weight = torch.randn(3, 2, requires_grad=True)
+    model.register_forward_pre_hook(lambda _, args: (args[0] @ weight,))
+    seen = rows_seen(model)
+    GradCache(model, 4)(x).sum().backward()
+    assert seen == [4, 4, 4, 4]
+    expected = torch.autograd.grad(torch.tanh(x @ weight).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_without_gradients_the_batch_is_embedded_once_in_chunks(context):
     """Also if nothing requires them."""

@@ -274,6 +274,15 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing():
     assert ours.label_memory.dtype == torch.int64
 
 
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    ours, plain = memory(), memory()
+    x, y = batch(dtype=torch.float64)
+    with torch.inference_mode():
+        ours(x, y / 2)  # makes the queue float64, and its labels too
+    plain(x, y / 2)
+    torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
+
+
 # --- what the loss gets ---------------------------------------------------------------------
 
 
