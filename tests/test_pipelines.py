@@ -1,11 +1,14 @@
-"""PNPLoss in PML's trainers, with its hooks and record-keeper."""
+"""PNPLoss in PML's trainers, with its samplers, testers, hooks and record-keeper."""
 
 import csv
+import sqlite3
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICE
-from pytorch_metric_learning import miners, samplers, testers, trainers
+from pytorch_metric_learning import miners, reducers, samplers, testers, trainers
+from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import Dataset
 
@@ -38,6 +41,8 @@ def linear(d_in, d_out):
 def train(trainer_class, dataset, loss_funcs, models=None, mining_funcs=None, epochs=1, **kwargs):
     """Train; returns the trainer and the weights of the trunk before and after."""
     models = {"trunk": linear(12, 10), "embedder": linear(10, 6), **(models or {})}
+    if "sampler" not in kwargs:
+        kwargs["sampler"] = samplers.MPerClassSampler(dataset.labels, 4, 24, 96)
     trainer = trainer_class(
         models=models,
         optimizers={
@@ -48,7 +53,6 @@ def train(trainer_class, dataset, loss_funcs, models=None, mining_funcs=None, ep
         loss_funcs=loss_funcs,
         dataset=dataset,
         mining_funcs=mining_funcs,
-        sampler=samplers.MPerClassSampler(dataset.labels, 4, 24, 96),
         data_device=DEVICE,
         dataloader_num_workers=0,
         **kwargs,
@@ -70,8 +74,34 @@ def cascaded(**kwargs):
     return trainers.CascadedEmbeddings(embedding_sizes=[3, 3], **kwargs)
 
 
+def with_sampler(make):
+    dataset = Points()
+    return train(trainers.MetricLossOnly, dataset, metric_loss(), **make(dataset))
+
+
+def tuples_to_weights(dataset):
+    model = linear(12, 6)
+    sampler = samplers.TuplesToWeightsSampler(
+        model, miners.MultiSimilarityMiner(), dataset, data_device=DEVICE, dataloader_num_workers=0
+    )
+    return {"sampler": sampler}
+
+
+def fixed_triplets(dataset):
+    return {
+        "sampler": samplers.FixedSetOfTriplets(dataset.labels, 24),
+        "mining_funcs": {"tuple_miner": miners.EmbeddingsAlreadyPackagedAsTriplets()},
+    }
+
+
 RUNS = {
     "metric loss": lambda: train(trainers.MetricLossOnly, Points(), metric_loss(variant="Dq")),
+    "miner": lambda: train(
+        trainers.MetricLossOnly,
+        Points(),
+        metric_loss(anneal=0.05),
+        mining_funcs={"tuple_miner": miners.BatchHardMiner()},
+    ),
     "classifier": lambda: train(
         trainers.TrainWithClassifier,
         Points(),
@@ -95,22 +125,35 @@ RUNS = {
         ),
         g_triplets_per_anchor=2,
     ),
-    "memory, GradCache": lambda: train(
-        trainers.MetricLossOnly,
-        Points(),
-        {"metric_loss": losses.CrossBatchMemory(losses.PNPLoss(), 6, 48).to(DEVICE)},
-        models={"trunk": GradCache(linear(12, 10), 5), "embedder": GradCache(linear(10, 6), 5)},
-        epochs=2,
-    ),
+    "tuples to weights": lambda: with_sampler(tuples_to_weights),
+    "fixed triplets": lambda: with_sampler(fixed_triplets),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trainers_feed_the_loss(name):
+def test_trainers_and_samplers_feed_the_loss(name):
     if name == "cascaded embeddings" and DEVICE.type != "cpu":
         pytest.skip("PML's HDCMiner indexes triplets on the CPU by those of the device")
     _, *weights = RUNS[name]()
     assert_trained(*weights)
+
+
+def test_a_memory_in_a_trainer_is_saved_and_loaded_by_pmls_hooks(tmp_path):
+    def memory(**kwargs):
+        return losses.CrossBatchMemory(losses.PNPLoss(), 6, memory_size=64, **kwargs)
+
+    loss_func = memory(miner=miners.MultiSimilarityMiner())
+    trainer, *weights = train(
+        trainers.MetricLossOnly, Points(), {"metric_loss": loss_func}, epochs=2
+    )
+    assert_trained(*weights)
+    assert loss_func.has_been_filled
+    c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
+    fresh = {"metric_loss": memory()}
+    c_f.load_dict_of_models(fresh, "1", str(tmp_path), DEVICE)
+    torch.testing.assert_close(
+        fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
+    )
 
 
 def test_hierarchical_sampler_feeds_the_loss():
@@ -123,13 +166,60 @@ def test_hierarchical_sampler_feeds_the_loss():
     assert len(loader) > 0 and model.weight.grad.isfinite().all() and model.weight.grad.any()
 
 
+def test_m_per_class_sampler_makes_every_query_count():
+    dataset = Points()
+    sampler = samplers.MPerClassSampler(dataset.labels, 3, 24, 24)
+    x, y = zip(*(dataset[i] for i in sampler), strict=True)
+    loss_func = losses.PNPLoss(reducer=reducers.MeanReducer(collect_stats=True))
+    loss_func(torch.stack(x), torch.stack(y))
+    assert loss_func.reducer.losses_size == 24
+
+
+@pytest.mark.parametrize(
+    ("tester_class", "dataset"),
+    [
+        (testers.GlobalEmbeddingSpaceTester, Points()),
+        (testers.GlobalTwoStreamEmbeddingSpaceTester, Points(views=2)),
+        (testers.WithSameParentLabelTester, Points(hierarchy=True)),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_testers_measure_what_the_loss_trained(tester_class, dataset):
+    two_streams = len(dataset.views) == 2
+    trainer_class = trainers.TwoStreamMetricLoss if two_streams else trainers.MetricLossOnly
+    sampler = samplers.MPerClassSampler(dataset.labels.view(96, -1)[:, 0], 4, 24, 96)
+    models = {"trunk": linear(12, 10), "embedder": linear(10, 6)}
+    tester = tester_class(
+        accuracy_calculator=AccuracyCalculator(
+            include=("mean_average_precision_at_r",), k="max_bin_count", device=torch.device("cpu")
+        ),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        label_hierarchy_level=0,
+    )
+
+    def score():
+        on_cpu = [model.cpu() for model in models.values()]
+        accuracies = tester.test({"val": dataset}, 0, *on_cpu)["val"]
+        for model in models.values():
+            model.to(DEVICE)
+        return accuracies["mean_average_precision_at_r_level0"]
+
+    untrained = score()
+    loss_funcs = metric_loss(variant="Ds", anneal=0.05)
+    train(trainer_class, dataset, loss_funcs, models, epochs=15, sampler=sampler)
+    assert score() > untrained + 0.02
+
+
 def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     pytest.importorskip("record_keeper")
     pytest.importorskip("tensorboard")
     from pytorch_metric_learning.utils import logging_presets
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keeper, _, _ = logging_presets.get_record_keeper(tmp_path / "logs", tmp_path / "tensorboard")
     hooks = logging_presets.get_hook_container(keeper, log_freq=1)
+    dataset = Points()
     tester = testers.GlobalEmbeddingSpaceTester(
         end_of_testing_hook=hooks.end_of_testing_hook,
         accuracy_calculator=AccuracyCalculator(k="max_bin_count", device=torch.device("cpu")),
@@ -139,20 +229,64 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     loss_func = losses.PNPLoss(variant=torch.log1p, alpha=4, collect_stats=True)
     train(
         trainers.MetricLossOnly,
-        Points(),
+        dataset,
         {"metric_loss": loss_func},
         epochs=2,
         end_of_iteration_hook=hooks.end_of_iteration_hook,
         end_of_epoch_hook=hooks.end_of_epoch_hook(
-            tester, {"val": Points()}, str(tmp_path / "models")
+            tester, {"val": dataset}, str(tmp_path / "models")
         ),
     )
+    keeper.tensorboard_writer.flush()
+    hyperparameters = {"b": 2, "alpha": 4, "anneal": 0.01}
+    hyperparameters |= {"variant_name": "log1p", "include_self": 1}
+    statistics = ["negatives_before_positive", "positives_behind_negatives"]
+
     with open(tmp_path / "logs" / "metric_loss_PNPLoss.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8  # every iteration of two epochs
-    hyperparameters = {"b": "2", "alpha": "4", "anneal": "0.01"}
-    hyperparameters |= {"variant_name": "log1p", "include_self": "True"}
-    assert hyperparameters.items() <= rows[0].items()
-    for name in ("negatives_before_positive", "positives_behind_negatives"):
-        assert all(float(row[name]) >= 0 for row in rows)
-        assert any(float(row[name]) > 0 for row in rows)
+    assert rows[0]["variant_name"] == "log1p" and float(rows[0]["alpha"]) == 4
+    assert all(float(row[name]) >= 0 for row in rows for name in statistics)
+    assert any(float(row["negatives_before_positive"]) > 0 for row in rows)
+
+    with sqlite3.connect(tmp_path / "logs" / "logs.db") as database:
+        database.row_factory = sqlite3.Row
+        row = database.execute("SELECT * FROM metric_loss_PNPLoss").fetchone()
+    assert {name: row[name] for name in hyperparameters} == hyperparameters
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    for name in ["alpha", *statistics]:
+        assert f"metric_loss_PNPLoss/{name}" in tags
+    assert any("mean_average_precision_at_r" in tag for tag in tags)
+
+
+CACHED = {
+    "PNPLoss": lambda: losses.PNPLoss(variant="Dq", anneal=0.05),
+    "memory": lambda: losses.CrossBatchMemory(losses.PNPLoss(anneal=0.05), 6, 48).to(DEVICE),
+    "MultiSimilarityLoss": losses.MultiSimilarityLoss,
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
+    """The trainer takes the same steps, and the tester sees the same embeddings."""
+    weights, embeddings = [], []
+    for wrap in (lambda model: model, lambda model: GradCache(model, 5)):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        models = {"trunk": wrap(linear(12, 10)), "embedder": wrap(linear(10, 6))}
+        _, *before_and_after = train(
+            trainers.MetricLossOnly,
+            Points(),
+            {"metric_loss": CACHED[name]()},
+            models=models,
+            mining_funcs={"tuple_miner": miners.MultiSimilarityMiner()} if "Multi" in name else {},
+            epochs=2,
+        )
+        assert_trained(*before_and_after)
+        weights.append(before_and_after[1])
+        tester = testers.GlobalEmbeddingSpaceTester(data_device=DEVICE, dataloader_num_workers=0)
+        embeddings.append(tester.get_all_embeddings(Points(), *models.values())[0])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*embeddings, rtol=1e-3, atol=1e-4)
