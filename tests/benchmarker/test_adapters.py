@@ -4,6 +4,7 @@ import datetime
 import functools
 import inspect
 import sqlite3
+import types
 
 import pytest
 import torch
@@ -154,23 +155,12 @@ def test_constant_dimensions_are_left_out_of_a_pca():
 def test_register_puts_this_loss_and_the_parts_on_a_runner(monkeypatch):
     from pml_pnp import PNPLoss, benchmarker, losses
 
-    parts = adapters.replacements()
-    assert {kind for kind, _ in parts} == {
-        "tester",
-        "hook_container",
-        "accuracy_calculator",
-        "loss",
-    }
-    names = {cls.__name__ for _, cls in parts}  # that configs say
-    assert {"GlobalEmbeddingSpaceTester", "HookContainer", "AccuracyCalculator"} <= names
     monkeypatch.setattr(adapters, "replacements_of_pb", lambda: [("api_parser", dict)])
     registered = []
-
-    class Runner:
-        def register(self, kind, cls):
-            registered.append((kind, cls))
-
-    benchmarker.register(Runner())
+    register = lambda kind, cls: registered.append((kind, cls))  # noqa: E731
+    benchmarker.register(types.SimpleNamespace(register=register))
     assert registered[0] == ("loss", PNPLoss) and registered[-1] == ("api_parser", dict)
     assert ("loss", losses.CrossBatchMemory) in registered
-    assert len(registered) == 2 + len(parts)
+    names = {(kind, cls.__name__) for kind, cls in registered}  # that configs say
+    assert {("hook_container", "HookContainer"), ("tester", "GlobalEmbeddingSpaceTester")} < names
+    assert ("accuracy_calculator", "AccuracyCalculator") in names

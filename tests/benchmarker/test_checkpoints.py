@@ -22,6 +22,23 @@ class Killed(BaseException):
     pass
 
 
+def trainer_of(model, optimizer, x, labels, **hooks):
+    data = torch.utils.data.TensorDataset(x, labels)
+    return trainers.MetricLossOnly(
+        models={"trunk": model},
+        optimizers={"trunk_optimizer": optimizer(model.parameters(), lr=0.05)},
+        batch_size=10,
+        loss_funcs={"metric_loss": losses.ContrastiveLoss()},
+        mining_funcs={},
+        dataset=data,
+        sampler=samplers.MPerClassSampler(labels, m=2, length_before_new_iter=len(data)),
+        iterations_per_epoch=4,
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        **hooks,
+    )
+
+
 def set_up(folder, hook_container):
     """A trainer, its hooks, and the epoch to begin with."""
     seeding.seed_everything(0)
@@ -45,17 +62,11 @@ def set_up(folder, hook_container):
     )
     models = folder / "models"
     models.mkdir(parents=True, exist_ok=True)
-    trainer = trainers.MetricLossOnly(
-        models={"trunk": model},
-        optimizers={"trunk_optimizer": torch.optim.Adam(model.parameters(), lr=0.05)},
-        batch_size=10,
-        loss_funcs={"metric_loss": losses.ContrastiveLoss()},
-        mining_funcs={},
-        dataset=data,
-        sampler=samplers.MPerClassSampler(labels, m=2, length_before_new_iter=n),
-        iterations_per_epoch=4,
-        data_device=torch.device("cpu"),
-        dataloader_num_workers=0,
+    trainer = trainer_of(
+        model,
+        torch.optim.Adam,
+        x,
+        labels,
         end_of_iteration_hook=hooks.end_of_iteration_hook,
         end_of_epoch_hook=hooks.end_of_epoch_hook(tester, {"val": data}, str(models)),
     )
@@ -235,24 +246,3 @@ def test_without_records_nothing_is_touched(tmp_path, hook_container):
     before = checkpoint_files(tmp_path).keys()
     _, _, epoch = set_up(tmp_path, hook_container)
     assert epoch == EPOCHS + 1 and checkpoint_files(tmp_path).keys() == before
-
-
-def test_pmls_own_does_not(tmp_path, monkeypatch):
-    """Or there were nothing to adapt: stopped between two files, it forgets the optimizer."""
-    own = logging_presets.HookContainer
-    if not requirements.is_pinned():
-        own = adapters.with_old_table_names(own)
-    run(tmp_path / "whole", own)
-
-    def stopping(state, path, save=torch.save):
-        if "optimizer_2" in str(path):
-            raise Killed
-        save(state, path)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(torch, "save", stopping)
-        run(tmp_path / "stopped", own)
-    run(tmp_path / "stopped", own)
-    name = f"trunk_{EPOCHS}.pth"
-    got, want = (checkpoint_files(tmp_path / x)[name] for x in ("stopped", "whole"))
-    assert not torch.equal(got["weight"], want["weight"])

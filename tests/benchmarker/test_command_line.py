@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -109,37 +110,35 @@ def test_what_powerful_benchmarker_reads_is_listed():
     assert read - made - taken == set(command_line.READ_BY_PB)
 
 
-def test_the_command_line_of_the_process_is_left_as_it_was(monkeypatch, caplog):
-    caplog.set_level(logging.WARNING)  # and back again after the test
-    seen = []
-
-    class Runner:
-        def register(self, kind, part):
-            seen.append((kind, part))
-
-        def run(self):
-            seen.append(list(sys.argv[1:]))
-            assert logging.getLogger().level == logging.INFO  # what powerful-benchmarker does
-            raise RuntimeError("stopped")
-
-    monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: seen.append(bayes_opt))
+@pytest.fixture
+def runner(monkeypatch):
+    """In the place of powerful-benchmarker's; `seen` lists what it is prepared and given."""
+    fake = types.SimpleNamespace(seen=[])
+    fake.register = lambda kind, part: fake.seen.append((kind, part))
+    monkeypatch.setattr(command_line, "prepare", fake.seen.append)
     monkeypatch.setattr(command_line, "register", lambda runner: None)
-    monkeypatch.setattr(command_line, "build_runner", lambda *args: Runner())
+    monkeypatch.setattr(command_line, "build_runner", lambda *args: fake)
+    return fake
+
+
+def test_the_command_line_of_the_process_is_left_as_it_was(runner, caplog):
+    caplog.set_level(logging.WARNING)  # and back again after the test
+
+    def run():
+        runner.seen.append(list(sys.argv[1:]))
+        assert logging.getLogger().level == logging.INFO  # what powerful-benchmarker does
+        raise RuntimeError("stopped")
+
+    runner.run = run
     before = list(sys.argv)
     argv = ["--experiment_name", "x y", "--bayes_opt_iters", "3", "--losses", "{A: {b: 1}}"]
     with pytest.raises(RuntimeError, match="stopped"):
         command_line.main(argv, parts=[("dataset", dict)])
     words = [*argv[:-1], "{A:", "{b:", "1}}"]  # as if it had not been quoted
-    assert sys.argv == before and seen == [True, ("dataset", dict), words]
+    assert sys.argv == before and runner.seen == [True, ("dataset", dict), words]
 
 
-def test_a_folder_that_is_taken_is_an_error(monkeypatch):
-    class Runner:
-        def run(self):
-            sys.exit()  # as powerful-benchmarker does
-
-    monkeypatch.setattr(command_line, "prepare", lambda bayes_opt: None)
-    monkeypatch.setattr(command_line, "register", lambda runner: None)
-    monkeypatch.setattr(command_line, "build_runner", lambda *args: Runner())
+def test_a_folder_that_is_taken_is_an_error(runner):
+    runner.run = sys.exit  # as powerful-benchmarker does
     with pytest.raises(SystemExit, match="experiment_name is in experiments: continue it with"):
         command_line.main(["--experiment_name", "x"])

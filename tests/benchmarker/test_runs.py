@@ -142,7 +142,6 @@ OVERLAY = ["--config_loss_and_miners", "[default, nope]"]
 OTHER = benchmark_flags("FINISHED", epochs=5)
 NO_DATA = ["--dataset", "omniglot", "--dataset-root", "ROOT/no", "--output", "ROOT"]
 NO_LOSS = ["--output", "ROOT", "--losses", "nope"]
-FLAG = ["--sed", "0"]
 NO_CONFIG = "no experiment to reproduce: no config in .*no/configs"
 UNKNOWN = "unknown flag --sed: did you mean --seed"
 NO_SEARCH = "needs a config with a key that ends in ~BAYESIAN~"
@@ -155,10 +154,8 @@ MISTAKES = {
     "no overlay": ("run.py", [*NEW, *OVERLAY], "no nope.yaml in .* with_pnp,"),
     "nothing to resume": ("run.py", [*NEW, "--resume_training", "latest"], "no experiment 'x' in "),
     "nothing to reproduce": ("run.py", [*NEW, "--reproduce_results", "ROOT/no"], NO_CONFIG),
-    "flag to reproduce": ("run.py", [*NEW, "--reproduce_results", "ROOT/old", *FLAG], UNKNOWN),
+    "flag to reproduce": ("run.py", [*NEW, "--reproduce_results", "ROOT/old", "--sed", 0], UNKNOWN),
     "nothing to evaluate": ("run.py", [*NEW, "--evaluate"], "no experiment 'x' in "),
-    "reproductions": ("run.py", [*NEW, "--reproductions", "a"], "--reproductions"),
-    "flag": ("run.py", [*NEW, *FLAG], UNKNOWN),
     "nothing to search": ("run.py", [*NEW, "--bayes_opt_iters", "3"], NO_SEARCH),
 }
 
@@ -218,23 +215,14 @@ found["dataset"] = list(read[0].dataset)
 def factory(name):
     return runner.pytorch_getter.get("factory", yaml_dict={name: {"getter": runner.pytorch_getter}})
 
+size, pnp = {"embedding_size": 8}, {"PNPLoss": {"variant": "Ds"}}
+mined = {"loss": {"PNPLoss": None}, "miner": {"MultiSimilarityMiner": {}}, **size}
+weights = {"PNPLoss": 0.5, "NormalizedSoftmaxLoss": 0.0}
+both = {"losses": {**pnp, "NormalizedSoftmaxLoss": size}, "weights": weights}
 losses = {
-    "memory": {
-        "CrossBatchMemory": {"loss": {"PNPLoss": {"variant": "Ds"}}, "embedding_size": 8}
-    },
-    "mined": {
-        "CrossBatchMemory": {
-            "loss": {"PNPLoss": None}, "embedding_size": 8, "miner": {"MultiSimilarityMiner": {}}
-        }
-    },
-    "sum": {
-        "MultipleLosses": {
-            "losses": {
-                "PNPLoss": {"variant": "Ds"}, "NormalizedSoftmaxLoss": {"embedding_size": 8}
-            },
-            "weights": {"PNPLoss": 0.5, "NormalizedSoftmaxLoss": 0.0},
-        }
-    },
+    "memory": {"CrossBatchMemory": {"loss": pnp, **size}},
+    "mined": {"CrossBatchMemory": mined},
+    "sum": {"MultipleLosses": both},
 }
 makes = factory("LossFactory")
 for fold in range(2):
@@ -250,17 +238,12 @@ try:
 except AttributeError:  # not of PML 2
     found["mined"] = None
 
-specs = {
-    "trunk_optimizer": {
-        "SGD": {"lr": 1.0},
-        "scheduler_by_epoch": {"StepLR": {"step_size": 1, "gamma": 0.1}},
-        "clip_grad_norm": 0.5,
-    }
-}
+by_epoch = {"StepLR": {"step_size": 1, "gamma": 0.1}}
+sgd = {"SGD": {"lr": 1.0}, "scheduler_by_epoch": by_epoch, "clip_grad_norm": 0.5}
 trunk = torch.nn.Linear(8, 2)
 for fold in range(2):
     optimizers, schedulers, clippers = factory("OptimizerFactory").create(
-        named_specs=specs, kwargs={"param_sources": [{"trunk": trunk}]}
+        named_specs={"trunk_optimizer": sgd}, kwargs={"param_sources": [{"trunk": trunk}]}
     )
 trunk(x).square().sum().backward()
 clippers["trunk_grad_clipper"]()

@@ -6,10 +6,11 @@ import types
 import numpy as np
 import torch
 from damage import same
-from pytorch_metric_learning import losses, samplers, trainers
 from pytorch_metric_learning.utils import common_functions
 
 from pml_pnp.benchmarker.seeding import seed_everything, seed_runs
+
+from .test_checkpoints import trainer_of
 
 
 def draws():
@@ -68,20 +69,8 @@ class Parser:
         self.model = torch.nn.Linear(4, 2)
 
     def get_trainer(self):
-        labels = np.arange(40) // 5
         x = torch.arange(160.0).view(40, 4).sin()
-        return trainers.MetricLossOnly(
-            models={"trunk": self.model},
-            optimizers={"trunk_optimizer": torch.optim.SGD(self.model.parameters(), lr=0.1)},
-            batch_size=8,
-            loss_funcs={"metric_loss": losses.ContrastiveLoss()},
-            mining_funcs={},
-            dataset=torch.utils.data.TensorDataset(x, torch.tensor(labels)),
-            sampler=samplers.MPerClassSampler(labels, m=2, length_before_new_iter=40),
-            iterations_per_epoch=3,
-            data_device=torch.device("cpu"),
-            dataloader_num_workers=0,
-        )
+        return trainer_of(self.model, torch.optim.SGD, x, torch.arange(40) // 5)
 
 
 def run(*args, seed=0, name="trial"):

@@ -55,33 +55,6 @@ def report():
         yield report
 
 
-def test_the_page_says_what_was_measured(measure, rows, report):
-    page = "\n\n".join(report.parts(rows).values())
-    assert all(f"\n| {loss}" in page for loss in (*measure.PEERS, *measure.RESEARCH))
-    for said in (
-        "| PNPLoss / floor |",
-        "| fastest other loss of PML / PNPLoss |",
-        "| PML's PNPLoss / PNPLoss |",
-        "| fastest of SmoothAP, SupAP, RecallAtK / PNPLoss |",
-        "| 4 examples per class | 8 |",
-        "| `CrossBatchMemory` of 16 | 8 |",
-        "| the same sums by torch.compile |",
-        "| sigmoids one by one |",
-        "blocks of 2.5 MiB |",
-        "| PNPLoss, two products |",
-        "with no `chunk_size`",
-        "with `chunk_size=2048`",
-    ):
-        assert said in page, said
-
-
-def test_the_readme_shows_the_fastest_other_loss_of_pml(measure, rows, report):
-    times = rows[(rows.part == "large") & rows.provider.isin(measure.PEERS)].median_ms
-    table = report.summary(rows)
-    assert f"| fastest other loss of PML | {min(times):.3g} |" in table
-    assert table.count("\n| ") == 5
-
-
 def test_what_was_not_measured_is_not_mentioned(rows, report):
     parts = report.parts(rows[rows.part.isin(["small", "memory"])])
     assert list(parts) == ["cpu", "cpu losses", "cpu memory"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pd = pytest.importorskip("pandas", reason="the reports need pandas: pip install '.[benchmarks]'")
+pytest.importorskip("pandas", reason="the reports need pandas: pip install '.[benchmarks]'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import pages  # noqa: E402
@@ -20,18 +20,6 @@ def test_rows_are_read_to_the_last_digit_and_a_line_cut_short_is_not(tmp_path):
     assert rows.loss.tolist() == ["one", "two", "three"]
     assert rows.value[0] == float(value)
     assert pages.read([]).empty
-
-
-def test_a_table_has_two_digits_text_as_it_is_and_empty_cells():
-    table = pd.DataFrame({"MAP@R": [1.005, None], "p": ["< 0.001", "0.5"]}, ["one", "two"])
-    lines = [
-        "| loss | MAP@R | p |",
-        "|---|---|---|",
-        "| one | 1.00 | < 0.001 |",
-        "| two |  | 0.5 |",
-    ]
-    assert pages.markdown(table, "loss").splitlines() == lines
-    assert pages.markdown(table.rename_axis("loss")).splitlines() == lines
 
 
 def test_only_what_stands_between_the_markers_is_made_anew(tmp_path):
@@ -58,11 +46,3 @@ def test_no_page_is_written_if_a_marker_has_no_part_or_no_end(marker, tmp_path):
     with pytest.raises(SystemExit, match="two.md: <!-- .* has no rows, or no <!-- end -->"):
         pages.publish([one, two], {"a": "new"}, "x.py")
     assert "old" in one.read_text()
-
-
-def test_rows_say_where_when_and_by_what_they_were_measured():
-    rows = pd.DataFrame({"machine": ["A", "A", "B"], "torch": ["2", "2", "3"]})
-    rows = rows.assign(date=["2026-02-03", "2026-01-02", "2026-01-02"], command=["b", "a", "b"])
-    rows["pytorch-metric-learning"] = "2.9"
-    said = "A, torch 2, and on B, torch 3, PML 2.9, 2026-01-02 to 2026-02-03, `b`, `a`"
-    assert pages.where(rows, "machine") == said

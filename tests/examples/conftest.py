@@ -206,14 +206,9 @@ def timm(monkeypatch):
         return transform
 
     fake.create_model = create_model
-    data.resolve_model_data_config = lambda model: {
-        "input_size": (3, 224, 224),
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-    }
+    config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875}
+    config |= {"crop_mode": "center", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    data.resolve_model_data_config = lambda model: config
     data.create_transform = create_transform
     monkeypatch.setitem(sys.modules, "timm", fake)
     monkeypatch.setitem(sys.modules, "timm.data", data)

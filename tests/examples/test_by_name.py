@@ -38,7 +38,6 @@ def test_classes_embedding_size_distance_reducer_and_miner_are_filled_in():
 
 
 def test_a_loss_beside_is_added():
-
     both = build_loss("PNPLoss", {"variant": "Ds"}, 4, 8, beside="MultiSimilarityLoss")
     x, labels = torch.randn(12, 8), torch.arange(12) // 3
     alone = losses.PNPLoss(variant="Ds")(x, labels), losses.MultiSimilarityLoss()(x, labels)

@@ -2,13 +2,12 @@
 
 import functools
 import importlib
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmark_trees import CONFIGS, IMAGES, TEST, write_products
+from benchmark_trees import CONFIGS, TEST, write_products
 from PIL import Image
 from retrieval.errors import UserError
 from retrieval.trunks import SmallTransform, _prepare, build_trunk, import_timm
@@ -59,15 +58,6 @@ def test_pretrained_weights_are_loaded_but_for_the_classifier(weights, name):
     loaded = build(name, pretrained=True).module.state_dict()
     assert state.keys() - loaded.keys() == {f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"}
     assert all(torch.equal(loaded[key], state[key]) for key in loaded)
-
-
-def test_weights_that_cannot_be_had_are_an_error_in_one_line(weights, refused, tmp_path):
-    weights("resnet10t")
-    (tmp_path / "resnet10t.pth").unlink()
-    for name, message in (("resnet10t", "FileNotFound"), ("no_such_model", "Unknown model")):
-        error = refused("--trunk", name, "--pretrained", "--output-dir", tmp_path / "runs")
-        assert f"train.py: error: timm could not make the trunk '{name}': {message}" in error
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("pretrained", [False, True], ids=["untrained", "pretrained"])
@@ -134,10 +124,7 @@ def test_experiment_of_the_paper_with_its_own_trunk(weights, main, tmp_path, str
     assert 0 <= metrics["trained"]["precision_at_1"] <= 1
     assert metrics["trained"]["recall_at_1000"] == 1
     trained = torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["models"]["trunk"]
-    steps = len(TEST) * (IMAGES - 2) // 8  # of Adam, none of which moves a weight further than lr
-    moved = {key: (trained[key] - state[key]).abs().max().item() for key in trained}
-    frozen = [key for key in moved if "running" in key or "num_batches" in key]
-    assert len(frozen) == 3 * 53
-    assert all(moved.pop(key) == 0 for key in frozen)
-    assert all(0 < x for key, x in moved.items() if key.endswith("conv2.weight"))
-    assert max(moved.values()) < 1e-5 * (steps + 1) and math.isfinite(max(moved.values()))
+    moved = {key for key in trained if not torch.equal(trained[key], state[key])}
+    frozen = {key for key in trained if "running" in key or "num_batches" in key}
+    assert len(frozen) == 3 * 53 and not moved & frozen
+    assert all(key in moved for key in trained if key.endswith("conv2.weight"))

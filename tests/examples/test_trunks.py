@@ -142,20 +142,6 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
     assert "/9/" in table.read_text().splitlines()[1].partition(str(query))[2]
 
 
-@pytest.mark.parametrize(("name", "width"), [("vit", 6), ("resnet", 5)])
-@pytest.mark.parametrize("size", [None, 32, 96])
-def test_model_takes_images_of_the_size_that_was_asked_for(timm, name, width, size):
-    trunk = build_trunk(name, True, size, SmallTransform(64, "RGB"))
-    if name == "resnet":
-        assert not trunk.module.norm.running_mean.any()
-    pixels = trunk.eval_transform(Image.new("L", (50, 70)))
-    assert pixels.shape == (3, size or 224, size or 224)
-    assert trunk.module(pixels[None].expand(2, -1, -1, -1)).shape == (2, width)
-    assert trunk.num_features == width
-    assert trunk.module.training
-    assert all(made[:3] == (name, True, 0) for made in timm.made)
-
-
 UNUSABLE = {
     "--trunk vit --image-size 40": "for images of 40 pixels: image size must be divisible",
     "--trunk resnet --image-size 3": "--image-size: the trunk 'resnet' cannot take images of",

@@ -56,23 +56,6 @@ def test_a_setting_is_chosen_without_the_data_that_it_is_measured_on():
     assert choices[0].omniglot.equals(choices[1].omniglot)
 
 
-def test_the_table_has_every_cell_mean_least_and_settings_best_first():
-    own = grid()
-    own["label"] = "at " + own.setting.astype(str)
-    one_run_of_another = own[:1].assign(dataset="emoji_lite0")
-    found = advice.complete(pd.concat([own, one_run_of_another]))
-    lines = advice.left_out_table(found).splitlines()
-    table = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
-    assert table[0][1:5] == [
-        f"{x}, 100 steps" for x in ("clinc150", "grocery", "grocery_lite0", "omniglot")
-    ]
-    assert table[0][5:] == ["mean", "least", "setting"]
-    assert [x[0] for x in table[2:]] == ["**PNP-Ds**", "SupCon", "Triplet"]
-    assert table[3][1:7] == ["+0.00"] * 6
-    assert table[4][1:7] == ["-9.00"] * 6
-    assert table[2][7] == "at 1 or at 0"
-
-
 def test_validation_chooses_a_setting_in_every_split_and_a_rate_beside_it():
     own = rows(
         ("omniglot", "PNP-Ds", 0, 0.1, 1, 30, 50),
@@ -84,60 +67,18 @@ def test_validation_chooses_a_setting_in_every_split_and_a_rate_beside_it():
         ("omniglot", "SupCon", 0, 0.1, 1, 42, 10),
         ("omniglot", "SupCon", 0, 0.1, 2, 42, 10),
     )
-    own = own.assign(label="at " + own.setting.astype(str), temperature=own.setting.astype(float))
+    own = own.assign(label="at " + own.setting.astype(str))
     of = advice.by_validation(own).set_index(["loss", "learning_rate"])
     assert of.loc["PNP-Ds", 0.1][["chosen", "at 0", "at 1"]].tolist() == [-5, -7, 0]
     assert of.loc["PNP-Ds", 0.2].chosen == 0
     behind = advice.from_best_peer(own).set_index("loss").behind
     assert behind.to_dict() == {"PNP-Ds": (45 + 34) / 2 - 42, "SupCon": 0}
-    lines = advice.by_validation_table(own).splitlines()
-    assert [x.split("|")[1].strip() for x in lines[2:]] == ["SupCon", "**PNP-Ds**"]
-    assert lines[3] == "| **PNP-Ds** | -2.50 | -5.00 | -3.50 | 0.00 | -2.50 | -2.50 |".replace(
-        "0.00", "+0.00"
-    )
-
-
-def test_losses_are_compared_at_the_same_temperature():
-    own = rows(
-        ("omniglot", "SmoothAP", 1, 0.1, 1, 40, 0),
-        ("omniglot", "PNP-Dq", 0, 0.1, 1, 41, 0),
-        ("omniglot", "PNP-Dq alpha 4", 0, 0.1, 1, 39, 0),
-        ("clinc150", "SmoothAP", 1, 0.1, 1, 40, 0),
-        ("clinc150", "PNP-Dq", 0, 0.1, 1, 44, 0),
-        ("clinc150", "PNP-Dq alpha 4", 0, 0.1, 1, 40, 0),
-    )
-    lines = advice.equal_temperatures_table(own.assign(temperature=0.03)).splitlines()
-    assert lines[0] == "| minus SmoothAP | at 0.03 |"
-    assert lines[2] == "| PNP-Dq | +2.50 (+1.00 to +4.00) |"
-    assert lines[3] == "| PNP-Dq alpha 4 | -0.50 (-1.00 to +0.00) |"
-
-
-def test_every_setting_of_a_data_set_has_its_trainings():
-    text = advice.settings_table(one_file().assign(dataset="clinc150"))
-    assert "1 split of the classes, batches of 55 x 4, a machine, torch 2.13.0" in text
-    assert "`python benchmarks/retrieval/grid.py --dataset clinc150`" in text
-    assert "| loss | 100 steps at 0.001 | 600 steps at 0.0003 |" in text
-    assert "| **PNP-Ds**, at 0.1 | 50.00 | 60.00 |" in text
-    assert "| Triplet, margin 0.05 |  | 40.00 |" in text
-
-
-def one_file():
-    base = {"machine": "a machine", "torch": "2.13.0", "pytorch-metric-learning": "2.9.0"}
-    base |= {"date": "2026-11-28", "batch": "55 x 4", "seed": 1, "dataset": "emoji_lite0"}
-    runs = [
-        ("PNP-Ds", '{"anneal": 0.1}', 100, 0.001, 0.5),
-        ("PNP-Ds", '{"anneal": 0.1}', 600, 0.0003, 0.6),
-        ("Triplet", '{"margin": 0.05}', 600, 0.0003, 0.4),
-    ]
-    names = ["loss", "parameters", "steps", "learning_rate", "test map_at_r"]
-    found = pd.DataFrame(runs, columns=names).assign(setting=0, **base)
-    found["validation map_at_r"] = found["test map_at_r"]
-    return advice.prepared(found)
 
 
 def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
+    own = advice.read()
     for name in ("one.svg", "two.svg"):
-        advice.plot(one_file(), tmp_path / name)
+        advice.plot(own[own.dataset == "emoji_lite0"], tmp_path / name)
     one = (tmp_path / "one.svg").read_text()
     assert one == (tmp_path / "two.svg").read_text()
     assert "emoji_lite0" in one

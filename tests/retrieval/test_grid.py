@@ -14,8 +14,6 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from study_data import other_splits
 from torch.nn.functional import normalize
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def run_grid(shorter, tmp_path, monkeypatch):
@@ -34,15 +32,9 @@ def run_grid(shorter, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_each_loss_has_five_settings_that_train(name):
+def test_each_loss_has_five_settings(name):
     candidate, settings = SETTINGS[name]
     assert len({json.dumps(p, sort_keys=True) for p in settings}) == 5
-    x = torch.randn(12, 128, requires_grad=True)
-    labels = torch.arange(12) // 4
-    for params in settings:
-        torch.manual_seed(0)
-        objective(candidate, params, 3)(x, labels).backward()
-    assert x.grad.isfinite().all()
     if name.startswith("PNP"):
         assert tuple(p["anneal"] for p in settings) == TEMPERATURES
     else:  # the first is the default
@@ -97,13 +89,6 @@ def test_every_setting_runs_at_every_length_and_rate_once_unless_some_are_named(
     assert len(run_grid("--losses PNP-Ds FastAP --seeds 1")) == len(made) + 5 * 2 * 2
     made = run_grid("--losses NTXent --settings 1 3 --steps 1 --rates 1 --seeds 1")[-2:]
     assert sorted((r["setting"], r["steps"]) for r in made) == [("1", "1"), ("3", "1")]
-
-
-def test_a_part_of_a_seed_is_a_sample_of_all_losses(shorter, tmp_path):
-    args = grid._parser().parse_args(["--dataset", "omniglot", "--seeds", "1"])
-    runs = list(grid._missing(shorter, args, tmp_path / "none.csv"))
-    assert len({r.loss for r in runs[: len(runs) // 4]}) == len(SETTINGS)
-    assert runs == list(grid._missing(shorter, args, tmp_path / "none.csv"))
 
 
 def test_many_examples_are_measured_in_part_by_whole_classes(tiny, monkeypatch):

@@ -51,21 +51,18 @@ def test_an_emoji_is_what_all_packages_draw(emoji_root):
 FOLDER = pretrained.EMOJI_PACKAGES[2][1]
 
 
-@pytest.mark.parametrize(
-    ("limit", "files", "said"),
-    [
-        ("IMAGE_AT_MOST", {f"{FOLDER}1f600.png": bytes(2000)}, "1f600.png has 2000 bytes"),
-        ("PACKAGE_AT_MOST", {"large": bytes(2000)}, "more than 1000 bytes"),
-        (
-            "PACKAGE_AT_MOST",
-            {f"{FOLDER}license.png": b""},
-            "named by an emoji's code, got 'license",
-        ),
-        ("PACKAGE_AT_MOST", None, "ended before"),
-    ],
-    ids=["large image", "large package", "another name", "cut short"],
-)
-def test_a_package_is_read_within_limits(limit, files, said, emoji_root, monkeypatch):
+# The limit that is lowered, what is in a package, None if it is cut short, and what is said.
+PACKAGES = {
+    "large image": ("IMAGE_AT_MOST", {f"{FOLDER}1f600.png": bytes(2000)}, "1f600.png has 2000 b"),
+    "large package": ("PACKAGE_AT_MOST", {"large": bytes(2000)}, "more than 1000 bytes"),
+    "another name": ("PACKAGE_AT_MOST", {f"{FOLDER}license.png": b""}, "code, got 'license"),
+    "cut short": ("PACKAGE_AT_MOST", None, "ended before"),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_is_read_within_limits(package, emoji_root, monkeypatch):
+    limit, files, said = PACKAGES[package]
     monkeypatch.setattr(pretrained, limit, 1000)
     path = emoji_root / "emoji" / "emojione-2.2.7.tgz"
     if files is None:

@@ -1,6 +1,5 @@
 """The probes of the study: what they train on and measure on, and the signal they look at."""
 
-import dataclasses
 import math
 
 import probes
@@ -43,14 +42,6 @@ def test_the_signal_is_written_beside_the_rows(study, monkeypatch):
     assert {r["setting"] for r in signal} == {"0.01", "0.1"}
     saturated = {r["setting"]: float(r["saturated"]) for r in signal}
     assert saturated["0.01"] > saturated["0.1"]
-
-
-def test_larger_batches_are_probed_where_the_data_set_has_them(shorter, tmp_path):
-    data = dataclasses.replace(shorter, large_batches=((12, 3), (13, 2)))
-    study = Study(data, None, tmp_path, tmp_path / "unused.db", ["PNP-Ds"])
-    settings = [probe.setting for probe in PROBES["batch"](study)]
-    assert "12 x 3" in settings
-    assert "13 x 2" not in settings  # there are twelve classes
 
 
 def test_the_temperature_falls_from_the_first_to_the_last_and_embeddings_are_rounded():

@@ -160,12 +160,6 @@ def test_parts_of_a_data_set_share_no_class(name):
         assert len(coarse) == len(part.classes)  # a class has one coarse label
 
 
-def test_the_linear_layer_starts_as_the_principal_components():
-    inputs = torch.randn(200, 100) @ torch.randn(100, 384) / 20  # of rank 100, below 128
-    kept = DATA_SETS["clinc150"].network(inputs)(inputs)
-    torch.testing.assert_close(kept @ kept.T, inputs @ inputs.T, rtol=1e-3, atol=1e-3)
-
-
 def test_an_image_is_warped_and_stays_in_range():
     images = torch.rand(8, 3, 16, 16)
     warp = Warp(turn=0.2, scale=0.2, shift=0.1, mirror=True)
@@ -313,7 +307,3 @@ def test_a_row_says_what_was_run_and_where(study_of):
     assert row["batch_size"] == "24"
     assert row["command"].startswith("python ")
     assert not row["command"].split()[1].startswith("/")
-
-
-def test_no_file_is_no_rows(tmp_path):
-    assert rows.read(tmp_path / "none.csv") == []
