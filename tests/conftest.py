@@ -89,8 +89,8 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ranks(once):
-    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+def folder_of_ranks(once):
+    """What rank_processes.py wrote."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     import rank_processes
@@ -100,10 +100,17 @@ def ranks(once):
         command = [sys.executable, rank_processes.__file__, str(folder)]
         subprocess.run(command, check=True, timeout=900, env=environment)
 
+    return once("ranks", start)
+
+
+@pytest.fixture(scope="session")
+def ranks(folder_of_ranks):
+    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+    from rank_processes import file_of
+
     @functools.cache
     def found(module, world):
-        folder = once("ranks", start)
-        files = (rank_processes.file_of(folder, module, world, rank) for rank in range(world))
+        files = (file_of(folder_of_ranks, module, world, rank) for rank in range(world))
         return [torch.load(file) for file in files]
 
     return found
