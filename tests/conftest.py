@@ -1,26 +1,22 @@
 import functools
+import gc
 import os
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 # Each of several processes of pytest-xdist, and what it starts, gets its share of the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
-import numpy as np
 import pytest
-import torch
 from filelock import FileLock
-from helpers import DEVICE, DTYPES
 from hypothesis import HealthCheck, settings
 
-from pml_pnp.ops import eager
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+# Functions import torch and NumPy, which pytest-xdist's own process does not need.
 
 # The properties of tests/test_properties.py and tests/test_stateful.py: the same few examples at
 # every run, or with --hypothesis-profile=thorough many others, chosen by --hypothesis-seed.
@@ -44,25 +40,54 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Do not import the tests of the application where all of them are left out."""
+    examples = Path(__file__).parent / "examples"
+    return (config.option.markexpr == "not application" and collection_path == examples) or None
+
+
+def pytest_collectstart():
+    import helpers  # noqa: F401, which chooses how Triton runs before anything imports it
+
+
+def pytest_collection_finish():
+    """Let no later garbage collection go through what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 @pytest.fixture
 def device():
+    from helpers import DEVICE
+
     return DEVICE
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(params=os.environ.get("TEST_DTYPES", "float16,bfloat16,float32,float64").split(","))
 def dtype(request):
-    return request.param
+    import torch
+
+    return getattr(torch, request.param)
 
 
 @pytest.fixture(params=["ratios", "one by one"])
 def sigmoids(request, monkeypatch):
     """Sigmoids in either way."""
+    from pml_pnp.ops import eager
+
     if request.param == "one by one":
         monkeypatch.setattr(eager, "LARGEST_RANGE", dict.fromkeys(eager.LARGEST_RANGE, -1.0))
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -91,6 +116,8 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def folder_of_ranks(once):
     """What rank_processes.py wrote."""
+    import torch
+
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     import rank_processes
@@ -106,6 +133,7 @@ def folder_of_ranks(once):
 @pytest.fixture(scope="session")
 def ranks(folder_of_ranks):
     """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+    import torch
     from rank_processes import file_of
 
     @functools.cache
@@ -114,3 +142,14 @@ def ranks(folder_of_ranks):
         return [torch.load(file) for file in files]
 
     return found
+
+
+@pytest.fixture(scope="session")
+def report():
+    """benchmarks/report.py."""
+    pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        import report
+
+        yield report

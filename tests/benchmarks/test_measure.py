@@ -46,15 +46,6 @@ def test_every_part_runs_and_writes_full_rows(measure, rows):
     assert rows.command.str.contains("measure.py").all()
 
 
-@pytest.fixture(scope="module")
-def report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import report
-
-        yield report
-
-
 def test_the_page_says_what_was_measured(measure, rows, report):
     page = "\n\n".join(report.parts(rows).values())
     assert all(f"\n| {loss}" in page for loss in (*measure.PEERS, *measure.RESEARCH))

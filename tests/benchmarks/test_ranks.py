@@ -21,15 +21,6 @@ def ranks(monkeypatch):
 
 
 @pytest.fixture
-def report(monkeypatch):
-    pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import report
-
-    return report
-
-
-@pytest.fixture
 def rows(folder_of_ranks):
     """Rows of two ranks with eight embeddings each, by `efficient`."""
     with (folder_of_ranks / "benchmark.csv").open(newline="") as file:
