@@ -16,8 +16,6 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-# Functions import torch and NumPy, which pytest-xdist's own process does not need.
-
 # The properties of tests/test_properties.py and tests/test_stateful.py: the same few examples at
 # every run, or with --hypothesis-profile=thorough many others, chosen by --hypothesis-seed.
 # Neither writes a database of examples.
@@ -49,7 +47,13 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collectstart():
-    import helpers  # noqa: F401, which chooses how Triton runs before anything imports it
+    """Import what pytest-xdist's own process, which collects nothing, does not need."""
+    global eager, helpers, np, torch
+    import helpers  # which chooses how Triton runs, before anything imports it
+    import numpy as np
+    import torch
+
+    from pml_pnp.ops import eager
 
 
 def pytest_collection_finish():
@@ -64,38 +68,27 @@ def pytest_sessionfinish():
 
 @pytest.fixture
 def device():
-    from helpers import DEVICE
-
-    return DEVICE
+    return helpers.DEVICE
 
 
 @pytest.fixture(params=os.environ.get("TEST_DTYPES", "float16,bfloat16,float32,float64").split(","))
 def dtype(request):
-    import torch
-
     return getattr(torch, request.param)
 
 
 @pytest.fixture(params=["ratios", "one by one"])
 def sigmoids(request, monkeypatch):
     """Sigmoids in either way."""
-    from pml_pnp.ops import eager
-
     if request.param == "one by one":
         monkeypatch.setattr(eager, "LARGEST_RANGE", dict.fromkeys(eager.LARGEST_RANGE, -1.0))
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    import numpy as np
-    import torch
-
     random.seed(0)
     np.random.seed(0)
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-    else:  # without keeping the stack for each kind of device that may come
-        torch.default_generator.manual_seed(0)
+    # torch.manual_seed keeps the stack for each kind of device that may be initialized later.
+    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +114,6 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def folder_of_ranks(once):
     """What rank_processes.py wrote."""
-    import torch
-
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     import rank_processes
@@ -138,7 +129,6 @@ def folder_of_ranks(once):
 @pytest.fixture(scope="session")
 def ranks(folder_of_ranks):
     """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
-    import torch
     from rank_processes import file_of
 
     @functools.cache

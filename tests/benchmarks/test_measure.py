@@ -1,22 +1,19 @@
 """A run of benchmarks/measure.py over all of its parts, at sizes that take a moment."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import needs_built_in
 
 pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
 pytestmark = needs_built_in  # beside which PNPLoss is measured
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def measure():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import measure
+def measure(report):
+    import measure
 
+    with pytest.MonkeyPatch.context() as patch:
         tiny = {part: [(8, 4, 4)] for part in measure.SIZES}
         patch.setattr(measure, "SIZES", tiny)
         patch.setattr(measure, "QUEUE", 16)
