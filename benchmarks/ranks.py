@@ -12,10 +12,9 @@ benchmarks/report.py makes a table of docs/distributed.md, and another of what i
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from rows import MACHINE, RESULTS, machine, new_file, write
 
 from pml_pnp import losses
@@ -41,9 +41,6 @@ def main() -> None:
     """Run the command line."""
     args = _parser().parse_args()
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        print(json.dumps(_of_rank(args.batch, args.size)))
-        return
     path = new_file(RESULTS / "ranks", args.output, torch.device("cpu"), False)
     rows = _rows(args.ranks, args.batch, args.size)
     write(path, COLUMNS, rows, "{ranks} ranks, efficient={efficient:8}")
@@ -62,13 +59,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rows(ranks: list[int], batch: int, size: int) -> Iterator[dict[str, str | int]]:
+    method = "fork" if sys.platform == "linux" else "spawn"  # forks have everything imported
     for number in ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={number}", "--local-ranks-filter=0", __file__]
-        command += ["--batch", str(batch), "--size", str(size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        for mode, measured in json.loads(run.stdout.splitlines()[-1]).items():
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(
+                _of_rank, (number, batch, size, folder), nprocs=number, start_method=method
+            )
+            found = json.loads(Path(folder, "found.json").read_text())
+        for mode, measured in found.items():
             yield {
                 **{"efficient": mode, "device": "cpu", "dtype": "float32", "ranks": number},
                 **{"N": batch, "per_class": PER_CLASS, "d": size, "repeats": STEPS},
@@ -77,11 +75,11 @@ def _rows(ranks: list[int], batch: int, size: int) -> Iterator[dict[str, str | i
             }
 
 
-def _of_rank(batch: int, size: int) -> dict[str, dict[str, str | int]]:
-    """What a step of each mode takes this rank."""
+def _of_rank(rank: int, world: int, batch: int, size: int, folder: str) -> None:
+    """Write what a step of each mode takes rank 0 to found.json in a folder."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(0)
     embeddings = torch.randn(batch, size).split(batch // world)[rank].requires_grad_()
     labels = (torch.arange(batch) // PER_CLASS).split(batch // world)[rank]
@@ -101,9 +99,10 @@ def _of_rank(batch: int, size: int) -> dict[str, dict[str, str | int]]:
             "gathered_bytes": counted.gathered,
             "reduced_bytes": counted.reduced,
         }
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     time.sleep(0.5)  # a gloo thread that lets go of a tensor later than this aborts the process
-    return found
 
 
 class _Counted:

@@ -152,9 +152,11 @@ class GradCache(nn.Module):
         self.register_load_state_dict_post_hook(_name_keys_as_the_model)
 
     @_WithSignatureOfModel
-    @torch.compiler.disable  # dynamo cannot trace how a second pass restores the state
     def forward(self, *args, **kwargs) -> Any:
         """Return the model's output for the whole batch."""
+        if torch.compiler.is_compiling():
+            # Dynamo, which takes seconds to import, cannot trace how a second pass restores state.
+            return torch.compiler.disable(self.forward)(*args, **kwargs)
         if isinstance(self.module, DistributedDataParallel):
             return self._inside_ddp(*args, **kwargs)
         tensors = batched_tensors(args, kwargs)

@@ -1,26 +1,20 @@
 import functools
+import gc
 import os
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 # Each of several processes of pytest-xdist, and what it starts, gets its share of the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
-import numpy as np
 import pytest
-import torch
 from filelock import FileLock
-from helpers import DEVICE, DTYPES
 from hypothesis import HealthCheck, settings
-
-from pml_pnp.ops import eager
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 # The properties of tests/test_properties.py and tests/test_stateful.py: the same few examples at
 # every run, or with --hypothesis-profile=thorough many others, chosen by --hypothesis-seed.
@@ -42,16 +36,44 @@ def pytest_collection_modifyitems(config, items):
         kept = [x for x in items if "kills" not in x.keywords]
         config.hook.pytest_deselected(items=[x for x in items if "kills" in x.keywords])
         items[:] = kept
+    # One worker makes what the ranks found, and the other does not wait for it.
+    items.sort(key=lambda item: "folder_of_ranks" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not import the tests of the application where all of them are left out."""
+    examples = Path(__file__).parent / "examples"
+    return (config.option.markexpr == "not application" and collection_path == examples) or None
+
+
+def pytest_collectstart():
+    """Import what pytest-xdist's own process, which collects nothing, does not need."""
+    global eager, helpers, np, torch
+    import helpers  # which chooses how Triton runs, before anything imports it
+    import numpy as np
+    import torch
+
+    from pml_pnp.ops import eager
+
+
+def pytest_collection_finish():
+    """Let no later garbage collection go through what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture
 def device():
-    return DEVICE
+    return helpers.DEVICE
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(params=os.environ.get("TEST_DTYPES", "float16,bfloat16,float32,float64").split(","))
 def dtype(request):
-    return request.param
+    return getattr(torch, request.param)
 
 
 @pytest.fixture(params=["ratios", "one by one"])
@@ -65,7 +87,8 @@ def sigmoids(request, monkeypatch):
 def _seed():
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # torch.manual_seed keeps the stack for each kind of device that may be initialized later.
+    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -89,8 +112,8 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ranks(once):
-    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+def folder_of_ranks(once):
+    """What rank_processes.py wrote."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     import rank_processes
@@ -100,10 +123,28 @@ def ranks(once):
         command = [sys.executable, rank_processes.__file__, str(folder)]
         subprocess.run(command, check=True, timeout=900, env=environment)
 
+    return once("ranks", start)
+
+
+@pytest.fixture(scope="session")
+def ranks(folder_of_ranks):
+    """`ranks(module, world)`: what `results` of a module in tests found, in each gloo rank."""
+    from rank_processes import file_of
+
     @functools.cache
     def found(module, world):
-        folder = once("ranks", start)
-        files = (rank_processes.file_of(folder, module, world, rank) for rank in range(world))
+        files = (file_of(folder_of_ranks, module, world, rank) for rank in range(world))
         return [torch.load(file) for file in files]
 
     return found
+
+
+@pytest.fixture(scope="session")
+def report():
+    """benchmarks/report.py."""
+    pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        import report
+
+        yield report

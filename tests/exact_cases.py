@@ -194,7 +194,7 @@ def data(rows, case, step):
 
 
 def model(case):
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return torch.nn.Linear(6, 4).to(case.get("dtype", torch.float64))
 
 

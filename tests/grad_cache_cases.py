@@ -52,7 +52,7 @@ def loss_of(embeddings):
 
 
 def seed(rank, step):
-    torch.manual_seed(100 * step + rank)
+    torch.default_generator.manual_seed(100 * step + rank)
 
 
 def update(parameters):

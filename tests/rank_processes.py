@@ -3,6 +3,7 @@
 The ranks are forks of a process that has imported everything, which takes longer than the cases.
 """
 
+import importlib
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from helpers import free_port
 from torch import distributed, multiprocessing
 
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ranks.py"
 MODULES = {
     2: (grad_cache_cases, exact_cases),
     3: (exact_cases,),
@@ -42,6 +44,10 @@ def main(folder):
         multiprocessing.start_processes(run, arguments, nprocs=world, start_method=method)
     arguments = free_port(), file_of(folder, failing_ranks, 1, 0)
     multiprocessing.start_processes(failing_ranks.run, arguments, nprocs=2, start_method=method)
+    sys.path.append(str(BENCHMARK.parent))
+    options = ["--ranks", "2", "--batch", "16", "--size", "4"]
+    sys.argv = [str(BENCHMARK), *options, "--output", f"{folder}/benchmark.csv"]
+    importlib.import_module("ranks").main()
 
 
 if __name__ == "__main__":

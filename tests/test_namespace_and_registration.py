@@ -143,12 +143,12 @@ found["functional"] = loaded("pytorch_metric_learning")
 from pytorch_metric_learning import losses as pml
 owners = pml, pml.CrossBatchMemory, pml.SelfSupervisedLoss
 before = [dict(vars(owner)) for owner in owners]
-from pml_pnp import PNPLoss, functional, losses, register, unregister
+from pml_pnp import GradCache, PNPLoss, functional, losses, register, unregister
 losses.CrossBatchMemory(losses.PNPLoss(), 4)(torch.randn(4, 4), torch.arange(4) // 2)
 found["unchanged"] = before == [dict(vars(owner)) for owner in owners]
 
 register()
-heavy = "torchvision", "timm", "triton", "tensorboard", "record_keeper", "faiss"
+heavy = "torchvision", "timm", "triton", "tensorboard", "record_keeper", "faiss", "torch._dynamo"
 found["heavy"] = loaded(*heavy)
 
 for name in list(sys.modules):

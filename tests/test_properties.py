@@ -360,7 +360,7 @@ class Call(SimpleNamespace):
         return leaves, make, masks
 
     def loss_func(self):
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)
         return PNPLoss(
             distance=DISTANCES[self.distance](),
             reducer=REDUCERS[self.reducer](),

@@ -60,7 +60,7 @@ class Training(RuleBasedStateMachine):
     def begin(
         self, distance, is_mean, chunk_size, variant, is_sum, memory_size, grad_cache, collect_stats
     ):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         self.formula = {"variant": "Dq", "alpha": 1, "b": 2}
         if variant != "Dq":
             self.formula["variant"] = "O" if variant == "O" else "Ds"

@@ -9,7 +9,7 @@ Flags are those of `python -m pml_pnp.benchmarker`.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,11 +20,16 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def run(argv: list[str]) -> None:
     """Run one command line of powerful-benchmarker."""
-    from parts import PARTS
-
     from pml_pnp.benchmarker.command_line import main
 
-    main(["--root_config_folder", str(CONFIGS), *argv], PARTS)
+    main(["--root_config_folder", str(CONFIGS), *argv], _parts())
+
+
+def _parts() -> Iterator[tuple[str, type]]:
+    """Import the parts, and with them torch, when everything that is needed has been found."""
+    from parts import PARTS
+
+    yield from PARTS
 
 
 def explained(command: str, function: Callable[[], None]) -> None:

@@ -3,16 +3,12 @@
 import json
 import sqlite3
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import results_table
 from results_table import METRICS
-
-SCRIPT = Path(results_table.__file__)
 
 
 def write(path, table, rows):
@@ -28,6 +24,18 @@ def write(path, table, rows):
 
 def accuracies(value):
     return {f"{metric}_level0": value for metric in METRICS}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """What the command prints of a folder."""
+
+    def run(folder):
+        monkeypatch.setattr(sys, "argv", [results_table.__file__, str(folder)])
+        results_table.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
 @pytest.fixture
@@ -68,12 +76,10 @@ def test_rows_are_of_each_fold_trained_and_not_and_of_the_ensemble(logs):
     ]
 
 
-def test_the_command_writes_rows_table_and_plot(logs):
-    command = [sys.executable, str(SCRIPT), str(logs)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_the_command_writes_rows_table_and_plot(logs, command):
     values = [90 + 2 * seed + fold for seed in (0, 1) for fold in (0, 1)]
     cell = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    lines = run.stdout.splitlines()
+    lines = command(logs)
     assert lines[0].startswith("| loss | MAP@R, % | P@1, % | RP, % |")
     assert lines[2] == f"| good | {cell} | {cell} | {cell} | 95.0 ± 0.0 |"
     assert lines[3].startswith("| bad_one | 51.5 ")
@@ -82,13 +88,11 @@ def test_the_command_writes_rows_table_and_plot(logs):
     assert "<svg" in (logs / "results.svg").read_text()
 
 
-def test_other_names_are_losses_as_they_are(logs):
+def test_other_names_are_losses_as_they_are(logs, command):
     (logs / "good-0").rename(logs / "trial")
     (logs / "good-1").rename(logs / "my-trial")
     (logs / "nothing" / "configs").mkdir(parents=True)
-    command = [sys.executable, str(SCRIPT), str(logs)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [line.split(" | ")[0] for line in run.stdout.splitlines()[2:]] == [
+    assert [line.split(" | ")[0] for line in command(logs)[2:]] == [
         "| my-trial",
         "| trial",
         "| bad_one",
@@ -105,7 +109,6 @@ def test_rows_say_where_and_when_they_were_made(logs):
     assert {*rows.date} == {"2001-02-03"} and {*rows.torch} == {about["torch"]}
 
 
-def test_a_folder_without_results_is_said_to_be_one(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and f"no experiment with test accuracies in {tmp_path}" in run.stderr
+def test_a_folder_without_results_is_said_to_be_one(tmp_path, command):
+    with pytest.raises(SystemExit, match=f"no experiment with test accuracies in {tmp_path}"):
+        command(tmp_path)

@@ -1,22 +1,19 @@
 """A run of benchmarks/measure.py over all of its parts, at sizes that take a moment."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import needs_built_in
 
 pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
 pytestmark = needs_built_in  # beside which PNPLoss is measured
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def measure():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import measure
+def measure(report):
+    import measure
 
+    with pytest.MonkeyPatch.context() as patch:
         tiny = {part: [(8, 4, 4)] for part in measure.SIZES}
         patch.setattr(measure, "SIZES", tiny)
         patch.setattr(measure, "QUEUE", 16)
@@ -44,15 +41,6 @@ def test_every_part_runs_and_writes_full_rows(measure, rows):
     assert (rows.peak_bytes.where(rows.part.str.startswith("memory"), rows.median_ms) > 0).all()
     assert rows[["hardware", "torch", "date"]].notna().all(axis=None)
     assert rows.command.str.contains("measure.py").all()
-
-
-@pytest.fixture(scope="module")
-def report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import report
-
-        yield report
 
 
 def test_what_was_not_measured_is_not_mentioned(rows, report):

@@ -1,9 +1,6 @@
 """A run of benchmarks/ranks.py at a size that takes a moment, and what it calculates."""
 
 import csv
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,51 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_pnp import PNPLoss
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def ranks(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import ranks
-
-    return ranks
-
-
-@pytest.fixture
-def report(monkeypatch):
-    pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import report
-
-    return report
-
-
-@pytest.fixture(scope="module")
-def rows(once):
+def rows(folder_of_ranks):
     """Rows of two ranks with eight embeddings each, by `efficient`."""
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-
-    def measure(folder):
-        paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-        arguments = ["--ranks", "2", "--batch", "16", "--size", "4"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(BENCHMARKS)
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-            patch.setattr(sys, "argv", ["ranks.py", *arguments, "--output", f"{folder}/rows.csv"])
-            import ranks
-
-            threads = torch.get_num_threads()
-            ranks.main()
-            torch.set_num_threads(threads)
-
-    with (once("benchmark of ranks", measure) / "rows.csv").open(newline="") as file:
+    with (folder_of_ranks / "benchmark.csv").open(newline="") as file:
         return {row["efficient"]: row for row in csv.DictReader(file)}
 
 
-def test_every_mode_has_a_full_row(ranks, rows):
+def test_every_mode_has_a_full_row(report, rows):
+    import ranks
+
     assert list(rows) == list(ranks.MODES)
     assert all(row[column] for row in rows.values() for column in ranks.COLUMNS)
     assert all(float(row["median_ms"]) > 0 for row in rows.values())
