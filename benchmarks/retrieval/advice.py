@@ -32,7 +32,7 @@ DATA_OF = {
     "emoji_lite0": "Emoji",
 }
 # What is advised rests on these.
-MAIN = ("clinc150", "emoji_lite0", "grocery_lite0", "omniglot")
+MAIN = ("clinc150", "emoji_lite0", "grocery", "grocery_lite0", "omniglot")
 CELL = ["dataset", "steps"]
 CHOICE = ["loss", "setting"]
 
@@ -244,10 +244,19 @@ def _bold(loss: str) -> str:
 
 
 def settings_table(rows: pd.DataFrame) -> str:
-    """MAP@R of every setting on the test classes of a data set, by length and learning rate."""
+    """MAP@R of every setting on the test classes of a data set, by length and learning rate.
+
+    On average over the splits, or in a column for each split where some settings lack one.
+    """
     named = rows.assign(name=rows.loss.map(_bold) + ", " + rows.label)
-    table = named.pivot_table("value", ["loss", "setting", "name"], ["steps", "learning_rate"])
-    table.columns = [f"{steps} steps at {rate:g}" for steps, rate in table]
+    line, training = ["loss", "setting", "name"], ["steps", "learning_rate"]
+    by_split = named.pivot_table("value", line, [*training, "seed"])
+    if by_split.isna().any(axis=None):
+        table = by_split
+        table.columns = [f"split {seed}, {steps} steps at {rate:g}" for steps, rate, seed in table]
+    else:
+        table = named.pivot_table("value", line, training)
+        table.columns = [f"{steps} steps at {rate:g}" for steps, rate in table]
     last, seeds = rows.iloc[-1], rows.seed.nunique()
     where = pages.where(rows.assign(command=f"{SCRIPT} --dataset {last.dataset}"), "machine")
     return (
