@@ -75,6 +75,15 @@ def test_validation_chooses_a_setting_in_every_split_and_a_rate_beside_it():
     assert behind.to_dict() == {"PNP-Ds": (45 + 34) / 2 - 42, "SupCon": 0}
 
 
+def test_settings_that_lack_a_split_are_not_averaged_over_others():
+    own = advice.read()
+    own = own[(own.dataset == "clinc150") & (own.loss == "SupCon")]
+    both, one_lacks = map(advice.settings_table, (own, own[1:]))
+    assert both.count("steps at") == 4 and "| split" not in both
+    assert all(f"| split {x}, 100 steps at 0.001 |" in one_lacks for x in own.seed.unique())
+    assert one_lacks.count("|  |") == 1
+
+
 def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
     own = advice.read()
     for name in ("one.svg", "two.svg"):
