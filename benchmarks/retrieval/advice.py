@@ -249,14 +249,13 @@ def settings_table(rows: pd.DataFrame) -> str:
     On average over the splits, or in a column for each split where some settings lack one.
     """
     named = rows.assign(name=rows.loss.map(_bold) + ", " + rows.label)
-    line, training = ["loss", "setting", "name"], ["steps", "learning_rate"]
-    by_split = named.pivot_table("value", line, [*training, "seed"])
-    if by_split.isna().any(axis=None):
-        table = by_split
-        table.columns = [f"split {seed}, {steps} steps at {rate:g}" for steps, rate, seed in table]
-    else:
-        table = named.pivot_table("value", line, training)
-        table.columns = [f"{steps} steps at {rate:g}" for steps, rate in table]
+    line, columns = ["loss", "setting", "name"], ["steps", "learning_rate"]
+    head = "{} steps at {:g}"
+    splits = named.groupby([*columns, *line]).seed.agg(frozenset)
+    if splits.groupby(columns).nunique().max() > 1:
+        columns, head = ["seed", *columns], f"split {{}}, {head}"
+    table = named.pivot_table("value", line, columns)
+    table.columns = [head.format(*column) for column in table]
     last, seeds = rows.iloc[-1], rows.seed.nunique()
     where = pages.where(rows.assign(command=f"{SCRIPT} --dataset {last.dataset}"), "machine")
     return (

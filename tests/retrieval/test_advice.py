@@ -82,6 +82,7 @@ def test_settings_that_lack_a_split_are_not_averaged_over_others():
     assert both.count("steps at") == 4 and "| split" not in both
     assert all(f"| split {x}, 100 steps at 0.001 |" in one_lacks for x in own.seed.unique())
     assert one_lacks.count("|  |") == 1
+    assert "| split" not in advice.settings_table(own[own.seed == own.seed.min()][1:])
 
 
 def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
