@@ -326,6 +326,7 @@ def errors(rank):
     return {
         "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
         "large labels": raised(lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y)),
+        "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
         "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),
         "float8": raised(lambda: wrapper(x.to(torch.float8_e4m3fn) if odd else x, y)),
         "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),

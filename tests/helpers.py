@@ -37,7 +37,7 @@ def version_of(package):
 def _why_no_triton():
     """Why the Triton kernel cannot run here, or None."""
     try:
-        triton = version_of("triton")  # not imported before conftest.py has chosen how it runs
+        triton = version_of("triton")  # whose import takes longer than this
     except metadata.PackageNotFoundError:
         return "Triton is not installed"
     if torch.cuda.is_available():

@@ -299,6 +299,18 @@ def test_second_derivative_where_one_input_is_made_of_the_other():
     torch.testing.assert_close(torch.autograd.grad(call(s).sum(), s, create_graph=True)[0], first)
 
 
+def test_functional_gradient_with_a_constant_self_similarity():
+    s, y, ref_y = torch.randn(4, 5), torch.arange(4) % 2, torch.arange(5) % 2
+
+    def call(s, own):
+        return pnp_loss(s, y, ref_y, self_similarity=own, anneal=0.5)[0].sum()
+
+    own = torch.ones(4)
+    want = torch.autograd.functional.jacobian(call, (s, own))
+    torch.testing.assert_close(torch.func.grad(call)(s, own), want[0])
+    torch.testing.assert_close(torch.func.grad(call, argnums=1)(s, own), want[1])
+
+
 # --- records
 
 
