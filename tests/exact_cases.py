@@ -121,6 +121,7 @@ CASES = {
     "efficient miner": {"miner": True},
     "miner of the easiest": {"miner": True, "chooses": miners.BatchEasyHardMiner},
     "references": {"references": True},
+    "references that are the batch": {"references": "the batch"},
     "references and pairs": {"references": True, "tuple": "pairs"},
     "references and miner": {"references": True, "miner": True},
     "memory": {"memory": {}},
@@ -279,7 +280,11 @@ def steps(case, rows, rank=None):
         with torch.autocast("cpu", enabled=case.get("autocast", False)):
             embeddings = net(x)
             if case.get("references"):
-                args |= {"ref_emb": net(ref), "ref_labels": ref_y}
+                own = case["references"] == "the batch"
+                args |= {
+                    "ref_emb": embeddings if own else net(ref),
+                    "ref_labels": y if own else ref_y,
+                }
             if case.get("views"):
                 args = {"ref_emb": net(ref)}
             if case.get("mask"):
@@ -385,13 +390,28 @@ def all_pairs_are_listed_for_no_one():
     return not calls
 
 
+class AllPairs(miners.BaseMiner):
+    """A miner that chooses every pair."""
+
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        return lmu.get_all_pairs_indices(labels, ref_labels)
+
+
+def mined_rows():
+    """The rows of the joined batch whose pairs are mined: without and with `efficient`."""
+    x, y = torch.randn(6, 4), torch.arange(6) // 2
+    mine = [DistributedMinerWrapper(AllPairs(), efficient) for efficient in (False, True)]
+    return [miner(x, y)[0].unique().tolist() for miner in mine]
+
+
 def results(rank):
-    """{case: what `steps` returns}, and four of no case."""
+    """{case: what `steps` returns}, and five of no case."""
     world = distributed.get_world_size()
     return {
         "errors": errors(rank),
         "listed": all_pairs_are_listed_for_no_one(),
         "without gradient": without_gradient(rank, world),
         "without rows": without_rows(),
+        "mined": mined_rows(),
         **{name: steps(CASES[name], ROWS[world], rank) for name in names(world)},
     }

@@ -107,6 +107,11 @@ def test_without_a_row_on_any_rank_the_loss_is_zero(found):
         assert loss == 0 and grad.shape == (0, 4)
 
 
+def test_an_efficient_miner_finds_pairs_of_the_rows_of_its_rank(found):
+    for results in found:
+        assert results["mined"] == [list(range(6 * len(found))), list(range(6))]
+
+
 def test_labels_are_handed_to_the_loss_without_listing_pairs(found):
     assert all(results["listed"] for results in found)
 
@@ -130,6 +135,8 @@ def test_without_a_process_group_it_is_the_loss_itself():
         memory, wrapped = (losses.CrossBatchMemory(losses.PNPLoss(), 8, 40) for _ in range(2))
         wrapper = DistributedLossWrapper(wrapped, efficient)
         assert torch.equal(wrapper(x, y, enqueue_mask=mask), memory(x, y, enqueue_mask=mask))
+        pairs = tuple(torch.tensor(i) for i in ([0, 1], [1, 2], [0, 1], [5, 6]))
+        assert torch.equal(wrapper(x, y, pairs), memory(x, y, pairs))
         with pytest.raises(ValueError, match="neither ref_emb nor ref_labels"):
             wrapper(x, y, ref_emb=x)
 
