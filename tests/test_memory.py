@@ -338,6 +338,10 @@ def through_hook_of_all_modules(ours, keep, request):
     request.addfinalizer(handle.remove)
 
 
+def through_method(name):
+    return lambda ours, keep, _: setattr(ours.loss, name, keeping(getattr(ours.loss, name), keep))
+
+
 def through_class(ours, keep, request):
     method = keeping(losses.PNPLoss.compute_loss, keep)
     request.getfixturevalue("monkeypatch").setattr(losses.PNPLoss, "compute_loss", method)
@@ -348,9 +352,7 @@ LOOKS = {
         lambda module, args: keep(args[2])
     ),
     "hook of all modules": through_hook_of_all_modules,
-    "compute_loss": lambda ours, keep, _: setattr(
-        ours.loss, "compute_loss", keeping(ours.loss.compute_loss, keep)
-    ),
+    **{name: through_method(name) for name in ("compute_loss", "forward")},
     "compute_loss of the class": through_class,
 }
 
