@@ -93,10 +93,13 @@ def small_blocks(monkeypatch):
 
 
 def test_the_gradient_takes_the_place_of_the_similarities(small_blocks):
-    """However many positives a query has."""
+    """However many positives a query has; given similarities are left, and it lies beside them."""
     n = 1024
     for per_class in (4, 64):
         assert n * n * 4 <= work(n, per_class).peak <= 1.4 * n * n * 4
+        s, labels = torch.randn(n, n, requires_grad=True), torch.arange(n) // per_class
+        peak = cost(lambda s, y: pnp_loss(s, y, variant="Dq")[0].sum(), s, labels).peak
+        assert 2 * n * n * 4 <= peak <= 2.4 * n * n * 4
 
 
 def test_a_kernel_for_gpus_makes_one_more_matrix(small_blocks, monkeypatch):
