@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import MutableMapping
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -197,10 +198,11 @@ needs_compile = pytest.mark.skipif(IS_TORCH_2_4, reason="torch 2.4 cannot compil
     "cached",
     [
         lambda model: GradCache(model, 6),
+        lambda model: GradCache(GradCache(model, 6), 12),
         pytest.param(lambda model: GradCache(compiled(model), 6), marks=needs_compile),
         pytest.param(lambda model: compiled(GradCache(model, 6)), marks=needs_compile),
     ],
-    ids=["eager", "compiled inside", "compiled outside"],
+    ids=["eager", "twice", "compiled inside", "compiled outside"],
 )
 def test_batchnorm_is_as_if_called_on_the_chunks_in_turn(cached):
     model, x = batchnorm_net(), images(24)
@@ -284,11 +286,11 @@ def count_in_two_modules(m, x):
     return x * m.shared.clone()  # which the next chunk changes
 
 
-def checkpointed(m, x):
+def checkpointed(m, x, use_reentrant=False):
     def part(x):
         return nn.functional.dropout(x * m.weight.sum(1), 0.3)
 
-    return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=use_reentrant)
 
 
 def renormalize(m, x):
@@ -312,6 +314,7 @@ REPEATED = {
     "statistics that the first chunk skips": lambda m, x: m.norm(x) if x[0, 0] > 0 else 2 * x,
     "spectral normalization": lambda m, x: m.spectral(x),
     "checkpoint": checkpointed,
+    "reentrant checkpoint": partial(checkpointed, use_reentrant=True),
 }
 
 
