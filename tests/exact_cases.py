@@ -330,6 +330,7 @@ def errors(rank):
     pmls = DistributedLossWrapper(losses.PNPLoss())
     return {
         "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
+        "no labels": raised(lambda: wrapper(x, None if odd else y)),
         "large labels": raised(lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y)),
         "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
         "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),

@@ -58,6 +58,7 @@ def test_ranks_take_the_same_step_as_one_process(ranks, name, world):
     ("name", "of_rank_1", "of_others"),
     [
         ("labels", r"ValueError: labels must have shape \(6,\)", BAD),
+        ("no labels", "ValueError: expected labels or indices_tuple", BAD),
         ("large labels", r"ValueError: labels must be below 2\*\*63", BAD),
         ("size", "ValueError: all ranks .*; rank 1: embeddings of size 3 in torch.float32", None),
         ("dtype", "ValueError: all ranks .*; rank 1: embeddings of size 4 in torch.float64", None),
