@@ -1,6 +1,5 @@
 """PNPLoss in PML's trainers, with its samplers, testers, hooks and record-keeper."""
 
-import csv
 import sqlite3
 
 import numpy as np
@@ -38,8 +37,17 @@ def linear(d_in, d_out):
     return torch.nn.Linear(d_in, d_out).to(DEVICE)
 
 
-def train(trainer_class, dataset, loss_funcs, models=None, mining_funcs=None, epochs=1, **kwargs):
+def train(
+    loss_funcs,
+    trainer_class=trainers.MetricLossOnly,
+    dataset=None,
+    models=None,
+    mining_funcs=None,
+    epochs=1,
+    **kwargs,
+):
     """Train; returns the trainer and the weights of the trunk before and after."""
+    dataset = Points() if dataset is None else dataset
     models = {"trunk": linear(12, 10), "embedder": linear(10, 6), **(models or {})}
     if "sampler" not in kwargs:
         kwargs["sampler"] = samplers.MPerClassSampler(dataset.labels, 4, 24, 96)
@@ -70,63 +78,47 @@ def metric_loss(**kwargs):
     return {"metric_loss": losses.PNPLoss(**kwargs)}
 
 
-def cascaded(**kwargs):
-    return trainers.CascadedEmbeddings(embedding_sizes=[3, 3], **kwargs)
-
-
-def with_sampler(make):
-    dataset = Points()
-    return train(trainers.MetricLossOnly, dataset, metric_loss(), **make(dataset))
-
-
-def tuples_to_weights(dataset):
-    model = linear(12, 6)
-    sampler = samplers.TuplesToWeightsSampler(
-        model, miners.MultiSimilarityMiner(), dataset, data_device=DEVICE, dataloader_num_workers=0
-    )
-    return {"sampler": sampler}
-
-
-def fixed_triplets(dataset):
-    return {
-        "sampler": samplers.FixedSetOfTriplets(dataset.labels, 24),
-        "mining_funcs": {"tuple_miner": miners.EmbeddingsAlreadyPackagedAsTriplets()},
-    }
-
-
 RUNS = {
-    "metric loss": lambda: train(trainers.MetricLossOnly, Points(), metric_loss(variant="Dq")),
+    "metric loss": lambda: train(metric_loss(variant="Dq")),
     "miner": lambda: train(
-        trainers.MetricLossOnly,
-        Points(),
-        metric_loss(anneal=0.05),
-        mining_funcs={"tuple_miner": miners.BatchHardMiner()},
+        metric_loss(anneal=0.05), mining_funcs={"tuple_miner": miners.BatchHardMiner()}
     ),
     "classifier": lambda: train(
-        trainers.TrainWithClassifier,
-        Points(),
         {**metric_loss(), "classifier_loss": torch.nn.CrossEntropyLoss()},
+        trainers.TrainWithClassifier,
         models={"classifier": linear(6, 8)},
     ),
     "cascaded embeddings": lambda: train(
-        cascaded,
-        Points(),
         {"metric_loss_0": losses.PNPLoss(), "metric_loss_1": losses.PNPLoss(variant="Ds")},
+        trainers.CascadedEmbeddings,
         mining_funcs={f"tuple_miner_{i}": miners.HDCMiner(0.5 / (i + 1)) for i in range(2)},
+        embedding_sizes=[3, 3],
     ),
-    "two streams": lambda: train(trainers.TwoStreamMetricLoss, Points(views=2), metric_loss()),
+    "two streams": lambda: train(metric_loss(), trainers.TwoStreamMetricLoss, Points(views=2)),
     "deep adversarial": lambda: train(
-        trainers.DeepAdversarialMetricLearning,
-        Points(),
         {**metric_loss(), "synth_loss": losses.PNPLoss(), "g_adv_loss": losses.TripletMarginLoss()},
+        trainers.DeepAdversarialMetricLearning,
         models={"generator": linear(30, 10)},
         loss_weights=dict.fromkeys(
             ["metric_loss", "synth_loss", "g_adv_loss", "g_hard_loss", "g_reg_loss"], 1
         ),
         g_triplets_per_anchor=2,
     ),
-    "tuples to weights": lambda: with_sampler(tuples_to_weights),
-    "fixed triplets": lambda: with_sampler(fixed_triplets),
+    "tuples to weights": lambda: train(
+        metric_loss(),
+        sampler=samplers.TuplesToWeightsSampler(
+            linear(12, 6),
+            miners.MultiSimilarityMiner(),
+            Points(),
+            data_device=DEVICE,
+            dataloader_num_workers=0,
+        ),
+    ),
+    "fixed triplets": lambda: train(
+        metric_loss(),
+        sampler=samplers.FixedSetOfTriplets(Points().labels, 24),
+        mining_funcs={"tuple_miner": miners.EmbeddingsAlreadyPackagedAsTriplets()},
+    ),
 }
 
 
@@ -143,9 +135,7 @@ def test_a_memory_in_a_trainer_is_saved_and_loaded_by_pmls_hooks(tmp_path):
         return losses.CrossBatchMemory(losses.PNPLoss(), 6, memory_size=64, **kwargs)
 
     loss_func = memory(miner=miners.MultiSimilarityMiner())
-    trainer, *weights = train(
-        trainers.MetricLossOnly, Points(), {"metric_loss": loss_func}, epochs=2
-    )
+    trainer, *weights = train({"metric_loss": loss_func}, epochs=2)
     assert_trained(*weights)
     assert loss_func.has_been_filled
     c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
@@ -207,7 +197,7 @@ def test_testers_measure_what_the_loss_trained(tester_class, dataset):
 
     untrained = score()
     loss_funcs = metric_loss(variant="Ds", anneal=0.05)
-    train(trainer_class, dataset, loss_funcs, models, epochs=15, sampler=sampler)
+    train(loss_funcs, trainer_class, dataset, models, epochs=15, sampler=sampler)
     assert score() > untrained + 0.02
 
 
@@ -219,7 +209,6 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
 
     keeper, _, _ = logging_presets.get_record_keeper(tmp_path / "logs", tmp_path / "tensorboard")
     hooks = logging_presets.get_hook_container(keeper, log_freq=1)
-    dataset = Points()
     tester = testers.GlobalEmbeddingSpaceTester(
         end_of_testing_hook=hooks.end_of_testing_hook,
         accuracy_calculator=AccuracyCalculator(k="max_bin_count", device=torch.device("cpu")),
@@ -228,13 +217,11 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     )
     loss_func = losses.PNPLoss(variant=torch.log1p, alpha=4, collect_stats=True)
     train(
-        trainers.MetricLossOnly,
-        dataset,
         {"metric_loss": loss_func},
         epochs=2,
         end_of_iteration_hook=hooks.end_of_iteration_hook,
         end_of_epoch_hook=hooks.end_of_epoch_hook(
-            tester, {"val": dataset}, str(tmp_path / "models")
+            tester, {"val": Points()}, str(tmp_path / "models")
         ),
     )
     keeper.tensorboard_writer.flush()
@@ -242,17 +229,13 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     hyperparameters |= {"variant_name": "log1p", "include_self": 1}
     statistics = ["negatives_before_positive", "positives_behind_negatives"]
 
-    with open(tmp_path / "logs" / "metric_loss_PNPLoss.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8  # every iteration of two epochs
-    assert rows[0]["variant_name"] == "log1p" and float(rows[0]["alpha"]) == 4
-    assert all(float(row[name]) >= 0 for row in rows for name in statistics)
-    assert any(float(row["negatives_before_positive"]) > 0 for row in rows)
-
     with sqlite3.connect(tmp_path / "logs" / "logs.db") as database:
         database.row_factory = sqlite3.Row
-        row = database.execute("SELECT * FROM metric_loss_PNPLoss").fetchone()
-    assert {name: row[name] for name in hyperparameters} == hyperparameters
+        rows = database.execute("SELECT * FROM metric_loss_PNPLoss").fetchall()
+    assert len(rows) == 8  # every iteration of two epochs
+    assert {name: rows[0][name] for name in hyperparameters} == hyperparameters
+    assert all(row[name] >= 0 for row in rows for name in statistics)
+    assert any(row["negatives_before_positive"] > 0 for row in rows)
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
@@ -277,8 +260,6 @@ def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
         np.random.seed(3)
         models = {"trunk": wrap(linear(12, 10)), "embedder": wrap(linear(10, 6))}
         _, *before_and_after = train(
-            trainers.MetricLossOnly,
-            Points(),
             {"metric_loss": CACHED[name]()},
             models=models,
             mining_funcs={"tuple_miner": miners.MultiSimilarityMiner()} if "Multi" in name else {},
