@@ -185,18 +185,11 @@ def test_the_entry_for_the_documentation_of_pml_describes_its_signature():
     assert images and all((DOCS / "upstream" / image).exists() for image in images)
 
 
-needs_pandas = pytest.mark.skipif(
-    importlib.util.find_spec("pandas") is None,
-    reason="the report needs pandas: pip install '.[benchmarks]'",
-)
-
-
-@needs_pandas
+@pytest.mark.usefixtures("report")  # which needs pandas
 def test_the_generated_parts_are_what_the_committed_rows_say():
     subprocess.run([sys.executable, str(REPORT), "--check"], check=True)
 
 
-@needs_pandas
 @pytest.mark.parametrize(
     ("page", "changed", "said"),
     [
