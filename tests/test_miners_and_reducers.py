@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from helpers import DISTANCES, batch, expected_losses
-from pytorch_metric_learning import miners, reducers
+from pytorch_metric_learning import distances, miners, reducers
 
 from pml_pnp import PNPLoss
 
@@ -63,14 +63,17 @@ def mean_or_zero(values):
     return sum(values) / len(values) if values else 0.0
 
 
-def test_every_miner_of_pml_is_tried():
-    theirs = {c for n, c in vars(miners).items() if inspect.isclass(c) and n != "BaseMiner"}
-    assert theirs <= {type(make()) for make in MINERS.values()}
-
-
-def test_every_reducer_of_pml_is_tried():
-    theirs = {c for n, c in vars(reducers).items() if inspect.isclass(c) and n != "BaseReducer"}
-    assert theirs <= {type(make()) for make, _ in REDUCERS.values()}
+@pytest.mark.parametrize(
+    ("module", "ours"),
+    [
+        (miners, MINERS.values()),
+        (reducers, [make for make, _ in REDUCERS.values()]),
+        (distances, DISTANCES.values()),
+    ],
+)
+def test_every_class_of_pml_is_tried(module, ours):
+    theirs = {c for n, c in vars(module).items() if inspect.isclass(c) and n[:4] != "Base"}
+    assert theirs <= {type(make()) for make in ours}
 
 
 def assert_reduced(reducer_name, result, losses, y):

@@ -7,25 +7,24 @@ from pytorch_metric_learning import reducers, regularizers
 
 from pml_pnp import PNPLoss
 
-# float64 itself is tested by gradcheck and against the built-in.
-GRADIENT_ERROR = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4}
+ERRORS = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("low", GRADIENT_ERROR, ids=str)
+@pytest.mark.parametrize("low", ERRORS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_is_as_good_as_the_dtype(variant, low, autocast, device):
-    """Autocast computes and returns float32."""
+    """Autocast computes and returns at least float32."""
     x, y = batch(dtype=low, device=device)
     loss_func = PNPLoss(variant=variant, alpha=4)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         value, grad = value_and_grad(loss_func, x, y)
-    dtype = torch.float32 if autocast else low
+    dtype = torch.promote_types(low, torch.float32) if autocast else low
     expected = expected_mean(x, y, variant=variant, alpha=4)
     assert value.item() == pytest.approx(expected, rel=RTOL[dtype])
     assert value.dtype == dtype and grad.dtype == low
     want = value_and_grad(loss_func, x.double(), y)[1]
-    assert (grad.double() - want).norm() / want.norm() < GRADIENT_ERROR[low]
+    assert (grad.double() - want).norm() / want.norm() < ERRORS[low]
 
 
 @pytest.mark.parametrize("regularized", [False, True])
@@ -36,14 +35,6 @@ def test_result_is_float32_under_autocast_whatever_is_in_the_batch(ranked, regul
     regularizer = regularizers.LpRegularizer() if regularized else None
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert PNPLoss(embedding_regularizer=regularizer)(x, y).dtype == torch.float32
-
-
-def test_autocast_keeps_float64(device):
-    x, y = batch(dtype=torch.float64, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss = PNPLoss()(x, y)
-    assert loss.dtype == torch.float64
-    torch.testing.assert_close(loss, PNPLoss()(x, y))
 
 
 @pytest.mark.parametrize("with_references", [False, True])
