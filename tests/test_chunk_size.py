@@ -39,10 +39,7 @@ def stepwise(loss_func, args, twice):
 @pytest.mark.parametrize("name", ["cosine", "lp", "snr", "user's own, learning"])
 @pytest.mark.parametrize("kind", CALLS)
 def test_chunks_give_what_the_whole_batch_gives(kind, name, include_self, collect_stats, device):
-    """Also statistics, second derivatives, and gradients of parameters of distance and variant.
-
-    tests/test_properties.py has chunks of other sizes.
-    """
+    """Also statistics, second derivatives, and gradients of parameters of distance and variant."""
     x, y = batch(n=12, dtype=torch.float64, device=device)
     ref, ref_y = batch(n=13, dtype=torch.float64, device=device)
     args = CALLS[kind](x.requires_grad_(), y, ref.requires_grad_(), ref_y)

@@ -121,9 +121,6 @@ def test_bad_input_is_named(args, kwargs, error, message):
         pnp_loss(*args, **kwargs)
 
 
-# --- ranking_statistics
-
-
 @pytest.mark.parametrize("is_inverted", [True, False])
 def test_ranking_statistics_count_by_hand(is_inverted):
     s = torch.tensor([[0.9, 0.5, 0.7, 0.5], [0.1, 0.2, 0.3, 0.4], [0.3, 0.3, 0.3, 0.3]])

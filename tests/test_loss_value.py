@@ -92,9 +92,6 @@ def test_references_may_come_from_inference_mode(variant):
     )
 
 
-# --- zero, and numbers that are not finite
-
-
 def test_zero_is_connected_to_references_too(device):
     x, y = batch(device=device)
     ref = torch.randn(9, 8, device=device, requires_grad=True)
@@ -128,9 +125,6 @@ def test_what_is_not_finite_gives_nan(labels, where, distance, bad):
 def test_large_finite_embeddings_give_a_finite_loss(device):
     x, y = batch(device=device)
     assert PNPLoss(distance=DISTANCES["l1"]())(x.sign() * 1e37, y).isfinite()
-
-
-# --- the same as PML's own PNPLoss
 
 
 @pytest.mark.usefixtures("sigmoids")

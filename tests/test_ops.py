@@ -373,13 +373,7 @@ def test_triton_compiles_for_gpus_that_are_not_here():
     subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
 
 
-# --- on a GPU
-
-
-needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
-
-
-@needs_cuda
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_on_a_gpu_does_not_wait_for_it_and_is_repeatable(variant):
     x = torch.randn(384, 64, device="cuda", requires_grad=True)
