@@ -1,6 +1,12 @@
 """What test_distributed_exact.py compares: each rank of some against one process with all rows."""
 
+import datetime
+import os
+import time
+from unittest import mock
+
 import torch
+from helpers import Bilinear, Scale
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -13,30 +19,7 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 # Rows of each rank, by the number of ranks.
 ROWS = {2: [8, 8], 3: [8, 0, 5]}
 STEPS = 3
-
-
-class Learned(torch.nn.Module):
-    """A variant with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.slope = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-    def forward(self, r):
-        return torch.log1p(self.slope * r)
-
-
-class Weighted(torch.nn.Module):
-    """A distance of a user, with parameters."""
-
-    is_inverted = True
-
-    def __init__(self):
-        super().__init__()
-        self.weights = torch.nn.Parameter(torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64))
-
-    def forward(self, x, y=None):
-        return (x * self.weights) @ (x if y is None else y).T
+TIMEOUT = 10  # seconds, after which a rank that waits for one that has died gives up
 
 
 class Doubled(losses.PNPLoss):
@@ -88,6 +71,14 @@ def lp():
     return distances.LpDistance(normalize_embeddings=False)
 
 
+def scale():
+    return Scale().double()
+
+
+def bilinear():
+    return Bilinear(4).double()
+
+
 def class_weights():
     return reducers.ClassWeightedReducer(torch.arange(1.0, 30.0))
 
@@ -100,14 +91,14 @@ BOTH = {"sum": [similarity, losses.PNPLoss]}
 OF_PAIRS = {"sum": [losses.ContrastiveLoss, losses.PNPLoss], "tuple": "pairs"}
 # What is different from PNPLoss(variant="Ds", anneal=0.5) on labels, by name.
 CASES = {
-    "callable variant": {"loss": {"variant": Learned}},
+    "callable variant": {"loss": {"variant": scale}},
     "batched": {"loss": {"distance": lambda: distances.BatchedDistance(lp(), batch_size=3)}},
-    "own distance": {"loss": {"distance": Weighted}},
+    "own distance": {"loss": {"distance": bilinear}},
     "sum": {"loss": {"reducer": reducers.SumReducer}},
     "divisor": {"loss": {"reducer": reducers.DivisorReducer}},
     "class weights": {"loss": {"reducer": class_weights}},
     "lean": {"loss": {"chunk_size": 3}},
-    "lean own distance": {"loss": {"chunk_size": 3, "distance": Weighted}},
+    "lean own distance": {"loss": {"chunk_size": 3, "distance": bilinear}},
     "subclass": {"class": Doubled},
     "hook": {"hook": True},
     "floating labels": {"labels": "floating"},
@@ -140,7 +131,7 @@ CASES = {
     "another loss": {"sum": [similarity], "labels": "several"},
     "sum of two": {**BOTH, "weights": [0.5, 2]},
     "sum, float16": {**BOTH, "dtype": torch.float16},
-    "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": Learned}},
+    "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": scale}},
     "sum of a sum": {"sum": [inner_sum, similarity]},
     "sum, miners": {"sum": [similarity, losses.PNPLoss, similarity], "miners": [1, 1, 0]},
     "sum, pairs": OF_PAIRS,
@@ -328,34 +319,35 @@ def errors(rank):
     triplets, floats = (torch.zeros(1).long(),) * 3, (torch.zeros(1),) * 3
     bad_triplets = (torch.tensor([99]),) * 3
     pmls = DistributedLossWrapper(losses.PNPLoss())
-    return {
-        "labels": raised(lambda: wrapper(x, y[:5] if odd else y)),
-        "no labels": raised(lambda: wrapper(x, None if odd else y)),
-        "large labels": raised(lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y)),
-        "size": raised(lambda: wrapper(x[:, :3] if odd else x, y)),
-        "dtype": raised(lambda: wrapper(x.double() if odd else x, y)),
-        "float8": raised(lambda: wrapper(x.to(torch.float8_e4m3fn) if odd else x, y)),
-        "references": raised(lambda: wrapper(x, y, None, *([x + 1, y] if odd else []))),
-        "mask": raised(lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None)),
-        "mask type": raised(lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1)),
-        "no embeddings": raised(lambda: wrapper(None if odd else x, y)),
-        "memory and tuple": raised(lambda: memories[1](x, y, triplets if odd else None)),
-        "memory and references": raised(
-            lambda: memories[0](x, y, None, *([x, y] if odd else [None, None]))
+    calls = {
+        "labels": lambda: wrapper(x, y[:5] if odd else y),
+        "no labels": lambda: wrapper(x, None if odd else y),
+        "large labels": lambda: wrapper(x, (y - 9).to(torch.uint64) if odd else y),
+        "size": lambda: wrapper(x[:, :3] if odd else x, y),
+        "dtype": lambda: wrapper(x.double() if odd else x, y),
+        "float8": lambda: wrapper(x.to(torch.float8_e4m3fn) if odd else x, y),
+        "references": lambda: wrapper(x, y, None, *([x + 1, y] if odd else [])),
+        "mask": lambda: memories[1](x, y, enqueue_mask=y > 1 if odd else None),
+        "mask type": lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1),
+        "no embeddings": lambda: wrapper(None if odd else x, y),
+        "memory and tuple": lambda: memories[1](x, y, triplets if odd else None),
+        "memory and references": lambda: memories[0](
+            x, y, None, *([x, y] if odd else [None, None])
         ),
-        "memory without labels": raised(lambda: memories[0](x, None if odd else y)),
-        "too many for the memory": raised(lambda: memories[1](x.repeat(7, 1), y.repeat(7))),
-        "mask without memory": raised(lambda: wrapper(x, y, enqueue_mask=y > 1 if odd else None)),
-        "tuple and miners": raised(lambda: mined(x, y, triplets if odd else None)),
-        "sum of a memory and tuple": raised(lambda: summed(x, y, triplets if odd else None)),
-        "views": raised(lambda: views(x, x[:5] if odd else x)),
-        "no views": raised(lambda: views(x)),
-        "tuple": raised(lambda: wrapper(x, y, bad_triplets)),
-        "tuple of one rank": raised(lambda: wrapper(x, y, bad_triplets if odd else triplets)),
-        "tuple of floats": raised(lambda: wrapper(x, y, floats if odd else triplets)),
-        "tuple and views": raised(lambda: views(x, x + 1, triplets if odd else None)),
-        "mask in PML's mode": raised(lambda: pmls(x, y, enqueue_mask=y > 1)),
+        "memory without labels": lambda: memories[0](x, None if odd else y),
+        "too many for the memory": lambda: memories[1](x.repeat(7, 1), y.repeat(7)),
+        "mask without memory": lambda: wrapper(x, y, enqueue_mask=y > 1 if odd else None),
+        "tuple and miners": lambda: mined(x, y, triplets if odd else None),
+        "sum of a memory and tuple": lambda: summed(x, y, triplets if odd else None),
+        "views": lambda: views(x, x[:5] if odd else x),
+        "no views": lambda: views(x),
+        "tuple": lambda: wrapper(x, y, bad_triplets),
+        "tuple of one rank": lambda: wrapper(x, y, bad_triplets if odd else triplets),
+        "tuple of floats": lambda: wrapper(x, y, floats if odd else triplets),
+        "tuple and views": lambda: views(x, x + 1, triplets if odd else None),
+        "mask in PML's mode": lambda: pmls(x, y, enqueue_mask=y > 1),
     }
+    return {name: raised(call) for name, call in calls.items()}
 
 
 def without_gradient(rank, world):
@@ -383,17 +375,12 @@ def without_rows():
 
 def all_pairs_are_listed_for_no_one():
     """Pairs that the loss of this rank gets: none."""
-    calls = []
-    original = lmu.get_all_pairs_indices
-    lmu.get_all_pairs_indices = lambda *args: calls.append(1) or original(*args)
-    DistributedLossWrapper(losses.PNPLoss(), "exact")(torch.randn(6, 4), torch.arange(6) // 2)
-    lmu.get_all_pairs_indices = original
-    return not calls
+    with mock.patch.object(lmu, "get_all_pairs_indices", wraps=lmu.get_all_pairs_indices) as listed:
+        DistributedLossWrapper(losses.PNPLoss(), "exact")(torch.randn(6, 4), torch.arange(6) // 2)
+    return not listed.called
 
 
 class AllPairs(miners.BaseMiner):
-    """A miner that chooses every pair."""
-
     def mine(self, embeddings, labels, ref_emb, ref_labels):
         return lmu.get_all_pairs_indices(labels, ref_labels)
 
@@ -416,3 +403,19 @@ def results(rank):
         "mined": mined_rows(),
         **{name: steps(CASES[name], ROWS[world], rank) for name in names(world)},
     }
+
+
+def die(rank, port, file):
+    """Of two ranks one dies; write the errors of the other, and the seconds that they took."""
+    torch.set_num_threads(1)
+    url, timeout = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=TIMEOUT)
+    distributed.init_process_group("gloo", url, timeout=timeout, rank=rank, world_size=2)
+    wrapper = DistributedLossWrapper(losses.PNPLoss(), "exact")
+    x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) // 2
+    loss = wrapper(x, y)
+    if rank == 1:
+        os._exit(0)  # between forward and backward
+    begun = time.monotonic()
+    found = [raised(loss.backward), raised(lambda: wrapper(x, y))]
+    torch.save({"errors": found, "seconds": time.monotonic() - begun}, file)
+    os._exit(0)  # the group cannot be left in order

@@ -3,6 +3,7 @@
 As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose device and dtypes.
 """
 
+import io
 import os
 import socket
 from importlib import metadata
@@ -65,9 +66,9 @@ class Manhattan(torch.nn.Module):
 class Bilinear(distances.BaseDistance):
     """A user's own similarity that is not symmetric and learns."""
 
-    def __init__(self):
+    def __init__(self, d=8):
         super().__init__(is_inverted=True)
-        self.weight = torch.nn.Parameter(torch.eye(8) + 0.1 * torch.randn(8, 8))
+        self.weight = torch.nn.Parameter(torch.eye(d) + 0.1 * torch.randn(d, d))
 
     def compute_mat(self, query_emb, ref_emb):
         return query_emb @ self.weight.to(query_emb) @ ref_emb.T
@@ -88,14 +89,20 @@ DISTANCES = {
 
 
 class Scale(torch.nn.Module):
-    """A variant with a parameter."""
+    """A variant with a parameter and a number."""
+
+    factor = 1.0
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(2.0))
 
     def forward(self, r):
-        return self.weight * r
+        return self.factor * torch.log1p(r) * self.weight
+
+
+class Category(torch.Tensor):
+    """A subclass that only has another name, as those of fastai and torchvision."""
 
 
 def batch(n=24, d=8, classes=5, dtype=torch.float32, device="cpu", spread=0.3):
@@ -162,6 +169,13 @@ def value_and_grad(loss_func, embeddings, *args, **kwargs):
 def recorded(loss_func, kind):
     """What a record-keeper finds: `kind` is "_record_these" or "_record_these_stats"."""
     return {name: getattr(loss_func, name) for name in getattr(loss_func, kind, [])}
+
+
+def through_file(x, weights_only=False):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def free_port():

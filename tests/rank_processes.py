@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import exact_cases
-import failing_ranks
 import grad_cache_cases
 import torch
 from helpers import free_port
@@ -42,8 +41,8 @@ def main(folder):
     for world in MODULES:
         arguments = (world, free_port(), folder)
         multiprocessing.start_processes(run, arguments, nprocs=world, start_method=method)
-    arguments = free_port(), file_of(folder, failing_ranks, 1, 0)
-    multiprocessing.start_processes(failing_ranks.run, arguments, nprocs=2, start_method=method)
+    arguments = free_port(), file_of(folder, exact_cases, 1, 0)
+    multiprocessing.start_processes(exact_cases.die, arguments, nprocs=2, start_method=method)
     sys.path.append(str(BENCHMARK.parent))
     options = ["--ranks", "2", "--batch", "16", "--size", "4"]
     sys.argv = [str(BENCHMARK), *options, "--output", f"{folder}/benchmark.csv"]

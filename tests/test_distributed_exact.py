@@ -117,7 +117,11 @@ def test_labels_are_handed_to_the_loss_without_listing_pairs(found):
     assert all(results["listed"] for results in found)
 
 
-# --- one process ----------------------------------------------------------------------------
+def test_a_rank_that_dies_is_an_error_for_the_other(ranks):
+    (found,) = ranks(cases, 1)
+    for of_call in found["errors"]:  # of backward, and of the next step
+        assert of_call and of_call.startswith(("RuntimeError", "DistBackendError"))
+    assert found["seconds"] < 6 * cases.TIMEOUT
 
 
 @pytest.mark.filterwarnings("error")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mpmath
 import pytest
 import torch
-from helpers import BUILT_IN, VARIANTS, Scale, batch, needs_built_in, value_and_grad
+from helpers import BUILT_IN, VARIANTS, Category, Scale, batch, needs_built_in, value_and_grad
 from pytorch_metric_learning import distances, reducers, regularizers
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch.nn.utils import parametrizations
@@ -16,8 +16,6 @@ from torch.nn.utils import parametrizations
 from pml_pnp import PNPLoss, losses
 from pml_pnp.checks import RANGES
 from pml_pnp.functional import pnp_loss
-
-# --- the class, beside PML's
 
 
 @needs_built_in
@@ -81,6 +79,8 @@ def test_a_subclass_may_change_the_distance():
 
 
 def test_a_subclass_with_its_own_compute_loss_gets_pmls_arguments_and_elements():
+    """Also in wrappers, and a subclass of it."""
+
     class Own(PNPLoss):
         def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
             if indices_tuple is not None:
@@ -89,9 +89,13 @@ def test_a_subclass_with_its_own_compute_loss_gets_pmls_arguments_and_elements()
             assert parts["loss"]["reduction_type"] == "element"
             return parts
 
+    class Named(Own):
+        pass
+
     x, y = batch()
     torch.testing.assert_close(Own()(x, y), PNPLoss()(x, y))
-    assert losses.CrossBatchMemory(Own(), 8, memory_size=40)(x, y).isfinite()
+    assert losses.CrossBatchMemory(Named(), 8, memory_size=40)(x, y).isfinite()
+    assert losses.SelfSupervisedLoss(Own())(x, x + 0.1).isfinite()
 
 
 def test_a_module_as_variant_is_part_of_the_loss():
@@ -99,7 +103,7 @@ def test_a_module_as_variant_is_part_of_the_loss():
     assert [name for name, _ in loss_func.named_parameters()] == ["variant.weight"]
     x, y = batch()
     loss_func(x, y).backward()
-    expected = PNPLoss()(x, y)
+    expected = PNPLoss(variant="Ds")(x, y)
     torch.testing.assert_close(loss_func.variant.weight.grad, expected)
 
 
@@ -139,16 +143,6 @@ class Weighted(distances.LpDistance):
         return self.factor * super().forward(*scaled)
 
 
-class Power(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(1.5))
-        self.factor = 2.0
-
-    def forward(self, r):
-        return self.factor * (1 + r).log() * self.weight
-
-
 def step(change=lambda loss_func: None, chunk_size=5, **kwargs):
     """Gradients of a loss that is changed between its call and its backward."""
     torch.manual_seed(1)
@@ -168,7 +162,7 @@ def double(parameter):
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("which", ["distance", "variant"])
 def test_a_parameter_changed_before_backward_is_an_error(which, chunk_size):
-    kwargs = {"distance": Weighted(), "variant": Power()}
+    kwargs = {"distance": Weighted(), "variant": Scale()}
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         step(lambda loss_func: double(getattr(loss_func, which).weight), chunk_size, **kwargs)
 
@@ -188,15 +182,15 @@ def test_a_parameter_changed_before_backward_is_an_error(which, chunk_size):
     ],
 )
 def test_a_setting_changed_before_backward_changes_nothing(change):
-    want = step(distance=Weighted(), variant=Power())
-    torch.testing.assert_close(step(change, distance=Weighted(), variant=Power()), want)
+    want = step(distance=Weighted(), variant=Scale())
+    torch.testing.assert_close(step(change, distance=Weighted(), variant=Scale()), want)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_parameters_that_are_shared_unused_or_parametrized_count_once(shared):
     def grads(chunk_size):
         torch.manual_seed(0)
-        distance, variant = Weighted(), Power()
+        distance, variant = Weighted(), Scale()
         if shared:
             distance.weight = variant.weight = torch.nn.Parameter(torch.ones(()))
         else:
@@ -245,9 +239,6 @@ def test_chunks_refuse_a_tensor_whose_gradient_they_would_lose(which):
         loss_func(x, y).backward()
 
 
-# --- torch.func
-
-
 CALLS = {
     "cosine": {},
     "chunks": {"chunk_size": 3},
@@ -275,15 +266,18 @@ def test_vjp_and_grad_of_torch_func(name, with_references):
 
 @pytest.mark.parametrize("variant", ["Dq", torch.log1p], ids=["Dq", "callable"])
 def test_vjp_of_the_functional(variant):
-    s, y = torch.randn(6, 6, dtype=torch.float64), torch.arange(6) // 2
-    cotangent = torch.randn(6, dtype=torch.float64)
+    """Also of one input where the other is a constant."""
+    s, own, cotangent = torch.randn(4, 5), torch.ones(4), torch.randn(4)
+    y, ref_y = torch.arange(4) % 2, torch.arange(5) % 2
 
-    def call(s):
-        return pnp_loss(s, y, variant=variant, anneal=0.5)[0]
+    def call(s=s, own=own):
+        return pnp_loss(s, y, ref_y, self_similarity=own, variant=variant, anneal=0.5)[0]
 
-    (want,) = torch.autograd.grad(call(s.requires_grad_()), s, cotangent)
-    _, vjp = torch.func.vjp(call, s.detach())
-    torch.testing.assert_close(vjp(cotangent)[0], want)
+    want = torch.autograd.functional.vjp(call, (s, own), cotangent)[1]
+    torch.testing.assert_close(torch.func.vjp(call, s, own)[1](cotangent), want)
+    for name, x, of_x in zip(("s", "own"), (s, own), want, strict=True):
+        _, vjp = torch.func.vjp(lambda x, name=name: call(**{name: x}), x)
+        torch.testing.assert_close(vjp(cotangent)[0], of_x)
 
 
 def test_second_derivative_where_one_input_is_made_of_the_other():
@@ -297,21 +291,6 @@ def test_second_derivative_where_one_input_is_made_of_the_other():
     assert torch.autograd.gradcheck(call, s) and torch.autograd.gradgradcheck(call, s)
     first = torch.autograd.grad(call(s).sum(), s)[0]
     torch.testing.assert_close(torch.autograd.grad(call(s).sum(), s, create_graph=True)[0], first)
-
-
-def test_functional_gradient_with_a_constant_self_similarity():
-    s, y, ref_y = torch.randn(4, 5), torch.arange(4) % 2, torch.arange(5) % 2
-
-    def call(s, own):
-        return pnp_loss(s, y, ref_y, self_similarity=own, anneal=0.5)[0].sum()
-
-    own = torch.ones(4)
-    want = torch.autograd.functional.jacobian(call, (s, own))
-    torch.testing.assert_close(torch.func.grad(call)(s, own), want[0])
-    torch.testing.assert_close(torch.func.grad(call, argnums=1)(s, own), want[1])
-
-
-# --- records
 
 
 @pytest.mark.parametrize("chunk_size", [None, 9])
@@ -339,9 +318,6 @@ def test_nothing_of_a_call_stays_on_the_loss_but_records():
     records = {"negatives_before_positive", "positives_behind_negatives"}
     assert set(vars(loss_func)) - before <= records
     assert all(type(getattr(loss_func, name)) is float for name in records)
-
-
-# --- ranges
 
 
 OUTSIDE = [("b", 1e160), ("b", 1e-35), ("anneal", 1e-40), ("anneal", 1e50), ("alpha", 1e39)]
@@ -391,13 +367,6 @@ def test_any_temperature_of_the_range_gives_finite_numbers(variant, end):
         PNPLoss(variant=variant, anneal=RANGES[torch.float32] ** end), x, y
     )
     assert value.isfinite() and grad.isfinite().all()
-
-
-# --- tensors of other types
-
-
-class Category(torch.Tensor):
-    """A subclass that only has another name, as those of fastai and torchvision."""
 
 
 def category(x):

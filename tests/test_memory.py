@@ -1,12 +1,10 @@
 """CrossBatchMemory, next to PML's where that one is right."""
 
 import copy
-import io
-import warnings
 
 import pytest
 import torch
-from helpers import batch, expected_mean, value_and_grad
+from helpers import Category, batch, expected_mean, through_file, value_and_grad
 from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -37,9 +35,6 @@ def other_losses():
     return [losses.ContrastiveLoss(), losses.TripletMarginLoss(), losses.MultiSimilarityLoss()]
 
 
-# --- what stays as in PML -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
 @pytest.mark.parametrize("loss", other_losses(), ids=lambda loss: type(loss).__name__)
 def test_other_losses_and_the_queue_are_as_in_pml(loss, miner, device):
@@ -57,9 +52,6 @@ def test_other_losses_and_the_queue_are_as_in_pml(loss, miner, device):
         assert ours.queue_idx == theirs.queue_idx
         assert ours.has_been_filled == theirs.has_been_filled
         torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-
-
-# --- what is enqueued -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [None, *other_losses()], ids=lambda x: type(x).__name__)
@@ -134,8 +126,6 @@ def test_bad_input_is_named_and_changes_nothing(change, error, message):
     torch.testing.assert_close(ours.state_dict(), before)
 
 
-# --- labels ---------------------------------------------------------------------------------
-
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool]
 UNSIGNED = [getattr(torch, name) for name in ("uint16", "uint32", "uint64")]
 
@@ -170,21 +160,8 @@ def test_floating_labels_are_kept_in_float64(kind, device):
 
 
 def test_labels_may_be_on_another_device_and_of_a_subclass(device):
-    class Category(torch.Tensor):
-        pass
-
     x, y = batch(device=device)
     torch.testing.assert_close(memory()(x, y.cpu().as_subclass(Category)), memory()(x, y))
-
-
-# --- saving ---------------------------------------------------------------------------------
-
-
-def saved(module):
-    file = io.BytesIO()
-    torch.save(module.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.fixture(params=["public", "of torch 2.4"])
@@ -211,7 +188,8 @@ def test_a_resumed_run_goes_on_with_its_memory(any_hook, calls, floating, dtype)
     for x, y in batches[:calls]:
         ours(x, y)
     resumed = torch.nn.ModuleList([torch.nn.Linear(2, 2), memory()])
-    resumed.load_state_dict(saved(torch.nn.ModuleList([torch.nn.Linear(2, 2), ours])))
+    state = torch.nn.ModuleList([torch.nn.Linear(2, 2), ours]).state_dict()
+    resumed.load_state_dict(through_file(state, weights_only=True))
     assert resumed[1].has_been_filled == (calls == 4)
     for x, y in batches[calls:]:
         got, want = value_and_grad(resumed[1], x, y), value_and_grad(ours, x, y)
@@ -283,9 +261,6 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     torch.testing.assert_close(value_and_grad(ours, x, y), value_and_grad(plain, x, y))
 
 
-# --- what the loss gets ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner()])
 @pytest.mark.parametrize(
     "loss", [losses.PNPLoss(), *other_losses()], ids=lambda x: type(x).__name__
@@ -316,9 +291,6 @@ def test_the_usual_loss_gets_the_memory_itself():
     assert seen[1].data_ptr() != kept.embedding_memory.data_ptr()
     with torch.no_grad():
         assert arguments_of(kept, *batch(n=8))[3].data_ptr() == kept.embedding_memory.data_ptr()
-
-
-# --- who looks at the loss ------------------------------------------------------------------
 
 
 def keeping(method, keep):
@@ -374,18 +346,14 @@ def test_nobody_looks_and_no_pairs_are_listed():
     assert isinstance(arguments_of(ours, *batch())[2], QueryColumns)
 
 
-# --- in PML's wrapper -----------------------------------------------------------------------
-
-
+@pytest.mark.filterwarnings("ignore")
 def test_in_pmls_distributed_wrapper_without_a_process_group():
     x, y = batch()
     wrapped = distributed.DistributedLossWrapper(memory())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if distributed.DistributedLossWrapper.forward.__code__.co_varnames[1] == "emb":
-            pytest.skip("this PML needs a process group there")
-        torch.testing.assert_close(wrapped(x, y), memory()(x, y))
-        with pytest.raises(TypeError, match="enqueue_mask must be bool, got torch.float32"):
-            wrapped(x, y, ref_emb=x[:, 0])
-        with pytest.raises(ValueError, match="neither ref_emb nor ref_labels"):
-            wrapped(x, y, ref_emb=x, ref_labels=y)
+    if distributed.DistributedLossWrapper.forward.__code__.co_varnames[1] == "emb":
+        pytest.skip("this PML needs a process group there")
+    torch.testing.assert_close(wrapped(x, y), memory()(x, y))
+    with pytest.raises(TypeError, match="enqueue_mask must be bool, got torch.float32"):
+        wrapped(x, y, ref_emb=x[:, 0])
+    with pytest.raises(ValueError, match="neither ref_emb nor ref_labels"):
+        wrapped(x, y, ref_emb=x, ref_labels=y)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import oracle
 import torch
-from helpers import DISTANCES, VARIANTS, WHY_NO_TRITON
+from helpers import DISTANCES, VARIANTS, WHY_NO_TRITON, masks_of
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import reducers
@@ -351,10 +351,7 @@ class Call(SimpleNamespace):
 
         masks = [equal, ~equal]
         if indices is not None:
-            a, p, *rest = (i.long() for i in indices)
-            masks = torch.zeros(2, n, m, dtype=torch.bool)
-            masks[0, a, p] = True
-            masks[1, rest[0] if len(rest) == 2 else a, rest[-1]] = True
+            masks = masks_of((n, m), indices_tuple=[i.long() for i in indices])
         if is_own:
             masks = [mask.clone().fill_diagonal_(False) for mask in masks]
         return leaves, make, masks
