@@ -127,6 +127,9 @@ def test_without_a_test_every_class_is_trained_on(tmp_path, halves, name, turned
     assert splits.split_kind == "no test, every class is trained on"
     assert not {s.name for s in splits.train.samples} & {s.name for s in splits.val.samples}
     assert {row[1] for row in splits.class_rows()} == {"train", "val"}
+    every = load(dataset, root, test_fraction=0, turned_classes=turned, val_fraction=0)
+    assert len(every.train) == len(splits.train) + len(splits.val) * (8 if turned else 1)
+    assert len(every.val) == len(every.test) == 0
 
 
 def test_train_and_test_with_other_classes_are_an_open_set(halves):

@@ -310,14 +310,15 @@ def test_diverging_loss_and_weights_are_named(main, quick, tmp_path, capsys, mon
     assert "the weights are no longer finite after" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("test", [[], ["--test-fraction", 0]], ids=["", "without a test"])
 def test_without_validation_the_last_epoch_is_kept(
-    main, trained, refused, digits, quick, tmp_path, strict_json, capsys, curves
+    main, trained, refused, digits, quick, tmp_path, strict_json, capsys, curves, test
 ):
     """Also with two images of each class, of which none can be held out."""
     root = shutil.copytree(
         digits, tmp_path / "images", ignore=lambda folder, names: {*names} - KEPT
     )
-    new = ["--data-root", root]
+    new = ["--data-root", root, *test]
     error = refused(*quick, *new, "--output-dir", tmp_path)
     assert "--val-fraction 0 trains on all of it" in error
     run = trained(*new, "--val-fraction", 0, "--patience", 0, "--batch-size", 4)
@@ -329,7 +330,7 @@ def test_without_validation_the_last_epoch_is_kept(
     assert "validation MAP@R" not in out and "still rising" not in out
     metrics = strict_json(run / "metrics.json")
     assert metrics["validation"] is None and metrics["best_epoch"] == 3
-    assert "trained" in metrics
+    assert ("trained" in metrics) is (not test)
     assert torch.load(run / "checkpoints" / "best.pt")["epoch"] == 3
     assert curves(run)["loss_histories/total_loss"]
     assert (run / "report.html").is_file()
