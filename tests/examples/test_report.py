@@ -711,11 +711,12 @@ def test_negatives_are_counted_only_where_they_are_recorded(trained, monkeypatch
     forward, counts = PNPLoss.compute_loss, []
 
     def watched(self, *arguments):
-        counts.append(self.collect_stats)
-        return forward(self, *arguments)
+        result = forward(self, *arguments)
+        counts.append(self.negatives_before_positive if self.collect_stats else None)
+        return result
 
     monkeypatch.setattr(PNPLoss, "compute_loss", watched)
     recorded = read(trained("--epochs", 2) / "logs", "metric_loss", "negatives_before_positive")
     counts = counts[-22:]  # 11 iterations an epoch, after those that try the loss out
-    assert [step for step, _ in recorded] == [i for i, x in enumerate(counts) if x]
+    assert recorded == [(i, x) for i, x in enumerate(counts) if x is not None]
     assert len(recorded) == 12 and any(x > 0 for _, x in recorded)
