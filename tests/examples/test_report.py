@@ -30,8 +30,6 @@ from retrieval.trunks import SmallTransform
 
 from pml_pnp import PNPLoss
 
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
-
 SECTIONS = [
     *("result", "sheets", "map", "negatives", "classes", "confusions", "alike"),
     *("curves", "augmented", "settings"),

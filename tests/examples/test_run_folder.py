@@ -20,7 +20,6 @@ from retrieval.run_folder import RunFolder, RunLock
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 FULL = Path("/dev/full")
 no_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
 def contents(run):

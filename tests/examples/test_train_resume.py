@@ -15,7 +15,6 @@ from retrieval.run_folder import RunFolder
 from retrieval.training import Training
 
 EPOCHS = 3
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # Everything that has a state of its own: loss parameters, augmentation and a memory.
 SETTINGS = {
     "default": [],

@@ -27,7 +27,6 @@ METRICS = {
     "recall_at_100": "Recall@100",
 }
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
 @pytest.fixture(scope="module")
