@@ -1,17 +1,13 @@
 """benchmarks/peers.py against loops that look like the papers' formulas."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from peers import RecallAtK, SmoothAP, SupAP
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch.nn.functional import normalize
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from peers import RecallAtK, SmoothAP, SupAP  # noqa: E402
 
 PEERS = (SmoothAP, SupAP, RecallAtK)
 LABELS = {
