@@ -17,15 +17,13 @@ from retrieval.training import Training
 EPOCHS = 3
 # Everything that has a state of its own: loss parameters, augmentation and a memory.
 SETTINGS = {
-    "default": [],
-    "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": [
-        *("--loss", "ProxyAnchorLoss", "--loss-lr", 0.01, "--freeze-batchnorm"),
-        *("--lr-milestones", 1, 2, "--lr-gamma", 0.5),
-    ],
-    "chunks": ["--grad-cache", 16],
-    "schedule": ["--lr-cosine", "--warmup-epochs", 1],
-    "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
+    "default": "",
+    "memory": "--memory-size 96 --ema-decay 0",
+    "proxies": "--loss ProxyAnchorLoss --loss-lr 0.01 --freeze-batchnorm --lr-milestones 1 2 "
+    "--lr-gamma 0.5",
+    "chunks": "--grad-cache 16",
+    "schedule": "--lr-cosine --warmup-epochs 1",
+    "beside": "--beside ProxyAnchorLoss --memory-size 96",
 }
 
 
@@ -43,7 +41,7 @@ def whole(main, quick, once):
             arguments = ["--output-dir", folder, "--name", "whole", "--epochs", EPOCHS]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(RunFolder, "save_checkpoint", save_and_copy)
-                assert main(*arguments, *quick, *SETTINGS[setting]) == 0
+                assert main(*arguments, *quick, *SETTINGS[setting].split()) == 0
 
         folder = once(f"whole run, {setting}", train)
         return folder / "whole", folder / "killed"
@@ -219,7 +217,7 @@ def test_resume_refuses_what_contradicts_the_run(run, main, refused, strict_json
 
 def test_resume_with_and_without_chunks(whole, main, trained, strict_json):
     """BatchNorm frozen, chunks change nothing but the memory."""
-    run = trained(*SETTINGS["proxies"], "--grad-cache", 16)
+    run = trained(*SETTINGS["proxies"].split(), "--grad-cache", 16)
     assert main("--resume", run, "--epochs", 2, "--grad-cache", 0) == 0
     assert main("--resume", run, "--epochs", EPOCHS, "--grad-cache", 7) == 0
     ends = [strict_json(x / "metrics.json") for x in (run, whole("proxies")[0])]
