@@ -205,7 +205,8 @@ FROZEN, MEMORY = "--ema-decay 0 --freeze-batchnorm --workers 1", "--memory-size 
 MINER = "--miner TripletMarginMiner"
 BESIDE = "--loss-args variant=Dq --beside MultiSimilarityLoss"
 BESIDE_ANOTHER = "--loss MultiSimilarityLoss --beside PNPLoss"
-OPTIONS = ["", FROZEN, MEMORY, MINER, BESIDE, BESIDE_ANOTHER, "--loss ProxyAnchorLoss --loss-lr 0.1"]
+OPTIONS = ["", FROZEN, MEMORY, MINER, BESIDE, BESIDE_ANOTHER]
+OPTIONS += ["--loss ProxyAnchorLoss --loss-lr 0.1"]
 OPTIONS += [f"{MEMORY} --miner MultiSimilarityMiner --miner-args epsilon=0.2"]
 OPTIONS += ["--amp --loss-args variant=Ib b=4 distance=LpDistance reducer=SumReducer"]
 

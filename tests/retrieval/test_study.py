@@ -184,6 +184,7 @@ def test_tuning_never_reads_the_test_classes_and_final_runs_measure_on_them(shor
 def test_other_splits_are_of_the_same_classes_and_share_none(tiny):
     training, test = tiny.read("training", None), tiny.read("test", None)
     splits = [other_split(training, test, seed) for seed in (1, 2, 1)]
+
     def examples(*parts):
         return sorted(
             (part.classes[label], x.tolist())
