@@ -143,11 +143,6 @@ def remade(report, copied):
     return make
 
 
-def networks_of(run):
-    config = json.loads((run / "config.json").read_text())
-    return {"untrained": untrained(config), "trained": load_best(str(run))}
-
-
 def sections(page):
     return [x.get("id") for x in page.iter("section")]
 
@@ -243,7 +238,9 @@ def samples_of(run):
 def brute_force(run):
     """For each network and query: the others from the nearest on, which are right, and AP@R."""
     samples, found = samples_of(run), {}
-    for network, (model, transform) in networks_of(run).items():
+    config = json.loads((run / "config.json").read_text())
+    networks = {"untrained": untrained(config), "trained": load_best(str(run))}
+    for network, (model, transform) in networks.items():
         with torch.no_grad():
             unit = {
                 title: torch.nn.functional.normalize(model(transform(x.open())[None]).double())[0]
