@@ -78,7 +78,7 @@ def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(
     settings = "PNPLoss variant=Ds anneal=0.03, lr=0.001, loss_lr=0.001"
     assert out.index(settings) < out.index("  a ") < out.index("  b ") < out.index("Contrastive")
     assert "ContrastiveLoss pos_margin=0.3, lr=0.5, loss_lr=0.5\n  c " in out
-    assert "PNPLoss variant=Ds anneal=0.03 + MultiSimilarityLoss" in out
+    assert "PNPLoss + MultiSimilarityLoss variant=Ds" in out
     assert not any(x in out for x in ("threads", "workers", "beside")) and "mean" in rows
 
 

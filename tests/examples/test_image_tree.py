@@ -43,7 +43,7 @@ def test_the_same_file_counts_once(four, link):
 
 @pytest.mark.parametrize(
     ("dataset", "first", "second"),
-    [("folder", "train", "test"), ("omniglot", "images_background/A", "images_evaluation/A")],
+    [("folder", "train", "test"), ("omniglot", "images_background/A", "images_evaluation/B")],
 )
 def test_linked_class_is_not_in_both_splits(tmp_path, dataset, first, second):
     train, test = tmp_path / first, tmp_path / second

@@ -52,6 +52,8 @@ def test_a_warped_image_stays_in_its_place_on_average():
 
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
 def lite_trunk(name, pretrained=True, size=48, mode="RGB"):
     small = SmallTransform(size, mode, crop=0.8, mirror=True)
     return build_trunk(name, pretrained, size, small)
