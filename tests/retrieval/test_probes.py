@@ -8,15 +8,14 @@ import study_rows as rows
 import torch
 from candidates import objective
 from probes import PROBES, Signal, coarse_and_fine, run_probes, saturated_share
-from study import Study
 from torch.nn.functional import normalize
 
 from pml_pnp import losses
 
 
 @pytest.fixture
-def study(shorter, tmp_path):
-    return Study(shorter, None, tmp_path, tmp_path / "unused.db")
+def study(study_of):
+    return study_of(None)
 
 
 @pytest.mark.parametrize("stage", PROBES)
