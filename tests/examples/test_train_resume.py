@@ -195,21 +195,19 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
     assert best(run) == before
 
 
-def test_more_epochs_continue_a_finished_run(whole, run, main, refused, ends_alike):
-    assert main("--resume", run, "--epochs", EPOCHS) == 0
-    ends_alike(run, whole("default")[0])
-    error = refused("--resume", run, "--epochs", 1)
-    assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
-
-
-def test_resume_refuses_what_contradicts_the_run(run, main, refused, strict_json):
+def test_more_epochs_continue_a_finished_run_and_nothing_else_may_change(
+    whole, run, main, refused, ends_alike, strict_json
+):
     for arguments, message in {
         "--lr 0.5": "the run has --lr",
         "--loss-args variant=O": "the run has --loss-args",
         "--name other": "leave out --name",
     }.items():
         assert message in refused("--resume", run, *arguments.split())
-    assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
+    assert main("--resume", run, "--dataset", "folder", "--epochs", EPOCHS) == 0
+    ends_alike(run, whole("default")[0])
+    error = refused("--resume", run, "--epochs", 1)
+    assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
     config = strict_json(run / "config.json")
     (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
     assert "started with 2 processes" in refused("--resume", run)
@@ -294,9 +292,7 @@ def test_a_moved_run_goes_on_with_its_images(moved, main):
     assert (run / "images.csv").read_bytes() == listed
 
 
-def test_a_run_moved_with_a_table_and_its_images_goes_on(
-    main, quick, digits, tmp_path, monkeypatch
-):
+def test_a_run_moved_with_a_table_goes_on(main, quick, digits, tmp_path, monkeypatch):
     """Paths are listed from the folder of the table; the boxes of one file are two images."""
     there = tmp_path / "there"
     shutil.copytree(digits, there / "images")
