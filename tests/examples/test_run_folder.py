@@ -178,6 +178,10 @@ def test_full_disk_ends_in_one_line(run, main, refused, monkeypatch, name):
         original(self, folder)
         os.dup2(os.open(FULL, os.O_WRONLY), self.file.fileno())
 
+    def save_best(self, state, original=RunFolder.save_best):
+        original(self, {**state, "best": {**state["best"], "epoch": state["epoch"]}})
+
+    monkeypatch.setattr(RunFolder, "save_best", save_best)  # of every epoch
     if name == "log.txt":
         monkeypatch.setattr(screen, "log_to", fill)
     elif name == "tensorboard":
@@ -186,7 +190,6 @@ def test_full_disk_ends_in_one_line(run, main, refused, monkeypatch, name):
         monkeypatch.setattr(records, "replay", fill)
     else:
         (run / f"{name}.tmp").symlink_to(FULL)
-    monkeypatch.setattr(RunFolder, "save_best", always_best(RunFolder.save_best))
     last = (run / "checkpoints" / "last.pt").read_bytes()
     error = refused("--resume", run, "--epochs", 2)
     (file,) = (run / name).iterdir() if name == "tensorboard" else [run / name]
@@ -220,13 +223,6 @@ def test_database_that_cannot_be_written_is_named_in_one_line(run, refused, monk
     error = refused("--resume", run, "--epochs", 2)
     database, reason = run / "logs" / "logs.db", "attempt to write a readonly database"
     assert error == f"train.py: error: cannot write {database}: {reason}\n"
-
-
-def always_best(save_best):
-    def save(self, state):
-        save_best(self, {**state, "best": {**state["best"], "epoch": state["epoch"]}})
-
-    return save
 
 
 def test_folder_that_cannot_be_made_is_named(refused, quick, tmp_path):
