@@ -390,9 +390,7 @@ def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_pat
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_other_images_worse_retrieval_and_a_rising_validation_are_told(
-    copied, remade, page, strict_json
-):
+def test_what_metrics_give_rise_to_is_told(copied, remade, page, strict_json):
     metrics = strict_json(copied / "metrics.json")
     for network, value in (("untrained", 0.9), ("trained", 0.8)):
         metrics[network]["mean_average_precision_at_r"] = value
