@@ -15,7 +15,7 @@ from candidates import CANDIDATES, NTXentInRows, TemperatureOfBatch, objective
 from fitting import METRICS, batches, retrieval_metrics, run
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from study_data import DATA_SETS, Warp, other_split, part_of_classes
+from study_data import DATA_SETS, Warp, other_split
 
 from pml_pnp import losses
 
@@ -107,16 +107,6 @@ def test_a_sum_has_a_weight_and_a_batch_the_temperature_of_its_negatives():
     share = 0.5 * (unit @ unit.T)[labels[:, None] != labels].std().item()
     got = TemperatureOfBatch(losses.PNPLoss(variant="Ds"), 0.5)(x, labels)
     torch.testing.assert_close(got, losses.PNPLoss(variant="Ds", anneal=share)(x, labels))
-
-
-def test_parts_of_classes_share_none():
-    names = [f"class {i}" for i in range(30)]
-    parts = {p: set(part_of_classes(names, p)) for p in ("fit", "validation", "test", "training")}
-    assert [len(x) for x in parts.values()] == [15, 5, 10, 20]
-    assert parts["fit"] | parts["validation"] == parts["training"]
-    assert parts["training"] | parts["test"] == set(names)
-    with pytest.raises(ValueError, match="part must be one of test, training, validation, fit"):
-        part_of_classes(names, "all")
 
 
 @pytest.mark.parametrize("name", ["clinc150", "clinc150_transformer", "omniglot", "grocery"])
