@@ -73,16 +73,14 @@ def recall_at_k(s, labels, temperature=0.01, k_values=(1, 2, 4, 8, 16), outer_te
     return [1 - sum(recall(a, k) for k in k_values) / len(k_values) for a in queries(labels)]
 
 
+OTHER = {"temperature": 0.1, "k_values": (1, 3), "outer_temperature": 0.5}
 SETTINGS = {
     "SmoothAP": (SmoothAP, smooth_ap, {}),
     "SmoothAP, set": (SmoothAP, smooth_ap, {"temperature": 0.1}),
     "SupAP": (SupAP, sup_ap, {}),
     "SupAP, set": (SupAP, sup_ap, {"temperature": 0.1, "slope": 3.0, "margin": 0.2}),
     "RecallAtK": (RecallAtK, recall_at_k, {}),
-    "RecallAtK, set": (
-        *(RecallAtK, recall_at_k),
-        {"temperature": 0.1, "k_values": (1, 3), "outer_temperature": 0.5},
-    ),
+    "RecallAtK, set": (RecallAtK, recall_at_k, OTHER),
 }
 
 
