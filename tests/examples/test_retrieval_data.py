@@ -356,7 +356,7 @@ COLUMNS = ["label", "path", "split", "is_query", "is_gallery", "x_1", "x_2", "y_
 
 
 def write_table(root, rows, columns=COLUMNS):
-    """With a column of row numbers."""
+    """A table with a column of row numbers."""
     root.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows, columns=columns).to_csv(root / "table.csv")
     return root / "table.csv"

@@ -195,9 +195,7 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
     assert best(run) == before
 
 
-def test_more_epochs_continue_a_finished_run_and_nothing_else_may_change(
-    whole, run, main, refused, ends_alike, strict_json
-):
+def test_only_more_epochs_may_be_asked_for(whole, run, main, refused, ends_alike, strict_json):
     for arguments, message in {
         "--lr 0.5": "the run has --lr",
         "--loss-args variant=O": "the run has --loss-args",
