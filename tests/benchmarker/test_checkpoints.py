@@ -133,9 +133,7 @@ def test_stopped_anywhere_a_run_ends_the_same(tmp_path, hook_container):
             torch.testing.assert_close(got[name], state, rtol=0, atol=0, msg=f"{moment}: {name}")
 
 
-def test_an_unfinished_model_of_epoch_0_does_not_stop_a_run_that_writes_it_again(
-    tmp_path, hook_container
-):
+def test_a_torn_model_that_a_run_writes_again_is_no_damage(tmp_path, hook_container):
     models = tmp_path / "models"
     models.mkdir()
     (models / "trunk_best0.pth").write_bytes(b"torn")  # pb saves it before the first epoch

@@ -25,6 +25,14 @@ def test_gradients_are_finite_and_of_the_dtype(dtype):
     assert grad.dtype == dtype and grad.isfinite().all() and grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("distance", [distances.LpDistance(), distances.SNRDistance()])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_gradients_are_those_of_the_value(distance, chunk_size):
+    x, y = batch(n=10, dtype=torch.float64)
+    loss_func = PNPLoss(distance=distance, anneal=0.3, chunk_size=chunk_size)
+    assert torch.autograd.gradcheck(lambda x: loss_func(x, y), x.requires_grad_())
+
+
 @pytest.mark.parametrize(
     "miner", [miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.5)]
 )

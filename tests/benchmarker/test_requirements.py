@@ -45,9 +45,7 @@ def fail_with(error):
 
 
 @pytest.mark.parametrize("module", [*requirements.MODULES, "ax"])
-def test_the_first_missing_module_is_named_with_the_line_that_installs_it(
-    everything_is_there, module
-):
+def test_the_first_missing_module_is_named_with_its_line(everything_is_there, module):
     requirements.check_installed(bayes_opt=True)
     everything_is_there.remove(module)
     with pytest.raises(requirements.MissingPackage, match=f"needs {module}, which") as raised:
@@ -66,9 +64,7 @@ def test_the_first_missing_module_is_named_with_the_line_that_installs_it(
         (fail_with(metadata.PackageNotFoundError("x")), "got one that is not installed"),
     ],
 )
-def test_another_release_or_a_checkout_of_powerful_benchmarker_is_refused(
-    everything_is_there, monkeypatch, version, message
-):
+def test_another_release_is_refused(everything_is_there, monkeypatch, version, message):
     monkeypatch.setattr(requirements.metadata, "version", version)
     with pytest.raises(requirements.MissingPackage, match=message):
         requirements.check_installed(bayes_opt=False)
@@ -90,9 +86,7 @@ def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, ba
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operator nms does not exist"), ImportError("no")])
-def test_a_torchvision_that_does_not_import_is_told_from_a_missing_one(
-    everything_is_there, monkeypatch, error
-):
+def test_a_torchvision_that_does_not_import_is_told(everything_is_there, monkeypatch, error):
     monkeypatch.setattr(requirements.importlib, "import_module", fail_with(error))
     with pytest.raises(requirements.MissingPackage, match="does not fit the installed torch") as e:
         requirements.check_installed(bayes_opt=False)

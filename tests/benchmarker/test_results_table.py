@@ -13,13 +13,8 @@ from results_table import METRICS
 
 def write(path, table, rows):
     path.parent.mkdir(parents=True)
-    columns = list(rows[0])
     with sqlite3.connect(path) as connection:
-        connection.execute(f"CREATE TABLE {table} ({', '.join(columns)})")
-        marks = ", ".join("?" * len(columns))
-        connection.executemany(
-            f"INSERT INTO {table} VALUES ({marks})", [tuple(row.values()) for row in rows]
-        )
+        pd.DataFrame(rows).to_sql(table, connection, index=False)
 
 
 def accuracies(value):

@@ -43,7 +43,9 @@ def test_every_part_runs_and_writes_full_rows(measure, rows):
     assert rows.command.str.contains("measure.py").all()
 
 
-def test_what_was_not_measured_is_not_mentioned(rows, report):
+def test_every_loss_has_a_line_and_what_was_not_measured_is_not_mentioned(measure, rows, report):
+    page = "\n\n".join(report.parts(rows).values())
+    assert all(f"\n| {loss}" in page for loss in (*measure.PEERS, *measure.RESEARCH))
     parts = report.parts(rows[rows.part.isin(["small", "memory"])])
     assert list(parts) == ["cpu", "cpu losses", "cpu memory"]
 

@@ -1,12 +1,8 @@
 """What benchmarks/pages.py reads, prints and writes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("pandas", reason="the reports need pandas: pip install '.[benchmarks]'")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import pages  # noqa: E402
 

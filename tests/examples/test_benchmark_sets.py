@@ -10,7 +10,6 @@ from retrieval.data import load_splits, splits_of
 from retrieval.errors import UserError
 from retrieval.network import load_best
 
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # What makes the experiment small; everything else is as configured.
 SMALL = ["--trunk", "small", "--no-pretrained", "--image-size", 16, "--embedding-size", 8]
 SMALL += ["--batch-size", 8, "--samples-per-class", 2, "--epochs", 2, "--workers", 0]

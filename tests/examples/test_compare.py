@@ -71,20 +71,24 @@ def test_what_differs_is_named_and_what_a_resumed_run_may_change_does_not_count(
         make("a", seed=1, threads=1),
         make("b", seed=2, threads=2, workers=3, device="cpu"),
         make("c", lr=0.5, loss="ContrastiveLoss", loss_args=["pos_margin=0.3"]),
+        make("d", beside="MultiSimilarityLoss"),
     ]
     words, out, *_ = compare(*runs)
     rows = {x[0]: " ".join(x) for x in words if x}
     settings = "PNPLoss variant=Ds anneal=0.03, lr=0.001, loss_lr=0.001"
     assert out.index(settings) < out.index("  a ") < out.index("  b ") < out.index("Contrastive")
     assert "ContrastiveLoss pos_margin=0.3, lr=0.5, loss_lr=0.5\n  c " in out
-    assert "threads" not in out and "workers" not in out and "mean" in rows
+    assert "PNPLoss + MultiSimilarityLoss variant=Ds" in out
+    assert not any(x in out for x in ("threads", "workers", "beside")) and "mean" in rows
 
 
-def test_runs_that_are_not_finished_or_have_other_test_sets_are_told(make, compare):
-    words, out, _, code = compare(
-        make("a"), make("b", without=["metrics.json"]), make("c", test=30)
-    )
+def test_runs_that_lack_something_or_have_other_test_sets_are_listed_and_told(make, compare):
+    runs = [make("a"), make("b", without=["metrics.json"]), make("c", test=30)]
+    runs.append(make("all", without=["untrained", "trained"]))  # was trained without a test
+    runs.append(make("old", without=["threads", "versions", "world_size"]))
+    words, out, _, code = compare(*runs, "--csv", "table.csv")
     assert code == 0
+    assert ["all", "0", "7", *["-"] * 6, "1", "min", "40", "s"] in words
     assert ["b", "0"] + ["-"] * 8 in words
     assert "b is not finished" in out
     assert "the runs have different test sets, so their metrics do not compare" in out
@@ -112,21 +116,6 @@ def test_many_settings_make_no_wide_table(make, compare):
     more = {"loss_args": ["margin=0.123456", "alpha=32", "embedding_size=128"]}
     runs = [make("digits-PNPLoss-Ds-1"), make("digits-ProxyAnchorLoss-1", **many, **more)]
     assert max(map(len, compare(*runs)[1].splitlines())) <= 120
-
-
-def test_runs_without_a_test_and_from_before_a_setting_existed_are_listed(make, compare):
-    runs = [make("all", without=["untrained", "trained"])]
-    runs.append(make("old", without=["threads", "versions", "world_size"]))
-    words, *_, code = compare(*runs, "--csv", "table.csv")
-    assert code == 0 and ["all", "0", "7", *["-"] * 6, "1", "min", "40", "s"] in words
-
-
-def test_a_loss_beside_stands_with_the_loss(make, compare):
-    both = make("both", beside="MultiSimilarityLoss")
-    words, out, *_ = compare(both, make("alone"))
-    assert words[3][:3] == ["PNPLoss", "+", "MultiSimilarityLoss"]
-    assert words[6][:2] == ["PNPLoss", "variant=Ds"]
-    assert "beside=" not in out
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,6 @@ def test_a_batch_from_a_file_is_not_made_smaller(refused, tmp_path):
     assert "fill a batch of at most 20" in error
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 def test_a_run_is_repeated_from_its_own_configuration(main, trained, tmp_path, strict_json):
     trained("--loss-args", "variant=Dq", "alpha=2", name="first")
     again = ["--config", tmp_path / "first" / "config.json", "--name", "again"]

@@ -41,15 +41,20 @@ def test_the_same_file_counts_once(four, link):
     assert any("the same as" in x for x in reasons(splits).values())
 
 
-def test_linked_class_is_not_in_both_splits(tmp_path):
-    write_classes(tmp_path / "train", "ab")
-    write_classes(tmp_path / "test", "cd")
-    (tmp_path / "test" / "z").symlink_to(tmp_path / "train" / "a", target_is_directory=True)
-    (tmp_path / "train" / "y").symlink_to(tmp_path / "test" / "c", target_is_directory=True)
-    splits = load(tmp_path)
-    assert class_names(splits.train) == {"a", "b"}
-    assert class_names(splits.test) == {"c", "d"}
-    assert {str(tmp_path / "test/z"), str(tmp_path / "train/y")} <= reasons(splits).keys()
+@pytest.mark.parametrize(
+    ("dataset", "first", "second"),
+    [("folder", "train", "test"), ("omniglot", "images_background/A", "images_evaluation/B")],
+)
+def test_linked_class_is_not_in_both_splits(tmp_path, dataset, first, second):
+    train, test = tmp_path / first, tmp_path / second
+    write_classes(train, "ab")
+    write_classes(test, "cd")
+    (test / "z").symlink_to(train / "a", target_is_directory=True)
+    (train / "y").symlink_to(test / "c", target_is_directory=True)
+    splits = load_splits(dataset, str(tmp_path), 0.2, 0)
+    assert {x[-1] for x in class_names(splits.train)} == {"a", "b"}
+    assert {x[-1] for x in class_names(splits.test)} == {"c", "d"}
+    assert reasons(splits).keys() == {str(test / "z"), str(train / "y")}
 
 
 def test_what_is_not_used_is_listed_with_its_reason(four):
@@ -189,17 +194,6 @@ def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match="zip: unpacked it would have 1,000,000 bytes, more"):
             read()
-
-
-def test_a_file_counts_once_in_both_parts_of_omniglot(tmp_path):
-    write_classes(tmp_path / "images_background", ["Greek/c0"], 2)
-    write_classes(tmp_path / "images_evaluation", ["Korean/c0"], 2)
-    link = tmp_path / "images_evaluation" / "Latin"
-    link.symlink_to(tmp_path / "images_background" / "Greek", target_is_directory=True)
-    skipped = []
-    _, test = READERS["omniglot"](str(tmp_path), skipped)
-    assert {s.label for s in test} == {"Korean/c0"}
-    assert [x.name for x in skipped] == [str(link)]
 
 
 def test_run_folder_lists_classes_and_what_was_skipped(one_epoch, digits):

@@ -40,19 +40,16 @@ def calculator():
     return RetrievalAccuracy(device=torch.device("cpu"))
 
 
-def of_pml(sizes):
-    k = max(100, max(sizes) - 1)
-    return AccuracyCalculator(include=BOTH_HAVE, k=k, device=torch.device("cpu"))
-
-
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
 @pytest.mark.parametrize("sizes", [[300, 211, 97, 64, 5, 2], [400, 1, 120, 1, 1], [260]], ids=str)
 def test_parts_give_what_pml_gives_at_once(small_parts, sizes, ties):
     embeddings, labels = example(sizes, ties)
+    k = max(100, max(sizes) - 1)
+    at_once = AccuracyCalculator(include=BOTH_HAVE, k=k, device=torch.device("cpu"))
     others = {"reference": embeddings[:250], "reference_labels": labels[:250]}
     for references in ({}, others):
         got = calculator().get_accuracy(embeddings, labels, **references)
-        expected = of_pml(sizes).get_accuracy(embeddings, labels, **references)
+        expected = at_once.get_accuracy(embeddings, labels, **references)
         assert {x: got[x] for x in BOTH_HAVE} == pytest.approx(expected, rel=1e-13, abs=0)
     assert len(small_parts) > 10
 

@@ -30,8 +30,6 @@ from retrieval.trunks import SmallTransform
 
 from pml_pnp import PNPLoss
 
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
-
 SECTIONS = [
     *("result", "sheets", "map", "negatives", "classes", "confusions", "alike"),
     *("curves", "augmented", "settings"),
@@ -145,11 +143,6 @@ def remade(report, copied):
     return make
 
 
-def networks_of(run):
-    config = json.loads((run / "config.json").read_text())
-    return {"untrained": untrained(config), "trained": load_best(str(run))}
-
-
 def sections(page):
     return [x.get("id") for x in page.iter("section")]
 
@@ -245,7 +238,9 @@ def samples_of(run):
 def brute_force(run):
     """For each network and query: the others from the nearest on, which are right, and AP@R."""
     samples, found = samples_of(run), {}
-    for network, (model, transform) in networks_of(run).items():
+    config = json.loads((run / "config.json").read_text())
+    networks = {"untrained": untrained(config), "trained": load_best(str(run))}
+    for network, (model, transform) in networks.items():
         with torch.no_grad():
             unit = {
                 title: torch.nn.functional.normalize(model(transform(x.open())[None]).double())[0]
@@ -395,9 +390,7 @@ def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_pat
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_other_images_worse_retrieval_and_a_rising_validation_are_told(
-    copied, remade, page, strict_json
-):
+def test_what_metrics_give_rise_to_is_told(copied, remade, page, strict_json):
     metrics = strict_json(copied / "metrics.json")
     for network, value in (("untrained", 0.9), ("trained", 0.8)):
         metrics[network]["mean_average_precision_at_r"] = value
@@ -508,11 +501,10 @@ def test_of_many_images_a_part_are_queries(finished, copied, remade, monkeypatch
         for row in sheet.findall(".//ol"):
             titles, _, _ = expected[row.get("data-network"), query]
             assert [x.get("title") for x in row.iter("img")] == titles[:10]
-    classes = {
-        label: float(trained) for label, _, _, trained, *_ in map(cells, body(page, "classes"))
-    }
+    labels, sizes, _, trained, *_ = zip(*map(cells, body(page, "classes")), strict=True)
+    assert {*sizes} == {"24"}
     means = {label: np.mean([x for _, _, x in own]) for label, own in of_class.items()}
-    assert classes == pytest.approx(means, abs=6e-5)
+    assert dict(zip(labels, map(float, trained), strict=True)) == pytest.approx(means, abs=6e-5)
     for label, other, _, share in map(cells, body(page, "confusions")):
         places = [samples[x].label for titles, _, _ in of_class[label] for x in titles[:23]]
         expected_share = 100 * places.count(other) / len(places)
@@ -711,11 +703,12 @@ def test_negatives_are_counted_only_where_they_are_recorded(trained, monkeypatch
     forward, counts = PNPLoss.compute_loss, []
 
     def watched(self, *arguments):
-        counts.append(self.collect_stats)
-        return forward(self, *arguments)
+        result = forward(self, *arguments)
+        counts.append(self.negatives_before_positive if self.collect_stats else None)
+        return result
 
     monkeypatch.setattr(PNPLoss, "compute_loss", watched)
     recorded = read(trained("--epochs", 2) / "logs", "metric_loss", "negatives_before_positive")
     counts = counts[-22:]  # 11 iterations an epoch, after those that try the loss out
-    assert [step for step, _ in recorded] == [i for i, x in enumerate(counts) if x]
+    assert recorded == [(i, x) for i, x in enumerate(counts) if x is not None]
     assert len(recorded) == 12 and any(x > 0 for _, x in recorded)

@@ -1,12 +1,12 @@
 """Data sets are found in every layout, cleaned by name, and split without shared classes."""
 
-import csv
 import os
 import re
 import sys
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 from benchmark_trees import class_names, png, write, write_classes
 from PIL import Image
@@ -127,6 +127,9 @@ def test_without_a_test_every_class_is_trained_on(tmp_path, halves, name, turned
     assert splits.split_kind == "no test, every class is trained on"
     assert not {s.name for s in splits.train.samples} & {s.name for s in splits.val.samples}
     assert {row[1] for row in splits.class_rows()} == {"train", "val"}
+    every = load(dataset, root, test_fraction=0, turned_classes=turned, val_fraction=0)
+    assert len(every.train) == len(splits.train) + len(splits.val) * (8 if turned else 1)
+    assert len(every.val) == len(every.test) == 0
 
 
 def test_train_and_test_with_other_classes_are_an_open_set(halves):
@@ -166,10 +169,8 @@ def test_test_classes_that_are_known_in_part_are_refused(halves):
     assert class_names(load("folder", root, test_fraction=0).train) == {"x", "y", "z"}
 
 
-def test_unreadable_images_and_single_image_classes_are_skipped_by_name(
-    halves, capsys, monkeypatch
-):
-    """Among them one that would fill the memory."""
+def test_what_cannot_be_used_is_skipped_by_name(halves, capsys, monkeypatch):
+    """Among it an image that would fill the memory, and classes of a single image."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     root = halves("abc", "def")
     broken = [root / x for x in ("train/a/0.png", "train/b/1.jpg", "test/e/0.gif", "test/f/5.png")]
@@ -355,13 +356,9 @@ COLUMNS = ["label", "path", "split", "is_query", "is_gallery", "x_1", "x_2", "y_
 
 
 def write_table(root, rows, columns=COLUMNS):
-    """A table as pandas writes it, with a column of row numbers."""
+    """A table with a column of row numbers."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["", *columns], restval="")
-        writer.writeheader()
-        for i, row in enumerate(rows):
-            writer.writerow({"": i, **{k: v for k, v in row.items() if k in columns}})
+    pd.DataFrame(rows, columns=columns).to_csv(root / "table.csv")
     return root / "table.csv"
 
 

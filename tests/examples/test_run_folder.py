@@ -20,7 +20,6 @@ from retrieval.run_folder import RunFolder, RunLock
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 FULL = Path("/dev/full")
 no_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
 
 def contents(run):
@@ -179,6 +178,10 @@ def test_full_disk_ends_in_one_line(run, main, refused, monkeypatch, name):
         original(self, folder)
         os.dup2(os.open(FULL, os.O_WRONLY), self.file.fileno())
 
+    def save_best(self, state, original=RunFolder.save_best):
+        original(self, {**state, "best": {**state["best"], "epoch": state["epoch"]}})
+
+    monkeypatch.setattr(RunFolder, "save_best", save_best)  # of every epoch
     if name == "log.txt":
         monkeypatch.setattr(screen, "log_to", fill)
     elif name == "tensorboard":
@@ -187,7 +190,6 @@ def test_full_disk_ends_in_one_line(run, main, refused, monkeypatch, name):
         monkeypatch.setattr(records, "replay", fill)
     else:
         (run / f"{name}.tmp").symlink_to(FULL)
-    monkeypatch.setattr(RunFolder, "save_best", always_best(RunFolder.save_best))
     last = (run / "checkpoints" / "last.pt").read_bytes()
     error = refused("--resume", run, "--epochs", 2)
     (file,) = (run / name).iterdir() if name == "tensorboard" else [run / name]
@@ -221,13 +223,6 @@ def test_database_that_cannot_be_written_is_named_in_one_line(run, refused, monk
     error = refused("--resume", run, "--epochs", 2)
     database, reason = run / "logs" / "logs.db", "attempt to write a readonly database"
     assert error == f"train.py: error: cannot write {database}: {reason}\n"
-
-
-def always_best(save_best):
-    def save(self, state):
-        save_best(self, {**state, "best": {**state["best"], "epoch": state["epoch"]}})
-
-    return save
 
 
 def test_folder_that_cannot_be_made_is_named(refused, quick, tmp_path):

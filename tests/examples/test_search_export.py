@@ -184,12 +184,6 @@ def test_mistakes_of_a_search(search, tmp_path, monkeypatch, query, arguments, m
     assert (tmp_path / QUERY).read_bytes() == before
 
 
-EMBED_ALL = """
-found = {name: embed(name).tolist() for name in stored["names"].tolist()}
-print(json.dumps(found))
-"""
-
-
 @pytest.fixture
 def printed_by(python):
     """What code prints that runs in a folder; by default nothing of this repository is found."""
@@ -225,10 +219,11 @@ def test_code_of_an_export_reaches_the_same_embeddings(
     assert set(stored["labels"].tolist()) == {"7"}
     shutil.copy(images / "long.jpg", output / "query.jpg")
     code = code_of((output / "README.md").read_text())[0]
-    *printed, found = printed_by(code + EMBED_ALL, output)
+    code += "print(json.dumps([embed(name).tolist() for name in stored['names'].tolist()]))"
+    *printed, found = printed_by(code, output)
     assert len(printed) == 10
     assert "1.0000" in printed[0] and str(images / "long.jpg") in printed[0]
-    found = np.array([json.loads(found)[name] for name in names])
+    found = np.array(json.loads(found))
     assert found == pytest.approx(stored["embeddings"], abs=1e-4)
     assert embedded(run, names) == pytest.approx(stored["embeddings"], abs=1e-4)
     assert np.ptp(stored["embeddings"], axis=0).max() > 0.1  # they are not all alike

@@ -12,10 +12,7 @@ from PIL import Image
 from retrieval.errors import UserError
 from retrieval.trunks import SmallTransform, _prepare, build_trunk, import_timm
 
-pytestmark = [
-    pytest.mark.images,
-    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
-]
+pytestmark = pytest.mark.images
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # argv -> what the line must say
 MISTAKES = {
     "--loss PNPLos": "--loss: unknown name 'PNPLos'; expected for instance PNPLoss",
+    "--loss pnploss": "--loss: unknown name 'pnploss'; expected for instance PNPLoss",
     "--loss CrossBatchMemory": "--loss: unknown name 'CrossBatchMemory'",
     "--loss-args alpa=4": "--loss-args: PNPLoss has no argument alpa; it takes b=2, alpha=1",
     "--loss-args alpha": "--loss-args: expected name=value, got 'alpha'",
@@ -45,9 +46,11 @@ MISTAKES = {
     "--device abacus": "--device: 'abacus' cannot be used here",
     "--device meta": "'meta' cannot be used here: expected auto, cpu, cuda, cuda:N or mps",
     "--loss TripletMarginLoss --loss-args margin=1e999": "expected values that JSON can hold",
+    "--loss-args collect_stats={1}": "expected values that JSON can hold",
     "--resume nowhere": "--resume: no run in nowhere",
     "--resume nowhere --output-dir runs": "leave out --name, --output-dir and --resume-if-exists",
     "--resume-if-exists": "--resume-if-exists needs --name",
+    "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
     "--name ..": "--name: expected a folder name without separators, got '..'",
     "--test-fraction 0.3": "--test-fraction: digits has a split of its own here",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",

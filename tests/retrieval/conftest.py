@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "retrieval"))
 
 import networks  # noqa: E402
 import study_data  # noqa: E402
+from study import Study  # noqa: E402
 
 CLASSES = {"fit": range(0, 12), "validation": range(12, 16), "test": range(16, 22)}
 
@@ -52,3 +53,13 @@ def tiny():
 def shorter(tiny):
     """The same with one step."""
     return dataclasses.replace(tiny, steps=1)
+
+
+@pytest.fixture
+def study_of(shorter, tmp_path):
+    """Make a study of some losses, of which the last is never tuned, on this data set."""
+
+    def make(names=("PNP-Ds", "ProxyAnchor", "PNP-Ds at .05"), folder="results", data=shorter):
+        return Study(data, None, tmp_path / folder, tmp_path / f"{folder}.db", names)
+
+    return make

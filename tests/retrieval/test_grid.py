@@ -91,6 +91,15 @@ def test_every_setting_runs_at_every_length_and_rate_once_unless_some_are_named(
     assert sorted((r["setting"], r["steps"]) for r in made) == [("1", "1"), ("3", "1")]
 
 
+def test_a_part_of_a_seed_is_a_fair_sample(shorter, tmp_path):
+    args = grid._parser().parse_args(["--dataset", "omniglot", "--seeds", "1"])
+    runs = list(grid._missing(shorter, args, tmp_path / "none.csv"))
+    for name in ("loss", "setting", "steps", "learning_rate"):
+        part, whole = ({getattr(run, name) for run in x} for x in (runs[: len(runs) // 4], runs))
+        assert part == whole
+    assert runs == list(grid._missing(shorter, args, tmp_path / "none.csv"))
+
+
 def test_many_examples_are_measured_in_part_by_whole_classes(tiny, monkeypatch):
     monkeypatch.setattr(grid, "MOST_MEASURED", 50)
     part = tiny.read("fit", None)

@@ -97,21 +97,23 @@ def test_photographs_are_read_with_their_labels(tmp_path):
 
 
 def test_parts_of_what_is_read_as_a_whole_share_no_class(tmp_path):
-    fine = [f"class {i % 12}" for i in range(60)]
-    coarse = [f"kind {i % 12 // 4}" for i in range(60)]
-    inputs = torch.arange(60.0)[:, None]
+    fine = [f"class {i % 30}" for i in range(150)]
+    coarse = [f"kind {i % 30 // 4}" for i in range(150)]
+    inputs = torch.arange(150.0)[:, None]
     read = study_data._reader_of_whole(lambda root: (inputs, fine, coarse))
-    parts = {x: read(x, str(tmp_path)) for x in ("fit", "validation", "training", "test")}
+    parts = {x: read(x, str(tmp_path)) for x in ("fit", "validation", "test", "training")}
     names = {x: set(part.classes) for x, part in parts.items()}
+    assert [len(x) for x in names.values()] == [15, 5, 10, 20]
     assert names["fit"] | names["validation"] == names["training"]
     assert names["training"] | names["test"] == set(fine)
-    assert sum(len(names[x]) for x in ("fit", "validation", "test")) == 12
     for part in parts.values():
         assert len(part.inputs) == 5 * len(part.classes)
         for x, label, kind in zip(part.inputs, part.labels, part.coarse, strict=True):
             i = int(x)
             assert part.classes[label] == fine[i]
             assert sorted(set(coarse[j] for j in part.inputs[:, 0].int()))[kind] == coarse[i]
+    with pytest.raises(ValueError, match="part must be one of test, training, validation, fit"):
+        read("all", str(tmp_path))
 
 
 def test_features_are_computed_once(tmp_path, monkeypatch):

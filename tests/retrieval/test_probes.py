@@ -8,15 +8,14 @@ import study_rows as rows
 import torch
 from candidates import objective
 from probes import PROBES, Signal, coarse_and_fine, run_probes, saturated_share
-from study import Study
 from torch.nn.functional import normalize
 
 from pml_pnp import losses
 
 
 @pytest.fixture
-def study(shorter, tmp_path):
-    return Study(shorter, None, tmp_path, tmp_path / "unused.db")
+def study(study_of):
+    return study_of(None)
 
 
 @pytest.mark.parametrize("stage", PROBES)
@@ -24,11 +23,14 @@ def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
     monkeypatch.setattr(probes, "TEMPERATURES", (0.01,))
     monkeypatch.setattr(probes, "SHARES", (0.5,))
     monkeypatch.setattr(probes, "BATCHES", ((3, 2), (500, 2)))  # the second is more than there are
+    object.__setattr__(study.data, "large_batches", ((12, 3), (13, 2)))  # as well
     run_probes(study, stage, seeds=1)
     assert set(study.data.read.parts) <= {"fit", "validation"}
     found = study.rows(stage)
-    assert len(found) == {"temperature": 7, "batch": 5, "settings": 20, "coarse": 12}[stage]
+    assert len(found) == {"temperature": 7, "batch": 10, "settings": 20, "coarse": 12}[stage]
     assert len(rows.done(found)) == len(found)
+    if stage == "batch":
+        assert {row["setting"] for row in found} == {"3 x 2", "12 x 3"}
     run_probes(study, stage, seeds=1)
     assert study.rows(stage) == found
 
