@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 import os
 import platform
 import shlex
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import tqdm
@@ -122,15 +124,35 @@ def new_file(folder: Path, given: Path | None, device: torch.device, append: boo
     return path
 
 
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Append a row in one write, so that two processes can share the file.
+
+    A new file gets the row's keys as its header. A last line that a kill cut short is removed.
+
+    Raises:
+        SystemExit: If the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_bytes() if path.exists() else b""
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+    header, line = (_line(values) for values in (row, row.values()))
+    if whole and not text.startswith(header):
+        raise SystemExit(f"{path} has other columns than {', '.join(row)}")
+    with path.open("ab", buffering=0) as file:
+        file.write(line if whole else header + line)
+
+
+def _line(values: Iterable) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue().encode()
+
+
 def write(path: Path, columns: Iterable[str], rows: Iterable[dict], label: str) -> None:
-    """Write rows one by one, as they come; `label` is a format string of what to print of each."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            file.flush()
-            shown = row.get("median_ms") or f"{row['peak_bytes'] / 2**20:.0f} MiB"
-            tqdm.tqdm.write(f"{label.format(**row)} {shown}")
+    """Add rows as they come; `label` is a format string of what to print of each."""
+    for row in rows:
+        add(path, {**dict.fromkeys(columns, ""), **row})
+        shown = row.get("median_ms") or f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        tqdm.tqdm.write(f"{label.format(**row)} {shown}")

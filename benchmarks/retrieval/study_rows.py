@@ -15,13 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from fitting import Outcome
 from study_data import DataSet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pages  # noqa: E402
+from rows import add as add  # noqa: E402
 from rows import processor  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "results" / "retrieval_study"
@@ -42,21 +42,6 @@ def read(path: Path) -> list[Row]:
         return []
     rows = pages.read([path], dtype=str, keep_default_na=False)
     return rows.dropna().to_dict("records")  # a line with fewer cells is not a row
-
-
-def add(path: Path, row: dict[str, Any]) -> None:
-    """Append a row in one write, so that two processes can share the file.
-
-    A new file gets the row's keys as its header.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_bytes() if path.exists() else b""
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):  # a line that a kill cut short
-        os.truncate(path, whole)
-    line = pd.DataFrame([row]).to_csv(header=not whole, index=False, lineterminator="\n")
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
 
 
 def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
