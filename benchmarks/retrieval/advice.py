@@ -33,6 +33,17 @@ DATA_OF = {
 }
 # What is advised rests on these.
 MAIN = ("clinc150", "emoji_lite0", "grocery", "grocery_lite0", "omniglot")
+# Pretrained networks that are trained along, with single settings: what is advised, and defaults.
+TRAINED = ("clinc150_transformer", "grocery_finetuned", "grocery_last_blocks")
+SINGLE = {
+    "PNP-Ds + MultiSimilarity": "at 0.03",
+    "PNP-Ds": "at 0.03",
+    "PNP-O": "at 0.01",
+    "NTXent": "at 0.07",
+    "SmoothAP": "at 0.01",
+    "SupAP": "at 0.01",
+    "MultiSimilarity": "alpha 2, base 0.5, beta 50",
+}
 CELL = ["dataset", "steps"]
 CHOICE = ["loss", "setting"]
 
@@ -191,6 +202,16 @@ def left_out_table(rows: pd.DataFrame) -> str:
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
     return pages.markdown(with_ours_bold(table), "loss")
+
+
+def trained_table(rows: pd.DataFrame) -> str:
+    """MAP@R of single settings where a pretrained network is trained along, each of one run."""
+    rows = rows[rows.dataset.isin(TRAINED) & (rows.label == rows.loss.map(SINGLE))]
+    index = ["dataset", "steps", "learning_rate", "seed"]
+    table = rows.pivot_table("value", index, "loss")[[*SINGLE]]
+    table.index = ["{}, {} steps at {:g}, split {}".format(*line) for line in table.index]
+    table.columns = [f"{_bold(loss)}, {label}" for loss, label in SINGLE.items()]
+    return pages.markdown(table, "training")
 
 
 def equal_temperatures_table(rows: pd.DataFrame, other: str = "SmoothAP") -> str:
