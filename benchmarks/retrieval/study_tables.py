@@ -118,7 +118,7 @@ def parts(folder: Path = RESULTS) -> dict[str, str]:
         "left out of all losses": advice.left_out_table(complete),
         "trained along": advice.trained_table(grid),
         "by validation": advice.by_validation_table(leading),
-        "equal temperatures": advice.equal_temperatures_table(complete),
+        "equal temperatures": advice.equal_temperatures_table(leading),
     }
 
 
