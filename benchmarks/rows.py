@@ -134,12 +134,12 @@ def add(path: Path, row: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_bytes() if path.exists() else b""
+    header, line = (_line(values) for values in (row, row.values()))
+    if not (text.startswith(header) or header.startswith(text)):
+        raise SystemExit(f"{path} has other columns than {', '.join(row)}")
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
         os.truncate(path, whole)
-    header, line = (_line(values) for values in (row, row.values()))
-    if whole and not text.startswith(header):
-        raise SystemExit(f"{path} has other columns than {', '.join(row)}")
     with path.open("ab", buffering=0) as file:
         file.write(line if whole else header + line)
 
