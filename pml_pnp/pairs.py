@@ -93,12 +93,8 @@ class Relation(NamedTuple):
         """Set x (N, M) to `value` if not a negative; `index` is the result of `positives`."""
         if self.not_negative is not None:
             x.masked_fill_(self.not_negative, value)
-        elif self.query_column is not None:
+        else:  # also at arbitrary columns of a query without positives, of which nothing is used
             x.scatter_(1, index, value)
-        else:  # the columns of a query without positives are arbitrary, and keep their values
-            has_positives = (self.number > 0).unsqueeze(1)
-            values = x.detach().gather(1, index).masked_fill_(has_positives, value)
-            x.scatter_(1, index, values)
 
 
 class QueryColumns(NamedTuple):
