@@ -143,8 +143,6 @@ def ranks(folder_of_ranks):
 def report():
     """benchmarks/report.py."""
     pytest.importorskip("pandas", reason="the report needs pandas: pip install '.[benchmarks]'")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        import report
+    import report
 
-        yield report
+    return report

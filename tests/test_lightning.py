@@ -1,12 +1,7 @@
 """examples/lightning_module.py trains, and saves the memory of the loss."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 def test_lightning_trains_and_saves_the_memory_of_the_loss(tmp_path):

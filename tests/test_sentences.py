@@ -11,7 +11,6 @@ import torch
 transformers = pytest.importorskip(
     "transformers", reason="examples/sentences.py needs transformers: pip install '.[sentences]'"
 )
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import sentences  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(40)]

@@ -1,10 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "powerful_benchmarker"))
 
 
 @pytest.fixture(autouse=True)

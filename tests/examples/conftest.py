@@ -1,4 +1,4 @@
-"""Shared by the tests of the examples: the scripts importable, and run as a user runs them."""
+"""Shared by the tests of the examples: the scripts run as a user runs them."""
 
 import contextlib
 import json
@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.hookimpl(tryfirst=True)  # before the markers that the command line asks for are looked at

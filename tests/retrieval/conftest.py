@@ -1,14 +1,11 @@
-"""Shared by the tests of the retrieval study: its modules importable, and a data set of its own."""
+"""Shared by the tests of the retrieval study: a data set of its own."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("optuna", reason="the retrieval study needs optuna: pip install '.[study]'")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "retrieval"))
 
 import networks  # noqa: E402
 import study_data  # noqa: E402
