@@ -3,9 +3,11 @@
 As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose device and dtypes.
 """
 
+import contextlib
 import io
 import os
 import socket
+import sqlite3
 from importlib import metadata
 
 import pytest
@@ -176,6 +178,13 @@ def through_file(x, weights_only=False):
     torch.save(x, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+def sql_rows(path, table):
+    """The rows of a table of an SQLite database, a dictionary each."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
 
 
 def free_port():

@@ -1,11 +1,9 @@
 """PNPLoss in PML's trainers, with its samplers, testers, hooks and record-keeper."""
 
-import sqlite3
-
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, sql_rows
 from pytorch_metric_learning import miners, reducers, samplers, testers, trainers
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -229,9 +227,7 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
     hyperparameters |= {"variant_name": "log1p", "include_self": 1}
     statistics = ["negatives_before_positive", "positives_behind_negatives"]
 
-    with sqlite3.connect(tmp_path / "logs" / "logs.db") as database:
-        database.row_factory = sqlite3.Row
-        rows = database.execute("SELECT * FROM metric_loss_PNPLoss").fetchall()
+    rows = sql_rows(tmp_path / "logs" / "logs.db", "metric_loss_PNPLoss")
     assert len(rows) == 8  # every iteration of two epochs
     assert {name: rows[0][name] for name in hyperparameters} == hyperparameters
     assert all(row[name] >= 0 for row in rows for name in statistics)

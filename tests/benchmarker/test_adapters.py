@@ -3,11 +3,11 @@
 import datetime
 import functools
 import inspect
-import sqlite3
 import types
 
 import pytest
 import torch
+from helpers import sql_rows
 
 from pml_pnp.benchmarker import adapters, requirements
 
@@ -24,12 +24,6 @@ def record_keepers(monkeypatch):
     monkeypatch.setattr(logging_presets, "get_record_keeper", logging_presets.get_record_keeper)
     adapters.record_keepers()
     return functools.partial(logging_presets.get_record_keeper, save_figures=False)
-
-
-def rows(folder, table):
-    connection = sqlite3.connect(folder / "logs.db")
-    connection.row_factory = sqlite3.Row
-    return [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
 
 
 def test_nothing_is_changed_before_it_is_asked_for(monkeypatch):
@@ -68,7 +62,7 @@ def test_of_the_pinned_pml_no_module_is_changed(made, monkeypatch):
 
 
 def test_a_record_keeper_takes_both_names_of_a_group_and_keeps_long_ones(record_keepers, tmp_path):
-    keeper, _, _ = record_keepers(str(tmp_path / "csv"), None)
+    keeper, _, _ = record_keepers(str(tmp_path), None)
     long = f"accuracies_{'_'.join(['long'] * 30)}_VAL"
     now = datetime.datetime(2026, 1, 2, 3, 4, 5)
     keeper.update_records({"a": 1.5}, 1, input_group_name_for_non_objects="old")
@@ -76,19 +70,19 @@ def test_a_record_keeper_takes_both_names_of_a_group_and_keeps_long_ones(record_
     keeper.update_records({"a": 2.5}, 1, parent_name="new")
     keeper.update_records({"a": 1}, 1, parent_name=long)
     keeper.save_records()
-    (old,), (new,), (last,) = (rows(tmp_path / "csv", t) for t in ("old", "new", long))
+    (old,), (new,), (last,) = (sql_rows(tmp_path / "logs.db", x) for x in ("old", "new", long))
     assert (old["a"], new["a"], last["a"]) == (1.5, 2.5, 1)
     assert old["when"] == "2026-01-02 03:04:05"
 
 
 def test_what_was_recorded_under_a_name_is_written_under_a_number(record_keepers, tmp_path):
     """As powerful-benchmarker records an ensemble: accuracies of "trained", then the rest of 3."""
-    keeper, _, _ = record_keepers(str(tmp_path / "csv"), None)
+    keeper, _, _ = record_keepers(str(tmp_path), None)
     keeper.update_records({"precision_at_1": 0.5}, "trained", parent_name="ensemble")
     for record in ({"trained_status": "trained"}, {"timestamp": "now"}):
         keeper.update_records(record, 3, input_group_name_for_non_objects="ensemble")
     keeper.save_records()
-    (row,) = rows(tmp_path / "csv", "ensemble")
+    (row,) = sql_rows(tmp_path / "logs.db", "ensemble")
     assert row["~iteration~"] == 3 and row["precision_at_1"] == 0.5
     assert row["trained_status"] == "trained"
 

@@ -5,13 +5,13 @@ import functools
 import itertools
 import re
 import shutil
-import sqlite3
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import sql_rows
 from pytorch_metric_learning.losses import ContrastiveLoss
 from retrieval.network import load_best
 from retrieval.progress import still_rising
@@ -186,16 +186,13 @@ def test_threads_are_set_and_recorded(trained, main, strict_json, capsys, reques
 def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics, curves):
     run, epochs = finished[2], metrics["epochs_trained"]
     (path,) = (run / "logs").glob("accuracies_*_VAL_*.csv")
+    metric = "mean_average_precision_at_r_level0"
     with path.open() as file:
-        from_csv = [float(x["mean_average_precision_at_r_level0"]) for x in csv.DictReader(file)]
-    connection = sqlite3.connect(run / "logs" / "logs.db")
-    query = f"SELECT mean_average_precision_at_r_level0 FROM {path.stem} ORDER BY epoch"
-    from_sqlite = [x for (x,) in connection.execute(query)]
-    connection.close()
-    steps, values = zip(
-        *curves(run)[f"{path.stem}/mean_average_precision_at_r_level0"], strict=True
-    )
-    assert from_sqlite == from_csv and values == pytest.approx(from_csv, rel=1e-6)
+        from_csv = [float(x[metric]) for x in csv.DictReader(file)]
+    from_sqlite = {x["epoch"]: x[metric] for x in sql_rows(run / "logs" / "logs.db", path.stem)}
+    steps, values = zip(*curves(run)[f"{path.stem}/{metric}"], strict=True)
+    assert values == pytest.approx(from_csv, rel=1e-6)
+    assert from_sqlite == dict(zip(steps, from_csv, strict=True))
     assert list(steps) == list(range(1, epochs + 1))
     assert max(from_csv) == metrics["validation"]["mean_average_precision_at_r"]
     assert curves(run)["loss_histories/total_loss"]

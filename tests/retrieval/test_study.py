@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sqlite3
 
 import optuna
 import pytest
@@ -13,6 +12,7 @@ import study_rows as rows
 import torch
 from candidates import CANDIDATES, NTXentInRows, TemperatureOfBatch, objective
 from fitting import METRICS, batches, retrieval_metrics, run
+from helpers import sql_rows
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from study_data import DATA_SETS, Warp, other_split
@@ -226,8 +226,7 @@ def test_the_best_trial_is_run_with_every_seed_when_all_are_complete(shorter, st
     study.tuned(seeds=2, trials=3)
     best = max(trials, key=lambda r: float(r["map_at_r"]))["parameters"]
     assert [(r["seed"], r["parameters"]) for r in study.rows("tuned")] == [("1", best), ("2", best)]
-    with sqlite3.connect(study.database) as database:
-        assert database.execute("SELECT COUNT(*) FROM trials").fetchone() == (3,)
+    assert len(sql_rows(study.database, "trials")) == 3
     study.longer(seeds=1, trials=3)
     (longer,) = study.rows("longer")
     assert longer["parameters"] == best
