@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -149,18 +150,12 @@ def hooked():
     return both
 
 
-def summed(losses_, mined=None):
-    return losses.MultipleLosses(losses_, mined)
-
-
-def in_memory(loss, **kwargs):
-    return losses.CrossBatchMemory(loss, 8, **kwargs)
-
-
 def with_miner():
     return summed([pnp()], [mined()])
 
 
+in_memory = partial(losses.CrossBatchMemory, embedding_size=8)
+summed = losses.MultipleLosses
 NO_MINER = "MultipleLosses with miners takes neither indices_tuple nor another miner"
 NOT_IN_MEMORY = "CrossBatchMemory not supported for FastAPLoss"
 NO_VIEWS = "SelfSupervisedLoss not supported for MarginLoss"
