@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -37,13 +38,6 @@ def everything_is_there(monkeypatch):
     return found
 
 
-def fail_with(error):
-    def fail(name):
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize("module", [*requirements.MODULES, "ax"])
 def test_the_first_missing_module_is_named_with_its_line(everything_is_there, module):
     requirements.check_installed(bayes_opt=True)
@@ -61,7 +55,7 @@ def test_the_first_missing_module_is_named_with_its_line(everything_is_there, mo
     ("version", "message"),
     [
         (lambda name: "0.0.1", "expected .* 0.9.33, .* got 0.0.1"),
-        (fail_with(metadata.PackageNotFoundError("x")), "got one that is not installed"),
+        (mock.Mock(side_effect=metadata.PackageNotFoundError), "got one that is not installed"),
     ],
 )
 def test_another_release_is_refused(everything_is_there, monkeypatch, version, message):
@@ -78,7 +72,7 @@ def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, ba
         pass
     assert any("bayes_opt" in name for name in imported) == bayes_opt
     error = ImportError("cannot import name 'assert_md5sum'", name="gdown")
-    monkeypatch.setattr(requirements.importlib, "import_module", fail_with(error))
+    monkeypatch.setattr(requirements.importlib, "import_module", mock.Mock(side_effect=error))
     with pytest.raises(requirements.MissingPackage, match="does not import .*assert_md5sum") as e:
         with requirements.check_imports(bayes_opt):
             pass
@@ -87,7 +81,7 @@ def test_what_is_there_but_lacks_something_is_told_with_the_line(monkeypatch, ba
 
 @pytest.mark.parametrize("error", [RuntimeError("operator nms does not exist"), ImportError("no")])
 def test_a_torchvision_that_does_not_import_is_told(everything_is_there, monkeypatch, error):
-    monkeypatch.setattr(requirements.importlib, "import_module", fail_with(error))
+    monkeypatch.setattr(requirements.importlib, "import_module", mock.Mock(side_effect=error))
     with pytest.raises(requirements.MissingPackage, match="does not fit the installed torch") as e:
         requirements.check_installed(bayes_opt=False)
     assert str(error) in str(e.value) and "pip install --no-deps torchvision==" in str(e.value)
