@@ -92,16 +92,14 @@ TYPE_ERRORS = [
     ({"mask": [True] * 24}, "enqueue_mask must be a tensor, got list"),
 ]
 LARGE, SMALL = ({"x": torch.zeros(n, 8), "y": torch.zeros(n)} for n in (50, 6))
+TOO_LARGE = torch.full((24,), 2**64 - 1, dtype=torch.uint64)
 VALUE_ERRORS = [
     (LARGE, "memory_size, 40,.* got 50"),
     (LARGE | {"mask": torch.arange(50) < 45}, "memory_size, 40,.* got 45"),
     ({"x": torch.zeros(24, 9)}, "embedding_size of the memory, 8, got 9"),
     ({"x": torch.zeros(24)}, r"shape \(batch size, embedding size\), got \(24,\)"),
     ({"y": torch.zeros(23)}, r"shape \(24,\).* got \(23,\)"),
-    (
-        {"y": torch.full((24,), 2**64 - 1, dtype=torch.uint64)},
-        rf"labels must be below 2\*\*63 to be kept as int64, got {2**64 - 1}",
-    ),
+    ({"y": TOO_LARGE}, rf"labels must be below 2\*\*63 to be kept as int64, got {2**64 - 1}"),
     ({"mask": torch.arange(23) < 5}, r"shape \(24,\), got \(23,\)"),
     ({"mask": torch.ones(24, 1).bool()}, r"shape \(24,\), got \(24, 1\)"),
     ({"mask": torch.arange(24) < 5} | triplet(0), "indices_tuple or enqueue_mask, got both"),
@@ -175,11 +173,7 @@ def any_hook(request, monkeypatch):
 @pytest.mark.parametrize("calls", [1, 2, 4])
 @pytest.mark.parametrize(
     ("floating", "dtype"),
-    [
-        (False, torch.float32),
-        (True, torch.float32),
-        (False, torch.float64),
-    ],
+    [(False, torch.float32), (True, torch.float32), (False, torch.float64)],
 )
 def test_a_resumed_run_goes_on_with_its_memory(any_hook, calls, floating, dtype):
     ours = memory()
