@@ -7,15 +7,19 @@ from pytorch_metric_learning import distances, miners
 
 from pml_pnp import PNPLoss
 
+MINERS = [None, miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.5)]
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("distance", [None, distances.LpDistance(), distances.SNRDistance()])
-def test_value_is_the_references(variant, include_self, distance):
+@pytest.mark.parametrize("miner", MINERS)
+def test_value_is_the_references(variant, include_self, distance, miner):
     x, y = batch()
+    pairs = None if miner is None else miner(x, y)
     settings = {"variant": variant, "include_self": include_self, "distance": distance}
-    want = expected_mean(x, y, anneal=0.1, **settings)
-    assert PNPLoss(anneal=0.1, **settings)(x, y).item() == pytest.approx(want, rel=1e-4)
+    want = expected_mean(x, y, pairs, anneal=0.1, **settings)
+    assert PNPLoss(anneal=0.1, **settings)(x, y, pairs).item() == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -31,16 +35,6 @@ def test_gradients_are_those_of_the_value(distance, chunk_size):
     x, y = batch(n=10, dtype=torch.float64)
     loss_func = PNPLoss(distance=distance, anneal=0.3, chunk_size=chunk_size)
     assert torch.autograd.gradcheck(lambda x: loss_func(x, y), x.requires_grad_())
-
-
-@pytest.mark.parametrize(
-    "miner", [miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.5)]
-)
-def test_tuples_define_positives_and_negatives(miner):
-    x, y = batch()
-    pairs = miner(x, y)
-    want = expected_mean(x, indices_tuple=pairs, anneal=0.1)
-    assert PNPLoss(anneal=0.1)(x, y, pairs).item() == pytest.approx(want, rel=1e-4)
 
 
 def test_a_batch_without_positives_is_zero_and_has_a_gradient():
