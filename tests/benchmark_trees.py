@@ -22,8 +22,13 @@ def write(path, content):
 
 def png(seed=0, size=(12, 10), mode="RGB", form="PNG", **options):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return stored(Image.fromarray(pixels).convert(mode), form, **options)
+
+
+def stored(image, form="PNG", **options):
+    """Bytes of the image in a file of this form."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 

@@ -1,9 +1,8 @@
 """The same picture reads the same in every mode, bit depth and orientation."""
 
-import io
-
 import numpy as np
 import pytest
+from benchmark_trees import stored
 from PIL import Image, ImageOps
 from retrieval.data import LabelledImages, Sample, load_splits
 from retrieval.errors import UserError
@@ -13,13 +12,6 @@ from retrieval.trunks import SmallTransform, TimmTransform
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 GREY = Image.fromarray(RAMP)
-
-
-def stored(image, form, **kwargs):
-    """Bytes of the image in a file of this form."""
-    stream = io.BytesIO()
-    image.save(stream, form, **kwargs)
-    return stream.getvalue()
 
 
 def read(content):

@@ -8,15 +8,14 @@ import pretrained
 import pytest
 import study_data
 import torch
+from benchmark_trees import stored
 from networks import under_linear_layer
 from PIL import Image
 from torch import nn
 
 
-def png(color, mode="RGB", size=(8, 8)):
-    content = io.BytesIO()
-    Image.new(mode, size, color).save(content, "PNG")
-    return content.getvalue()
+def png(color):
+    return stored(Image.new("RGB", (8, 8), color))
 
 
 def pack(path, files):
