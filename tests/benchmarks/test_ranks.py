@@ -1,7 +1,5 @@
 """A run of benchmarks/ranks.py at a size that takes a moment, and what it calculates."""
 
-import csv
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,18 +8,17 @@ from pml_pnp import PNPLoss
 
 
 @pytest.fixture
-def rows(folder_of_ranks):
-    """Rows of two ranks with eight embeddings each, by `efficient`."""
-    with (folder_of_ranks / "benchmark.csv").open(newline="") as file:
-        return {row["efficient"]: row for row in csv.DictReader(file)}
+def rows(report, folder_of_ranks):
+    """Rows of two ranks with eight embeddings each."""
+    return report.read([folder_of_ranks / "benchmark.csv"])
 
 
-def test_every_mode_has_a_full_row(report, rows):
+def test_every_mode_has_a_full_row(rows):
     import ranks
 
-    assert list(rows) == list(ranks.MODES)
-    assert all(row[column] for row in rows.values() for column in ranks.COLUMNS)
-    assert all(float(row["median_ms"]) > 0 for row in rows.values())
+    assert rows.efficient.tolist() == list(ranks.MODES)
+    assert rows[[*ranks.COLUMNS]].notna().all(axis=None)
+    assert (rows.median_ms > 0).all()
 
 
 def test_what_is_calculated_is_what_is_sent(report, rows):
@@ -29,9 +26,10 @@ def test_what_is_calculated_is_what_is_sent(report, rows):
     expected = report.calculated(2, 8, 4)
     assert expected.references == 16 and expected.gathered == 8 * 4 * 4
     labels, said = 8 * 8, 9 * 8
-    assert int(rows['"exact"']["gathered_bytes"]) == expected.gathered + labels + said
+    exact = rows.set_index("efficient").loc['"exact"']
+    assert exact.gathered_bytes == expected.gathered + labels + said
     # On a CPU the gradient is summed everywhere; the value and the number of queries as well.
-    assert int(rows['"exact"']["reduced_bytes"]) == 2 * expected.gathered + 16
+    assert exact.reduced_bytes == 2 * expected.gathered + 16
 
 
 class Products(TorchDispatchMode):
