@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+from functools import partial
 from unittest import mock
 
 import torch
@@ -20,6 +21,10 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 ROWS = {2: [8, 8], 3: [8, 0, 5]}
 STEPS = 3
 TIMEOUT = 10  # seconds, after which a rank that waits for one that has died gives up
+similarity = partial(losses.MultiSimilarityLoss, alpha=1.0, beta=5.0)
+class_weights = partial(reducers.ClassWeightedReducer, torch.arange(1.0, 30.0))
+lp = partial(distances.LpDistance, normalize_embeddings=False)
+miner = partial(miners.MultiSimilarityMiner, epsilon=0.2)
 
 
 class Doubled(losses.PNPLoss):
@@ -29,10 +34,6 @@ class Doubled(losses.PNPLoss):
         found = super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         found["loss"]["losses"] = 2 * found["loss"]["losses"]
         return found
-
-
-def similarity():
-    return losses.MultiSimilarityLoss(alpha=1.0, beta=5.0)
 
 
 def proxies():
@@ -67,24 +68,12 @@ class Sum(torch.nn.Module):
         return total
 
 
-def lp():
-    return distances.LpDistance(normalize_embeddings=False)
-
-
 def scale():
     return Scale().double()
 
 
 def bilinear():
     return Bilinear(4).double()
-
-
-def class_weights():
-    return reducers.ClassWeightedReducer(torch.arange(1.0, 30.0))
-
-
-def inner_sum():
-    return losses.MultipleLosses([losses.PNPLoss(), proxies()])
 
 
 BOTH = {"sum": [similarity, losses.PNPLoss]}
@@ -132,7 +121,9 @@ CASES = {
     "sum of two": {**BOTH, "weights": [0.5, 2]},
     "sum, float16": {**BOTH, "dtype": torch.float16},
     "sum, parameters": {"sum": [proxies, losses.PNPLoss, similarity], "loss": {"variant": scale}},
-    "sum of a sum": {"sum": [inner_sum, similarity]},
+    "sum of a sum": {
+        "sum": [lambda: losses.MultipleLosses([losses.PNPLoss(), proxies()]), similarity]
+    },
     "sum, miners": {"sum": [similarity, losses.PNPLoss, similarity], "miners": [1, 1, 0]},
     "sum, pairs": OF_PAIRS,
     "sum, miner": {**BOTH, "miner": False},
@@ -222,10 +213,6 @@ def own_first(indices_tuple, rows, rank):
     parts = list(torch.arange(sum(rows)).split(rows))
     order = torch.cat([parts.pop(rank), *parts])
     return tuple(torch.argsort(order)[i] for i in indices_tuple)
-
-
-def miner():
-    return miners.MultiSimilarityMiner(epsilon=0.2)
 
 
 def gradients(loss, net, loss_func, world):
@@ -331,9 +318,7 @@ def errors(rank):
         "mask type": lambda: memories[1](x, y, enqueue_mask=y if odd else y > 1),
         "no embeddings": lambda: wrapper(None if odd else x, y),
         "memory and tuple": lambda: memories[1](x, y, triplets if odd else None),
-        "memory and references": lambda: memories[0](
-            x, y, None, *([x, y] if odd else [None, None])
-        ),
+        "memory and references": lambda: memories[0](x, y, None, *([x, y] if odd else [])),
         "memory without labels": lambda: memories[0](x, None if odd else y),
         "too many for the memory": lambda: memories[1](x.repeat(7, 1), y.repeat(7)),
         "mask without memory": lambda: wrapper(x, y, enqueue_mask=y > 1 if odd else None),

@@ -1,6 +1,7 @@
 """DistributedLossWrapper(efficient="exact"): 2 and 3 gloo ranks against one process."""
 
 import re
+from functools import partial
 
 import exact_cases as cases
 import pytest
@@ -159,15 +160,12 @@ def pnp(reducer=None, **kwargs):
     return losses.PNPLoss(reducer=reducer, **kwargs)
 
 
-def in_memory(loss):
-    return losses.CrossBatchMemory(loss, 8)
-
-
 def summed(*parts):
     return losses.MultipleLosses(list(parts))
 
 
-REGULARIZER = regularizers.LpRegularizer()
+in_memory = partial(losses.CrossBatchMemory, embedding_size=8)
+REGULARIZED = pnp(embedding_regularizer=regularizers.LpRegularizer())
 PMLS_MEMORY = pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8)
 MINED = losses.MultipleLosses([in_memory(pnp())], [cases.miner()])
 NO_MEAN = "mean or a sum over queries, MeanReducer, .* got"
@@ -183,11 +181,7 @@ NO_MEAN = "mean or a sum over queries, MeanReducer, .* got"
         (pnp(reducers.ThresholdReducer(low=0)), TypeError, f"{NO_MEAN} ThresholdReducer"),
         (pnp(reducers.DoNothingReducer()), TypeError, f"{NO_MEAN} DoNothingReducer"),
         (in_memory(pnp(reducers.DoNothingReducer())), TypeError, f"{NO_MEAN} DoNothingReducer"),
-        (
-            pnp(embedding_regularizer=REGULARIZER),
-            TypeError,
-            "takes no embedding_regularizer of a PNPLoss, got LpRegularizer",
-        ),
+        (REGULARIZED, TypeError, "takes no embedding_regularizer of a PNPLoss, got LpRegularizer"),
     ],
 )
 def test_what_cannot_be_put_together_is_refused(loss, error, message):
