@@ -16,10 +16,7 @@ from helpers import free_port
 from torch import distributed, multiprocessing
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ranks.py"
-MODULES = {
-    2: (grad_cache_cases, exact_cases),
-    3: (exact_cases,),
-}
+MODULES = {2: (grad_cache_cases, exact_cases), 3: (exact_cases,)}
 
 
 def run(rank, world, port, folder):
