@@ -23,14 +23,9 @@ from pml_pnp import GradCache, PNPLoss, passes
 
 def conv_net():
     """No layer mixes examples."""
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.GroupNorm(2, 4),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    ).to(DEVICE, torch.float64)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)
+    layers += nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)
+    return nn.Sequential(*layers).to(DEVICE, torch.float64)
 
 
 def images(n=23):
@@ -320,9 +315,8 @@ def test_what_a_second_pass_repeats(state):
     batches[:, ::4, 0] = torch.tensor([-1.0, 1.0, 1.0])  # the first rows of the chunks
     inputs = [batches.clone().requires_grad_() for _ in range(2)]
     results = []
-    for forward, x in zip(
-        (GradCache(model, 4), lambda x: in_turn(plain, x, 3)), inputs, strict=True
-    ):
+    forwards = GradCache(model, 4), lambda x: in_turn(plain, x, 3)
+    for forward, x in zip(forwards, inputs, strict=True):
         seed(0)
         results.append(torch.cat([forward(batch) for batch in x]))
     torch.testing.assert_close(*results)
@@ -419,11 +413,8 @@ def test_rounding_is_no_difference(case, refused):
         x[0, 0] = float("nan")
     with torch.autocast(DEVICE.type, dtype=autocast, enabled=autocast is not None):
         z = GradCache(model, 4)(x)
-    with (
-        pytest.raises(RuntimeError, match="Mismatched elements: 1 / 16")
-        if refused
-        else nullcontext()
-    ):
+    error = pytest.raises(RuntimeError, match="Mismatched elements: 1 / 16")
+    with error if refused else nullcontext():
         z.sum().backward()
 
 
