@@ -8,6 +8,7 @@ import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,10 +31,8 @@ from retrieval.trunks import SmallTransform
 
 from pml_pnp import PNPLoss
 
-SECTIONS = [
-    *("result", "sheets", "map", "negatives", "classes", "confusions", "alike"),
-    *("curves", "augmented", "settings"),
-]
+SECTIONS = ["result", "sheets", "map", "negatives", "classes", "confusions", "alike"]
+SECTIONS += ["curves", "augmented", "settings"]
 CURVES = [
     "Training loss",
     "Validation MAP@R",
@@ -375,10 +374,7 @@ def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_pat
     assert {x.get("data-network") for x in page.iter("ol")} == {"untrained"}
     assert table(page, "result")[0][1:] == ["untrained"]
 
-    def fail(config):
-        raise UserError("no weights")
-
-    monkeypatch.setattr(module, "untrained", fail)
+    monkeypatch.setattr(module, "untrained", mock.Mock(side_effect=UserError("no weights")))
     (checkpoints.rename(copied / "checkpoints") / "best.pt").unlink()
     page = remade()
     missing = f"best.pt, of epoch {best}, is missing; train --resume {copied} writes it again"
@@ -431,10 +427,7 @@ def test_images_that_moved_are_found_with_data_root_and_no_others(
 
 
 def test_failure_of_the_report_does_not_lose_the_run(trained, strict_json, capsys, monkeypatch):
-    def fail(content):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(module, "render", fail)
+    monkeypatch.setattr(module, "render", mock.Mock(side_effect=OSError("disk full")))
     run = trained("--report")
     assert strict_json(run / "metrics.json")["epochs_trained"] == 1
     out = capsys.readouterr().out
