@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -54,20 +55,14 @@ def test_run_in_use_is_refused_until_it_is_killed(refused, quick, tmp_path, envi
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
 def test_lock_that_fails_is_told(run, main, capsys, monkeypatch, number):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "flock", fail_with(number))
+    error = OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=error))
     assert main("--resume", run, "--epochs", 2) == (2 if number == errno.EIO else 0)
     out, err = capsys.readouterr()
     if number == errno.EIO:
         assert f"cannot lock {run}: {os.strerror(number)}" in err
     else:
         assert "cannot be locked on this system; take care" in out
-
-
-def fail_with(number):
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 @pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.kills)])
