@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from retrieval import commands, train
@@ -147,10 +148,8 @@ def test_run_of_an_earlier_version_is_told(
 
 @pytest.mark.parametrize("common", [True, False])
 def test_a_mistake_of_one_process_is_said_by_that_process(main, capsys, monkeypatch, common):
-    def fail(args):
-        raise UserError("a broken image", common)
-
-    monkeypatch.setattr(train, "run", fail)
+    error = UserError("a broken image", common)
+    monkeypatch.setattr(train, "run", mock.Mock(side_effect=error))
     monkeypatch.setattr(commands, "rank", lambda: 1)
     monkeypatch.setattr(commands.time, "sleep", lambda seconds: None)
     assert main() == 2
