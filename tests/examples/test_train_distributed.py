@@ -9,10 +9,7 @@ import pytest
 import torch
 from helpers import free_port
 
-LAUNCHER = [
-    *("-m", "torch.distributed.run", "--standalone"),
-    *("--nproc-per-node", "2", "--max-restarts", "1"),
-]
+LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
 PLAIN, BESIDE = "plain", "beside"  # the runs whose images are not augmented
 BOTH = ["--beside", "MultiSimilarityLoss", "--memory-size", "96"]
 WORKER = Path(__file__).with_name("train_worker.py")
