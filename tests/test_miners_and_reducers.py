@@ -33,7 +33,7 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
-# name: (reducer, what it makes of losses, of "class weighted" by those weights)
+# name: (reducer, what it makes of the losses; those for "class weighted" are weighted before)
 REDUCERS = {
     "mean": (reducers.MeanReducer, mean),
     "sum": (reducers.SumReducer, sum),
