@@ -6,17 +6,18 @@ returns (of Python and of C) that an undisturbed run has in the phase. Moments i
 call are hit by the clock.
 """
 
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 START, END = "start", "end"
 ANY = "by the clock"
@@ -27,16 +28,13 @@ class Program:
 
     Args:
         main: `module:function`; it is called with a list of strings.
-        phases: `module:class.function` -> the name of the phase.
-        ends: One of them, after which the phase is `END`.
+        phases: `module:class.function` -> the name of the phase; after the first it is `END`.
         folder: For what the processes print, and for the phase that they are in.
         imports: What the program imports late.
     """
 
-    def __init__(
-        self, main: str, phases: dict[str, str], ends: str, folder: Path, imports: tuple[str, ...]
-    ):
-        self.main, self.phases, self.ends, self.folder = main, phases, ends, folder
+    def __init__(self, main: str, phases: dict[str, str], folder: Path, imports: tuple[str, ...]):
+        self.main, self.phases, self.folder = main, phases, folder
         self.context = multiprocessing.get_context("forkserver")
         modules = [name.partition(":")[0] for name in (main, *phases)]
         self.context.set_forkserver_preload([*imports, *modules])
@@ -51,7 +49,7 @@ class Program:
         event = int(moment * self.counts.get(phase, 0)) + 1
         process = self.context.Process(
             target=_run,
-            args=(self.main, [str(x) for x in arguments], self.phases, self.ends, self.folder),
+            args=(self.main, [str(x) for x in arguments], self.phases, self.folder),
             kwargs={"phase": phase, "event": event},
         )
         process.start()
@@ -73,13 +71,14 @@ class Program:
         assert self.run(arguments) is None
         self.seconds = time.monotonic() - begun
         self.counts = json.loads((self.folder / "counts").read_text())
+        assert self.counts.keys() == {START, END, *self.phases.values()}
 
     def now(self) -> str:
         """The phase in which the last run is, or was when it ended."""
         return (self.folder / "phase").read_text().strip()
 
-    def kill(self, arguments_of, kills: int, in_a_row: int, check) -> Counter:
-        """Kill runs so often, each at most `in_a_row` times; return the kills of each phase.
+    def kill(self, arguments_of, kills: int, in_a_row: int, check) -> None:
+        """Kill runs so often, each at most `in_a_row` times.
 
         `arguments_of(number)` makes those of a run that continues itself; when that has ended,
         `check(number)` is called.
@@ -100,10 +99,10 @@ class Program:
             check(number)
             print(f"run {number}: {dict(done)}", flush=True)
             if done.total() >= kills:
-                return done
+                return
 
 
-def _run(main, arguments, phases, ends, folder, phase, event):
+def _run(main, arguments, phases, folder, phase, event):
     os.setsid()
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -119,7 +118,7 @@ def _run(main, arguments, phases, ends, folder, phase, event):
         return before
 
     for name, its_phase in phases.items():
-        _wrap(name, its_phase, name == ends, enter)
+        _wrap(name, its_phase, name == next(iter(phases)), enter)
     enter(START)
     counts = Counter()
 
@@ -128,8 +127,7 @@ def _run(main, arguments, phases, ends, folder, phase, event):
         if now == phase and counts[now] == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module, _, function = main.partition(":")
-    call = getattr(importlib.import_module(module), function)
+    call = pkgutil.resolve_name(main)
     if phase != ANY:
         sys.setprofile(count)
     try:
@@ -142,12 +140,7 @@ def _run(main, arguments, phases, ends, folder, phase, event):
 
 
 def _wrap(name, phase, is_last, enter):
-    module, _, path = name.partition(":")
-    owner = importlib.import_module(module)
-    *parents, function = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original = getattr(owner, function)
+    original = pkgutil.resolve_name(name)
 
     def in_phase(*args, **kwargs):
         before = enter(phase)
@@ -156,4 +149,4 @@ def _wrap(name, phase, is_last, enter):
         finally:
             enter(END if is_last else before)
 
-    setattr(owner, function, in_phase)
+    mock.patch(name.replace(":", "."), in_phase).start()

@@ -10,7 +10,7 @@ import torch
 from damage import same
 from kills import Program
 
-from .test_runs import EXAMPLE, benchmark_flags, pytestmark, results  # noqa: F401
+from .test_runs import benchmark_flags, pytestmark, results  # noqa: F401
 
 PHASES = {
     "pytorch_metric_learning.trainers:BaseTrainer.train": "epoch",
@@ -32,13 +32,11 @@ def run(arguments):
 
 @pytest.mark.kills
 def test_a_benchmark_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    root = Path(__file__).parents[2]
-    paths = map(str, (root / "tests", EXAMPLE.parent, EXAMPLE, root))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, root]))
     imports = ("pml_pnp.losses", "retrieval.data", "parts", "benchmark")
-    program = Program(f"{__name__}:run", PHASES, next(iter(PHASES)), tmp_path, imports)
+    program = Program(f"{__name__}:run", PHASES, tmp_path, imports)
     program.measure(benchmark_flags(tmp_path / "whole", 2))
-    assert set(program.counts) == {"start", "end", *PHASES.values()}
 
     def check(number):
         folder = tmp_path / str(number)
@@ -49,5 +47,4 @@ def test_a_benchmark_killed_at_random_moments_ends_as_one_that_was_not(tmp_path,
         shutil.rmtree(folder)
 
     kills = int(os.environ.get("KILLS", 100))  # each takes about half a run
-    done = program.kill(lambda x: benchmark_flags(tmp_path / str(x), 2), kills, 4, check)
-    assert done.total() == kills
+    program.kill(lambda x: benchmark_flags(tmp_path / str(x), 2), kills, 4, check)

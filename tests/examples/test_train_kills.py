@@ -37,13 +37,11 @@ def train(arguments):
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     quick, tmp_path, monkeypatch, strict_json, curves, kills
 ):
-    root = Path(__file__).parents[2]
-    paths = map(str, (root / "tests", root / "examples", root))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    program = Program(f"{__name__}:train", PHASES, next(iter(PHASES)), tmp_path, IMPORTS)
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, root]))
+    program = Program(f"{__name__}:train", PHASES, tmp_path, IMPORTS)
     common = [*quick, "--output-dir", tmp_path, "--epochs", 2, "--resume-if-exists", "--name"]
     program.measure([*common, "whole"])
-    assert set(program.counts) == {"start", "end", *PHASES.values()}
     whole = tmp_path / "whole"
 
     def check(number):
@@ -55,8 +53,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
         assert not list(run.rglob("*.tmp"))
         shutil.rmtree(run)
 
-    done = program.kill(lambda number: [*common, f"run{number}"], kills, 4, check)
-    assert done.total() == kills
+    program.kill(lambda number: [*common, f"run{number}"], kills, 4, check)
 
 
 def numbers(path):
