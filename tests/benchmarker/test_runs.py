@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import sql_rows
 
 from pml_pnp.benchmarker import requirements
 
@@ -51,12 +51,6 @@ def found_by(*arguments, cwd=None):
     )
     assert process.returncode == 0, process.stderr[-6000:]
     return json.loads(process.stdout.splitlines()[-1])
-
-
-def query(path, sql):
-    connection = sqlite3.connect(path)
-    connection.row_factory = sqlite3.Row
-    return [dict(row) for row in connection.execute(sql)]
 
 
 def results(folder):
@@ -97,9 +91,9 @@ def test_a_run_trains_evaluates_and_ensembles_every_fold(finished):
     for fold in folds:
         logs = fold / "saved_csvs"
         assert (logs / "metric_loss_PNPLoss.csv").is_file()
-        rows = query(logs / "logs.db", "SELECT * FROM metric_loss_PNPLoss")
+        rows = sql_rows(logs / "logs.db", "metric_loss_PNPLoss")
         assert {row["variant"] for row in rows} == {"Dq"} and {r["alpha"] for r in rows} == {4}
-        history = query(logs / "logs.db", "SELECT * FROM loss_histories")
+        history = sql_rows(logs / "logs.db", "loss_histories")
         assert len(history) >= 4  # one of each epoch at least
         assert all(0 <= row["metric_loss"] <= 1 for row in history)
         assert list((fold / "tensorboard_logs").glob("events.*"))
@@ -307,7 +301,7 @@ def test_three_trials_of_a_search_that_is_killed_after_one_that_diverged(tmp_pat
     best = yaml.safe_load((folder / "best_parameters.yaml").read_text())
     parameters = {k.rpartition("/")[2]: v for k, v in best["best_parameters"].items()}
     assert 1 <= parameters["alpha"] <= 16 and 0.003 <= parameters["anneal"] <= 0.1
-    rows = query(folder / "bayes_opt_record_keeper_logs" / "logs.db", "SELECT * FROM bayes_opt")
+    rows = sql_rows(folder / "bayes_opt_record_keeper_logs" / "logs.db", "bayes_opt")
     assert [row["trial_index"] for row in rows] == [0, 1, 2]
     assert len({row["loss_funcs_metric_loss_PNPLoss_anneal"] for row in rows}) == 3
     found = [row["mean_average_precision_at_r"] for row in rows]
