@@ -27,13 +27,9 @@ def pins(path):
 @pytest.fixture
 def everything_is_there(monkeypatch):
     found = set(requirements.MODULES) | {"ax"}
-    version = metadata.version
+    known, version = {"powerful-benchmarker": "0.9.33"}, metadata.version
     monkeypatch.setattr(requirements, "is_there", found.__contains__)
-    monkeypatch.setattr(
-        requirements.metadata,
-        "version",
-        lambda name: "0.9.33" if name == "powerful-benchmarker" else version(name),
-    )
+    monkeypatch.setattr(requirements.metadata, "version", lambda x: known.get(x) or version(x))
     monkeypatch.setattr(requirements.importlib, "import_module", lambda name: None)
     return found
 
