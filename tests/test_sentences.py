@@ -25,12 +25,8 @@ def arguments(tmp_path):
         for j in range(12)
     ]
     (tmp_path / "clinc150").mkdir()
-    content = {
-        "train": pairs[::2],
-        "val": pairs[1::4],
-        "test": pairs[3::4],
-        "oos_test": [["x", "oos"]],
-    }
+    content = {"train": pairs[::2], "val": pairs[1::4], "test": pairs[3::4]}
+    content["oos_test"] = [["x", "oos"]]
     (tmp_path / "clinc150" / "data_full.json").write_text(json.dumps(content))
     folder = tmp_path / "model"
     folder.mkdir()
@@ -39,13 +35,8 @@ def arguments(tmp_path):
     )
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=45,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.BertConfig(vocab_size=45, num_attention_heads=2, **sizes)
     transformers.BertModel(config).save_pretrained(folder)
     return ["--data-root", str(tmp_path), "--model", str(folder), "--every", "1"]
 
