@@ -32,7 +32,14 @@ DATA_OF = {
     "emoji_lite0": "Emoji",
 }
 # What is advised rests on these.
-MAIN = ("clinc150", "emoji_lite0", "grocery", "grocery_lite0", "omniglot")
+MAIN = (
+    "clinc150",
+    "emoji_lite0",
+    "grocery",
+    "grocery_lite0",
+    "grocery_last_blocks",
+    "omniglot",
+)
 # Pretrained networks that are trained along, with single settings: what is advised, and defaults.
 TRAINED = ("clinc150_transformer", "grocery_finetuned", "grocery_last_blocks")
 SINGLE = {
