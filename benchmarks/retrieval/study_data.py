@@ -345,7 +345,7 @@ DATA_SETS = {
         "same layer",
         learning_rate=5e-5,
         test_is_whole=False,
-        steps_of_grid=(60, 240),
+        steps_of_grid=(20, 60),
     ),
     "omniglot": DataSet(
         "omniglot",
