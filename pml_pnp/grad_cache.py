@@ -91,7 +91,8 @@ class GradCache(nn.Module):
     only the smallest are compared; of larger ones a change in place is found, and the values are
     known from the second chunk on. Nothing else is restored: an attribute, a generator of the
     model's own, the training mode, a larger buffer that is changed through `.data`. It is an error
-    if an output depends on it, and otherwise a change to it happens in both passes.
+    if an output depends on it, and otherwise a change to it happens in both passes. A tensor in
+    an attribute is that of the last chunk; a warning names it if it needs a gradient.
 
     Comparison: every floating point output of the second pass must be that of the first, which
     the same kernels give to the bit (NaN equals NaN). For kernels whose results vary, an element
@@ -184,6 +185,8 @@ class GradCache(nn.Module):
             rows = tuple(t[start:end] for t in tensors)
             output = passes.first(start, rows) if passes else checked(end - start, call(rows))
             outputs.append(output)
+        if passes:
+            passes.warn_of_kept()
         return map_leaves(join, "output", *outputs)
 
     def _inside_ddp(self, *args, **kwargs) -> Any:

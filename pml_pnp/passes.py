@@ -2,10 +2,12 @@
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ class Passes:
         self.changed: set[str] = set()
         self.small = _small_state(model)
         self.copies: dict[Tensor, Tensor] = {}
+        self.kept = WeakValueDictionary(_kept_in_attributes(model))
         self.note_versions()
 
     def first(self, start: int, rows: tuple[Tensor, ...]) -> Any:
@@ -60,6 +63,19 @@ class Passes:
         # With a shared cast of the weights, the gradients of all chunks would add up in float16.
         torch.clear_autocast_cache()
         return output
+
+    def warn_of_kept(self) -> None:
+        """Warn if calls have left a tensor of their graph in an attribute of a module."""
+        now = _kept_in_attributes(self.model)
+        names = [name for name, tensor in now.items() if tensor is not self.kept.get(name)]
+        if names:
+            warnings.warn(
+                f"{type(self.model).__name__} keeps tensors that need a gradient in attributes "
+                f"({', '.join(names)}), which GradCache leaves as the last chunk set them: a loss "
+                "of these has neither value nor gradient of the other chunks. Return such a "
+                "tensor with one row per example; detached, it may stay in an attribute",
+                stacklevel=2,
+            )
 
     def note_versions(self) -> None:
         """Record the versions of the trained parameters, to notice a later change."""
@@ -226,6 +242,25 @@ def _is_plain_state(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and (tensor.itemsize > 1 or not tensor.is_floating_point())
     )
+
+
+def _kept_in_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a graph in attributes of modules, also in a list or dict, by name.
+
+    What a hook computes of parameters, as the old `weight_norm` does, is the same for all chunks.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        attributes = vars(module)
+        hooks = module._forward_pre_hooks.values()
+        computed = [attributes.get(getattr(hook, "name", None)) for hook in hooks]
+        for name, value in attributes.items():
+            held = value.values() if isinstance(value, dict) else value
+            for x in held if isinstance(value, (dict, list, tuple)) else [value]:
+                if isinstance(x, Tensor) and x.grad_fn is not None:
+                    if not any(x is weight for weight in computed):
+                        found[f"{prefix}.{name}".removeprefix(".")] = x
+    return found
 
 
 BYTES_COPIED = 2**26  # 64 MiB

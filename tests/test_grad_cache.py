@@ -479,6 +479,30 @@ def test_a_large_buffer_that_changes_is_right_or_an_error(monkeypatch, size):
         z.sum().backward()
 
 
+class KeepsInAttributes(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        self.penalty, self.by_name, self.logged = y.square().sum(), {"mean": y.mean()}, y.detach()
+        return y
+
+
+def test_a_tensor_of_the_graph_in_an_attribute_gets_a_warning():
+    model, x = nn.Sequential(KeepsInAttributes(3, 2)), torch.randn(8, 3)
+    for _ in range(2):  # also if there was one before
+        with pytest.warns(UserWarning, match=r"Sequential keeps .* \(0.penalty, 0.by_name\)"):
+            GradCache(model, 4)(x)
+    GradCache(model, 8)(x)
+    with torch.no_grad():
+        GradCache(model, 4)(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_hooks_compute_get_no_warning():
+    for norm in (nn.utils.weight_norm, nn.utils.spectral_norm):
+        model = nn.Sequential(norm(nn.Linear(3, 2)), nn.Tanh())
+        GradCache(model, 4)(torch.randn(8, 3)).sum().backward()
+
+
 def test_uninitialized_layers():
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2)).double()
     model[0].unused = nn.LazyBatchNorm1d()

@@ -99,7 +99,10 @@ def about(dataset: str) -> dict[str, str]:
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Markdown: each loss with mean and deviation, best first; one line of those not trained."""
+    """Markdown: each loss with mean and deviation, best first; one line of those not trained.
+
+    If some losses have fewer tested models than others, a column says how many each mean is of.
+    """
     of_loss = rows.groupby(["models", "loss"], sort=False)[list(METRICS)]
     means, cells = of_loss.mean()[MAIN], of_loss.agg(_cell).rename(columns=METRICS)
     best_first = means.sort_values(ascending=False, kind="stable").index
@@ -107,6 +110,9 @@ def table(rows: pd.DataFrame) -> str:
     single = made.loc[FOLDS]
     if ENSEMBLE in means:
         single = single.assign(**{"MAP@R of the ensemble, %": made.loc[ENSEMBLE][METRICS[MAIN]]})
+    numbers = of_loss.size().loc[FOLDS]
+    if numbers.nunique() > 1:
+        single = single.assign(models=numbers.map(f"{{}} of {numbers.max()}".format))
     if UNTRAINED in means:
         single = pd.concat([single, made.loc[UNTRAINED][:1].set_axis([UNTRAINED])])
     return markdown(single, "loss")

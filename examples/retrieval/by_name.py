@@ -20,6 +20,8 @@ from .errors import UserError
 # Arguments whose value may be the name of a class.
 CLASS_ARGUMENTS = {"distance": distances, "reducer": reducers}
 TRIAL_CLASSES = 4
+# As YAML, JSON and other programs spell what Python spells with a capital letter.
+WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def parse_arguments(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def parse_arguments(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
         try:
             arguments[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: too deep
-            arguments[key] = text
+            arguments[key] = WORDS.get(text.lower(), text)
     return arguments
 
 

@@ -16,19 +16,20 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import image_list
 from .arguments import Parser
 from .configuration import DEFAULTS, EARLIER, RESUMABLE
 from .disk import replace, write_csv
 from .errors import UserError
-from .metrics import METRICS, PRIMARY_METRIC
+from .metrics import PRIMARY_METRIC, RECALL_AT, metric_names
 from .processes import say
 from .progress import duration
 from .run_folder import CONFIG, RunFolder
 
 SHOWN = {PRIMARY_METRIC: "MAP@R", "precision_at_1": "P@1", "r_precision": "R-precision"}
 PARTS = ("untrained", "trained")
-# What may change when a run continues is not compared, except for epochs and data.
-NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root"}
+# What may change when a run continues is not compared, except for what results depend on.
+NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root", "grad_cache"}
 IN_OTHER_COLUMNS = {"loss", "loss_args", "beside"}
 WIDTH = 100  # of the lines of settings
 
@@ -46,16 +47,27 @@ class Run:
         self.loss = " + ".join(filter(None, (config["loss"], config["beside"])))
         self.loss_args = config["loss_args"]
         self.seed = config["seed"]
+        images = image_list.read(folder)
         self.test_set = (config["dataset"], config["data"].get("test"))
+        self.tested = {key: x for key, x in images.items() if x.split.startswith("test")}
         self.settings = {k: v for k, v in config.items() if k in DEFAULTS and k not in NO_SETTINGS}
+        # Of all splits: which classes are tested on may follow from the seed.
+        self.settings["images"] = image_list.fingerprint(images)
         self.settings["processes"] = config.get("world_size")
         for package, version in config.get("versions", {}).items():
             self.settings[f"version of {package}"] = version
-        self.metrics = folder.read_json("metrics.json")
+        self.recall_at = config.get("recall_at", RECALL_AT)
+        self.metrics = folder.read_metrics(config)
 
     def value(self, part: str, metric: str) -> float | None:
         """A metric of the test; None if there is no test, or the run has not come that far."""
         return self.metrics and self.metrics.get(part, {}).get(metric)
+
+    def is_tested_as(self, other: "Run") -> bool:
+        """Whether the test images are the same, as far as is known."""
+        if self.tested and other.tested and not image_list.are_same(self.tested, other.tested):
+            return False
+        return self.test_set == other.test_set
 
     @property
     def seconds(self) -> float | None:
@@ -101,7 +113,8 @@ def alike_but_for_seed(runs: Sequence[Run]) -> list[list[Run]]:
 def data_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[Any]]:
     """Header and a row for each run."""
     settings = [name for name in differing if name not in IN_OTHER_COLUMNS]
-    columns = [(part, metric) for part in PARTS for metric in METRICS]
+    measured = metric_names(k for x in runs for k in x.recall_at)
+    columns = [(part, metric) for part in PARTS for metric in measured]
     rows = [
         ["run", "loss", "loss_args", *settings, "seed", "best_epoch", "epochs_trained"]
         + [f"{part}_{metric}" for part, metric in columns]
@@ -188,7 +201,7 @@ def _summary(group: Collection[Run]) -> list[list[str]]:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [f"{x.path} is not finished" for x in runs if not x.metrics]
-    if any(x.test_set != runs[0].test_set for x in runs):
+    if not all(x.is_tested_as(runs[0]) for x in runs):
         notes.append("the runs have different test sets, so their metrics do not compare")
     return ["", *notes] if notes else []
 

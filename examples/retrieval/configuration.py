@@ -34,7 +34,7 @@ from .data import (
 from .errors import UserError
 from .image_list import OTHER_ROOT, ImageList
 from .metrics import RECALL_AT
-from .processes import DEVICES, world_size
+from .processes import DEVICES, say, world_size
 from .run_folder import CHECKSUM, CONFIG, RunFolder, is_unfilled, taken
 from .trunks import IMAGE_SIZES, LITE, SMALL
 
@@ -386,12 +386,18 @@ def configured(given: dict[str, Any]) -> dict[str, Any]:
     if config["loss_lr"] is None:
         config["loss_lr"] = config["lr"]
     config["world_size"] = world_size()
-    config["versions"] = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
-    }
+    config["versions"] = _versions()
     return config
+
+
+def say_other_versions(config: dict[str, Any]) -> None:
+    """Warn if a run goes on with other versions than it began with."""
+    now = _versions()
+    told = [
+        f"{x} {was}, now {now.get(x)}" for x, was in config["versions"].items() if was != now.get(x)
+    ]
+    if told:
+        say(f"warning: the run began with {'; '.join(told)}: results may differ")
 
 
 def splits_of_run(run: RunFolder, config: dict[str, Any], data_root: str | None) -> RetrievalSplits:
@@ -475,6 +481,14 @@ def _with_parsed_arguments(given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given.get(key), list)
     }
     return {**given, **parsed}
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        **{x: _version(x) for x in ("pytorch-metric-learning", "pml_pnp")},
+    }
 
 
 def _version(package: str) -> str | None:

@@ -648,6 +648,8 @@ def _read_folder(data_root: str | None, skipped: list[Skipped]) -> Split:
     (root,) = _places("folder", data_root)
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _read_trees([root / "train", root / "test"], 1, skipped)
+        others = sorted(x for x in root.iterdir() if x.name not in ("train", "test"))
+        skipped += [Skipped(str(x), "beside train and test, which alone are read") for x in others]
         return train, test
     (samples,) = _read_trees([root], 1, skipped)
     return samples, None

@@ -71,7 +71,7 @@ class ImageList:
 
     def write(self, run: RunFolder) -> None:
         """Write the list to the run's folder; what is not known now stays as it was."""
-        before = _read(run)
+        before = read(run)
         rows = ([*key, *entry.filled_by(before.get(key))] for key, entry in self.entries.items())
         run.write_table(FILE, ("path", "class", *Entry._fields), rows)
 
@@ -85,7 +85,7 @@ class ImageList:
         Raises:
             UserError: If an image is gone, new, in another class or split, or has changed.
         """
-        before, now = _read(run), self.entries
+        before, now = read(run), self.entries
         if not before:
             self._check_numbers(run)
             return
@@ -145,14 +145,28 @@ class ImageList:
         return (_utf8(path), _utf8(sample.label)), Entry(split, str(size), checksum)
 
 
-def _read(run: RunFolder) -> dict[Key, Entry]:
+def read(run: RunFolder) -> dict[Key, Entry]:
+    """The list of a run; empty if an earlier version made the run, which wrote none."""
     try:
         with (run.path / FILE).open(newline="", encoding="utf-8") as file:
             return {(path, label): Entry(*rest) for path, label, *rest in [*csv.reader(file)][1:]}
-    except FileNotFoundError:  # an earlier version made the run
+    except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"cannot read {run.path / FILE}: {error}") from error
+
+
+def are_same(one: dict[Key, Entry], other: dict[Key, Entry]) -> bool:
+    """Whether two lists name the same images with, as far as is known, the same content."""
+    return one.keys() == other.keys() and all(
+        x.has_content_of(other[key]) for key, x in one.items()
+    )
+
+
+def fingerprint(images: dict[Key, Entry]) -> str | None:
+    """The number of images and a checksum of their paths, classes and sizes; None of no list."""
+    rows = sorted((*key, entry.bytes) for key, entry in images.items())
+    return f"{len(rows)} ({zlib.crc32(repr(rows).encode()):08x})" if rows else None
 
 
 def _utf8(name: str) -> str:

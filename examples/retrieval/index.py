@@ -128,11 +128,18 @@ class Index:
         similarities, rows = vectors.search(embeddings, min(k + 1, len(self.files)))
         found = []
         for name, *ranking in zip(names, similarities.tolist(), rows.tolist(), strict=True):
-            own = str(Path(name).resolve())
             neighbors = [
                 Neighbor(self.files[row].name, similarity)
                 for similarity, row in zip(*ranking, strict=True)
-                if self.files[row].name != own
+                if not _is_same_file(self.files[row].name, name)
             ]
             found.append(neighbors[:k])
         return found
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Whether two names, also by links, are of one file; False for a file that has gone."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

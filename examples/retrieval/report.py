@@ -163,7 +163,7 @@ def contents(
         seen: `_part_of_seen` and its embeddings by the trained network, if there is one.
     """
     tested = TestResults(splits.test, embeddings, device) if embeddings else None
-    saved = folder.read_json("metrics.json")
+    saved = folder.read_metrics(config)
     metrics = {
         name: saved[name] if saved else _metrics(x, splits.test, config)
         for name, x in embeddings.items()
@@ -227,10 +227,7 @@ def _notes(
             "images, drawn at random. Their means differ from the result, which is of all."
         )
     if saved is None:
-        notes.append(
-            "The run has not ended: it has no metrics.json. The metrics were calculated for this "
-            "page."
-        )
+        notes.append("The run has not ended. The metrics were calculated for this page.")
     if saved is None or tested is None or tested.is_part:
         return notes
     return [

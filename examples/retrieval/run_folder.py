@@ -23,6 +23,7 @@ from .errors import UserError
 from .processes import say, unwrap
 
 CONFIG = "config.json"
+METRICS = "metrics.json"  # of a run that has ended
 CHECKSUM = "crc32"  # of a JSON file's other content, in its first line
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
@@ -146,6 +147,24 @@ class RunFolder:
                 raise UserError(f"{self.path} holds neither {CONFIG} nor a checkpoint with it")
             config = json.loads(checkpoint["config"])
         return config
+
+    def read_metrics(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The results, None if the run has not ended or is to train for more epochs than it did."""
+        metrics = self.read_json(METRICS)
+        ended = metrics and (
+            metrics["stopped_early"] or metrics["epochs_trained"] >= config["epochs"]
+        )
+        return metrics if ended else None
+
+    def check_can_continue(self, checkpoint: dict[str, Any] | None) -> None:
+        """Raise UserError if it has trained and nothing is left to continue from."""
+        left = [x for x in (self.checkpoints / BEST, self.path / METRICS) if x.exists()]
+        if checkpoint is None and left:
+            raise UserError(
+                f"{self.path} has trained, since there is {left[0]}, but {LAST} and {PREVIOUS} are "
+                f"gone, from which it would continue: put {LAST} back into {self.checkpoints}, or "
+                "start the run anew, under another --name"
+            )
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write `last.pt`, which holds everything, and then `best.pt`, a copy of its best part.

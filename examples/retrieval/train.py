@@ -29,6 +29,7 @@ from .configuration import (
     absolute_root,
     configured,
     resumed,
+    say_other_versions,
     splits_of_run,
     with_file,
 )
@@ -39,12 +40,11 @@ from .metrics import PRIMARY_METRIC, table
 from .network import build
 from .processes import find_device, on_rank_zero, say, world_size
 from .progress import harm, still_rising
-from .run_folder import CONFIG, RunFolder, RunLock
+from .run_folder import CONFIG, METRICS, RunFolder, RunLock
 from .seeding import seed_everything
 from .training import Training, build_loss_and_miner, build_trainer, check_complete
 from .trunks import IMAGE_SIZES, SMALL, SMALLEST_IMAGE, Trunk, check_installed, has_batchnorm
 
-METRICS = "metrics.json"
 INDENTED = {"initial_indent": "  ", "subsequent_indent": "  ", "break_long_words": False}
 NEEDS = {"faiss": "faiss-cpu", "record_keeper": "record-keeper", "tensorboard": "tensorboard"}
 
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
         if run:
             on_rank_zero(lambda: _take(lock, run))
         checkpoint = _checkpoint_of(run) if run else None
-        if run and _is_finished(run, config):
+        if run and (metrics := run.read_metrics(config)):
             say(f"{run.path} is finished; nothing to train", "")
             # It may have been removed since it was damaged.
             on_rank_zero(lambda: (run.path / CONFIG).exists() or run.write_json(CONFIG, config))
-            _show(run.read_json(METRICS))
+            _show(metrics)
             if with_report and on_rank_zero(lambda: _report_is_due(run)):
                 try:
                     splits = splits_of_run(run, config, None)
@@ -94,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
                     on_rank_zero(lambda: _report(run, config, splits, device))
             return 0
         check_complete(checkpoint)  # before the settings of the run change
+        if run:
+            run.check_can_continue(checkpoint)
+            say_other_versions(config)
         seed_everything(config["seed"])
         # A checkpoint brings weights of its own.
         trunk = build({**config, "pretrained": config["pretrained"] and checkpoint is None})
@@ -281,13 +284,6 @@ def _announce(
         f"split: {splits.split_kind}",
         f"validation: {splits.val_kind}",
         "",
-    )
-
-
-def _is_finished(run: RunFolder, config: dict[str, Any]) -> bool:
-    metrics = run.read_json(METRICS)
-    return metrics is not None and (
-        metrics["stopped_early"] or metrics["epochs_trained"] >= config["epochs"]
     )
 
 

@@ -107,3 +107,15 @@ def test_rows_say_where_and_when_they_were_made(logs):
 def test_a_folder_without_results_is_said_to_be_one(tmp_path, command):
     with pytest.raises(SystemExit, match=f"no experiment with test accuracies in {tmp_path}"):
         command(tmp_path)
+
+
+def test_means_of_fewer_models_say_so(logs, command):
+    assert "models" not in command(logs)[0]
+    (database,) = (logs / "good-1" / "Test50_1").rglob("logs.db")
+    with sqlite3.connect(database) as connection:  # a fold that broke off before its first test
+        for (name,) in [*connection.execute("SELECT name FROM sqlite_master")]:
+            connection.execute(f"DELETE FROM {name} WHERE CAST(epoch AS INT) > 0")
+    head, _, *lines = command(logs)
+    cells = [x.strip("| ").split(" | ") for x in (head, *lines)]
+    column = cells[0].index("models")
+    assert {x[0]: x[column] for x in cells[1:3]} == {"good": "3 of 4", "bad_one": "4 of 4"}

@@ -14,6 +14,8 @@ def test_arguments_become_python_values():
     pairs = ["variant=Dq", "alpha=4", "anneal=1e-2", "include_self=False", "x=a=b", "y=None"]
     values = {"variant": "Dq", "alpha": 4, "anneal": 0.01, "include_self": False}
     assert parse_arguments("--loss-args", pairs) == {**values, "x": "a=b", "y": None}
+    as_in_yaml = parse_arguments("--loss-args", ["a=true", "b=FALSE", "c=null", "d=none", "e=nul"])
+    assert as_in_yaml == {"a": True, "b": False, "c": None, "d": None, "e": "nul"}
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,30 @@ def make(tmp_path, monkeypatch):
     """Make the two files of a run folder that the command reads; returns the folder's name."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name, value=0.5, seconds=100.0, test=20, without=(), **settings):
+    def make(
+        name,
+        value=0.5,
+        seconds=100.0,
+        test=20,
+        without=(),
+        stopped_early=True,
+        images=None,
+        **settings,
+    ):
         (tmp_path / name).mkdir()
         data = {"test": {"images": test, "classes": 2}}
         config = {**configured({"dataset": "folder", **settings}), "data": data}
         metrics = {"untrained": dict.fromkeys(METRICS, 0.25), "best_epoch": 7, "epochs_trained": 9}
+        metrics["stopped_early"] = stopped_early
         metrics["trained"] = {k: value + 0.01 * i for i, k in enumerate(METRICS)}
         metrics["seconds"] = {"training": seconds, "this_process": 1.0}
         for file, content in (("config.json", config), ("metrics.json", metrics)):
             if file not in without:
                 content = {k: v for k, v in content.items() if k not in without}
                 (tmp_path / name / file).write_text(json.dumps(content))
+        if images:
+            lines = "".join(f"{x}\n" for x in ("path,class,split,bytes,crc32", *images))
+            (tmp_path / name / "images.csv").write_text(lines)
         return name
 
     return make
@@ -93,6 +106,37 @@ def test_runs_that_lack_something_or_have_other_test_sets_are_listed_and_told(ma
     assert "b is not finished" in out
     assert "the runs have different test sets, so their metrics do not compare" in out
     assert "different test sets" not in compare("a", "b")[1]
+    going_on = make("going_on", 0.9, epochs=99, stopped_early=False)
+    words, out, *_ = compare("a", going_on)
+    assert ["going_on", "0"] + ["-"] * 8 in words and "going_on is not finished" in out
+
+
+def test_only_runs_of_the_same_images_have_a_mean(make, compare):
+    images = ["0/a.png,0,train,9,aa", "1/a.png,1,test,9,bb", "2/a.png,2,test,9,cc"]
+    other_test = ["0/a.png,0,test,9,aa", "1/a.png,1,train,9,bb", "2/a.png,2,test,9,cc"]
+    unchecked = [x[:-2] for x in images]  # by --skip-verify
+    make("a", seed=1, images=images)
+    make("same", seed=2, images=reversed(images))
+    make("unchecked", seed=3, images=unchecked)
+    make("drawn", seed=4, images=other_test)
+    make("changed", seed=5, images=[*images[:2], "2/a.png,2,test,9,dd"])
+    make("more", seed=6, images=[*images, "0/b.png,0,train,9,ee"])
+    for other, same_test, same_images in (
+        ("same", True, True),
+        ("unchecked", True, True),
+        ("drawn", False, True),
+        ("changed", False, True),
+        ("more", True, False),
+    ):
+        out = compare("a", other)[1]
+        assert ("different test sets" not in out) is same_test
+        assert ("mean of 2 seeds" in out) is same_images
+        assert ("images=3 (" in out and "images=4 (" in out) is not same_images
+
+
+def test_chunks_of_grad_cache_are_a_setting(make, compare):
+    out = compare(make("a", seed=1), make("b", seed=2, grad_cache=16))[1]
+    assert "grad_cache=16" in out and "mean" not in out
 
 
 def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
@@ -108,6 +152,12 @@ def test_data_file_has_every_run_in_full_precision(make, compare, tmp_path):
     assert float(rows[0]["trained_mean_average_precision_at_r"]) == 1 / 3
     assert float(rows[1]["trained_recall_at_100"]) == 0.54
     assert rows[0]["training_seconds"] == "100.0" and rows[2]["best_epoch"] == ""
+    make("d", recall_at=[4])
+    assert compare("a", "d", "--csv", str(file))[-1] == 0
+    columns = file.read_text().splitlines()[0].split(",")
+    assert [x for x in columns if "trained_recall" in x and "un" not in x] == [
+        f"trained_recall_at_{k}" for k in (4, 10, 100)
+    ]
 
 
 def test_many_settings_make_no_wide_table(make, compare):

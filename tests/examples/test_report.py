@@ -362,6 +362,16 @@ def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_pat
     assert "The run has not ended" in text_of(section(unfinished, "notes"))
     assert table(unfinished, "result") == table(page, "result")
     assert "Weights of epoch" not in text_of(section(unfinished, "result"))
+    config = json.loads((copied / "config.json").read_text())
+    del config["crc32"]
+    ended = {"stopped_early": False, "epochs_trained": 1, "best_epoch": 1}
+    (copied / "metrics.json").write_text(json.dumps(ended))
+    (copied / "config.json").write_text(json.dumps({**config, "epochs": 99}))
+    going_on = remade()  # a run that had ended and is to train for more epochs
+    assert "The run has not ended" in text_of(section(going_on, "notes"))
+    assert table(going_on, "result") == table(page, "result")
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "metrics.json").unlink()
 
     shutil.rmtree(copied / "logs")
     checkpoints = (copied / "checkpoints").rename(copied / "later")

@@ -315,6 +315,16 @@ def test_grocery_counts_no_file_twice_and_lists_what_it_leaves_out(tmp_path, cap
     }
 
 
+def test_what_lies_beside_train_and_test_is_named(tmp_path):
+    for name in ("train/a", "train/b", "test/c", "test/d", "val/e"):
+        for i in range(4):
+            store({f"{name}/{i}.png": png(i + 10 * ord(name[-1]))}, tmp_path)
+    (tmp_path / "README").touch()
+    skipped = load("folder", tmp_path).skipped
+    assert [x.name for x in skipped] == [str(tmp_path / x) for x in ("README", "val")]
+    assert {x.reason for x in skipped} == {"beside train and test, which alone are read"}
+
+
 def write_cub(root):
     paths = [f"{c:03d}.bird/{i}.jpg" for c in (1, 2, 150, 151) for i in range(4)]
     base = root / "CUB_200_2011"

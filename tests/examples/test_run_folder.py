@@ -139,19 +139,19 @@ def test_a_damaged_json_file_is_named_and_written_again(run, main, capsys, name,
 def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):
     folder, path = RunFolder(run), run / image_list.FILE
     images = image_list.ImageList.__new__(image_list.ImageList)
-    images.root, images.entries = "images", image_list._read(folder)
+    images.root, images.entries = "images", image_list.read(folder)
     refused = 0
     for wrong in damaged(path.read_bytes()):
         path.write_bytes(wrong)
         try:
             images.check(folder, accept_changed_files=False)
-            assert image_list._read(folder) == images.entries
+            assert image_list.read(folder) == images.entries
         except UserError:
             refused += 1
     assert refused > 80
     path.write_text("path,bytes\n0/00.png,1\n")
     with pytest.raises(UserError, match=f"cannot read {path}: "):
-        image_list._read(folder)
+        image_list.read(folder)
 
 
 # Files to which nothing can be written. Those that are replaced are written beside it before.

@@ -78,6 +78,19 @@ def test_nearest_images_are_those_of_brute_force(search, run, folder, digits, tm
     assert all(query != image for query, _, image, _ in found)
 
 
+def test_a_query_that_is_a_link_into_the_index_does_not_find_itself(search, folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "class").symlink_to(folder / "7")
+    (linked / "image.png").symlink_to(folder / "8" / "00.png")
+    for index, queries in (("linked", linked), ("images", linked), ("linked", folder / "7")):
+        options = ["--index", linked] if index == "linked" else []
+        search(*options, "-k", 2, "--csv", tmp_path / f"{index}-{queries.name}.csv", query=queries)
+        found = rows(tmp_path / f"{index}-{queries.name}.csv")
+        assert len(found) == 2 * (24 if queries == folder / "7" else 25)
+        assert not any(Path(query).samefile(image) for query, _, image, _ in found)
+
+
 def test_only_what_is_new_or_changed_is_embedded_again(search, run, folder):
     first, again = search(), search()
     assert "48 images" in first and "48 embedded now, 0 removed" in first

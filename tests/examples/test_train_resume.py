@@ -137,16 +137,19 @@ def test_folder_of_a_run_that_was_killed_before_its_settings_is_taken(
     assert not (run / "config.json.tmp").exists()
 
 
-def test_run_from_before_a_setting_existed_continues(whole, main, strict_json, tmp_path):
+def test_run_from_before_a_setting_existed_continues(whole, main, strict_json, tmp_path, capsys):
     run, killed = whole("default")
     old = shutil.copytree(killed, tmp_path / "old")
     config = strict_json(old / "config.json")
     for setting in ("threads", "beside", "beside_args"):
         del config[setting]
+    now, config["versions"]["torch"] = config["versions"]["torch"], "2.4.0"
     (old / "config.json").write_text(json.dumps(config))
     for name in ("images.csv", "lock", "log.txt"):
         (old / name).unlink()
     assert main("--resume", old) == 0
+    said = capsys.readouterr().out
+    assert f"warning: the run began with torch 2.4.0, now {now}: results may differ" in said
     assert results(old, strict_json) == results(run, strict_json)
 
 
@@ -192,6 +195,17 @@ def test_best_checkpoint_that_a_kill_prevented_is_written(run, main, monkeypatch
     (run / "checkpoints" / "best.pt").unlink()
     monkeypatch.setattr(Training, "train", lambda self: None)
     assert main("--resume", run, "--epochs", 2) == 0
+    assert best(run) == before
+
+
+def test_a_trained_run_without_its_checkpoint_is_not_begun_again(run, main, refused):
+    """`last.pt` is large, and everything but continuing works without it."""
+    before = best(run)
+    for name in ("last.pt", "previous.pt"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
+    error = refused("--resume", run, "--epochs", 2)
+    assert f"has trained, since there is {run / 'checkpoints' / 'best.pt'}, but last.pt" in error
+    assert main("--resume", run) == 0  # says that it is finished
     assert best(run) == before
 
 
