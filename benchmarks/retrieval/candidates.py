@@ -213,7 +213,7 @@ class Thresholds(nn.Module):
 class CircleWithoutWeights(nn.Module):
     """CircleLoss whose pairs all have the weight 1: it compares similarities with each other alone.
 
-    mean over queries a of log(1 + sum over n, p of exp(gamma (s[a,n] - s[a,p] + 2 m - 1))), the
+    mean over queries a of log(1 + sum over n, p of exp(gamma (s[a,n] - s[a,p] + 1 - 2 m))), the
     margins being those of CircleLoss, m for negatives and 1 - m for positives.
     """
 

@@ -32,7 +32,7 @@ from torch import Tensor
 TEMPERATURES = (0.003, 0.01, 0.03, 0.1, 0.3)
 LENGTHS = ("short", "long")  # DataSet.steps_of_grid
 FOLDER = rows.RESULTS / "grid"
-MOST_MEASURED = 3000  # examples of a part; every so many classes are left out beyond
+MOST_MEASURED = 3000  # examples of a part; of a larger one, those of classes drawn at random
 WATCHED = 5  # batches at the beginning, and at the end
 _SUM = {"alpha": 2.0, "beta": 50.0, "base": 0.5, "weight": 1.0}
 
