@@ -15,12 +15,17 @@ from sentences import LONGEST, Embedder, bundled_model, requests
 from pml_pnp import losses
 
 
+class Network(Embedder):
+    accepts_loss_kwargs = False  # or the Trainer does not divide the loss by what it accumulates
+
+
 class RetrievalTrainer(transformers.Trainer):
     loss_func = losses.PNPLoss(variant="Ds", anneal=0.03)
 
     def get_train_dataloader(self):
         data, size = self.train_dataset, self.args.train_batch_size
-        sampler = MPerClassSampler([x["labels"] for x in data], 4, size, self.args.max_steps * size)
+        length = self.args.max_steps * self.args.gradient_accumulation_steps * size
+        sampler = MPerClassSampler([x["labels"] for x in data], 4, size, length)
         return torch.utils.data.DataLoader(data, size, None, sampler, collate_fn=self.data_collator)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -45,9 +50,12 @@ def main(data_root, output, folder=None, **kwargs):
     data = [{"input_ids": tokens[i], "labels": names.index(x)} for i, x in enumerate(intents)]
     settings = {"max_steps": 30, "per_device_train_batch_size": 64, "learning_rate": 5e-5, **kwargs}
     settings |= {"remove_unused_columns": False, "label_names": ["labels"], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(output, **settings)
+    if arguments.world_size > 1:  # each would train on the same batches
+        raise SystemExit(f"expected one process, got {arguments.world_size}; docs/distributed.md")
     trainer = RetrievalTrainer(
-        Embedder(transformers.AutoModel.from_pretrained(folder or bundled_model())),
-        transformers.TrainingArguments(output, **settings),
+        Network(transformers.AutoModel.from_pretrained(folder or bundled_model())),
+        arguments,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         train_dataset=[x for x in data if x["labels"] % 3],
         eval_dataset=[x for x in data if x["labels"] % 3 == 0],

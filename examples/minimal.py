@@ -1,5 +1,6 @@
 """Train an embedding with PNPLoss in a plain loop, and test retrieval among images held out."""
 
+import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -8,11 +9,10 @@ from sklearn.datasets import load_digits
 from pml_pnp import losses
 
 torch.manual_seed(0)
+np.random.seed(0)  # of the sampler
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-train, test = slice(0, 1000), slice(1000, None)
-labels = torch.tensor(digits.target)
-
+labels, train, test = torch.tensor(digits.target), slice(0, 1000), slice(1000, None)
 model = torch.nn.Sequential(
     torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32 * 36, 32)
 )

@@ -16,6 +16,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         raise SystemExit(f"--batch-size must be a multiple of 4 from 8 on, got {args.batch_size}")
     torch.manual_seed(args.seed)
     random.seed(args.seed)
+    np.random.seed(args.seed)  # of PML's sampler
     logging.disable_progress_bar()
     texts, intents = requests(args.data_root)
     names = sorted(set(intents))

@@ -52,6 +52,12 @@ def test_training_finds_more_of_unseen_intents(arguments, tmp_path, capsys):
         sentences.main([*arguments, "--output", str(output)])
 
 
+def test_the_same_seed_trains_alike(arguments):
+    small = ["--batch-size", "16", "--steps", "3", "--learning-rate", "0.001", "--seed"]
+    first, again, other = (sentences.main([*arguments, *small, seed]) for seed in "001")
+    assert first == again != other
+
+
 def test_a_mistake_is_said_before_any_work(arguments, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="multiple of 4"):
         sentences.main([*arguments, "--batch-size", "10"])
@@ -82,6 +88,40 @@ def test_trainer_of_hugging_face_finds_more_of_unseen_intents(arguments, tmp_pat
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "word3", "word39", "[SEP]"]
     with pytest.raises(SystemExit, match="trained exists"):
         huggingface_trainer.main(arguments[1], str(tmp_path / "trained"), arguments[3])
+
+
+def test_trainer_of_hugging_face_accumulates_means_and_takes_one_process(
+    arguments, tmp_path, monkeypatch
+):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
+    import huggingface_trainer
+
+    trainer, found = huggingface_trainer.RetrievalTrainer, {"compute_loss": [], "training_step": []}
+
+    def record(name, values):
+        own = getattr(trainer, name)
+
+        def recorded(*args, **kwargs):
+            loss = own(*args, **kwargs)
+            if torch.is_grad_enabled():
+                values.append(loss.detach().item())
+            return loss
+
+        monkeypatch.setattr(trainer, name, recorded)
+
+    for name, values in found.items():
+        record(name, values)
+    settings = {"per_device_train_batch_size": 16, "max_steps": 2, "use_cpu": True}
+    settings |= {"gradient_accumulation_steps": 3, "disable_tqdm": True}
+    data, model = arguments[1], arguments[3]
+    huggingface_trainer.main(data, str(tmp_path / "trained"), model, **settings)
+    assert len(found["compute_loss"]) == 2 * 3
+    of_steps = [3 * x for x in found["training_step"]]  # which the Trainer divides
+    assert of_steps == pytest.approx(found["compute_loss"], rel=1e-5)
+    processes = property(lambda self: 2)
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", processes)
+    with pytest.raises(SystemExit, match="expected one process, got 2"):
+        huggingface_trainer.main(data, str(tmp_path / "new"), model, **settings)
 
 
 def test_trainer_of_hugging_face_without_arguments_says_what_it_needs():

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import sys
+import zlib
 from pathlib import Path
 
 from run import CONFIGS, UserError, explained, run
@@ -40,6 +41,7 @@ LOSSES = (
     "smooth_ap",
 )
 NEEDS_PML_2 = ("smooth_ap",)
+DIVERGED = "diverged"  # key of finished.json
 
 
 def main() -> None:
@@ -50,11 +52,12 @@ def main() -> None:
     from results_table import rows_of, save
 
     wanted = _runnable(args.losses)
-    DATASETS[args.dataset](args.dataset_root)  # a UserError if they cannot be read
+    data = DATASETS[args.dataset](args.dataset_root)  # a UserError if they cannot be read
+    settings = {"epochs": args.epochs, "flags": args.flags, "images": _fingerprint(data)}
     folder = Path(args.output) / args.dataset
     for seed in args.seeds:
         for loss in wanted:
-            _experiment(folder, loss, seed, args)
+            _experiment(folder, loss, seed, args, settings)
     rows = [
         row
         for loss in wanted
@@ -98,15 +101,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
+def _fingerprint(data) -> str:
+    """The number of images, and a checksum of them and their labels."""
+    checksum = zlib.crc32(data.labels.tobytes())
+    for image in data.images:
+        checksum = zlib.crc32(image.tobytes(), checksum)
+    return f"{len(data)} ({checksum:08x})"
+
+
+def _experiment(
+    folder: Path, loss: str, seed: int, args: argparse.Namespace, settings: dict
+) -> None:
     name = f"{loss}-{seed}"
     configs, done = folder / name / "configs", folder / name / "finished.json"
     was_begun = (configs / "config_foldernames.yaml").exists()  # the last of them to be written
-    _check_settings(
-        folder / f"{name}.json", {"epochs": args.epochs, "flags": args.flags}, was_begun
-    )
+    _check_settings(folder / f"{name}.json", settings, was_begun)
     if done.exists():
         print(f"{name}: finished before", flush=True)
+        _say_if_diverged(name, json.loads(done.read_text(encoding="utf-8")).get(DIVERGED, False))
         return
     common = ["--experiment_name", name, "--root_experiment_folder", str(folder)]
     common += ["--dataset_root", args.dataset_root, "--seed", str(seed)]
@@ -124,12 +136,18 @@ def _experiment(folder: Path, loss: str, seed: int, args: argparse.Namespace) ->
         train += args.flags
     test = ["--splits_to_eval", "[test]"]
     print(f"{name}: {'continuing' if was_begun else 'training'}", flush=True)
-    _run(train, args.verbose)
+    diverged = "the model diverged" in _run(train, args.verbose)
     _run([*common, "--evaluate", *test], args.verbose)
     _run([*common, "--evaluate_ensemble", *test], args.verbose)
     from results_table import about
 
-    done.write_text(json.dumps(about(args.dataset)), encoding="utf-8")
+    done.write_text(json.dumps({**about(args.dataset), DIVERGED: diverged}), encoding="utf-8")
+    _say_if_diverged(name, diverged)
+
+
+def _say_if_diverged(name: str, diverged: bool) -> None:
+    if diverged:
+        print(f"{name}: the model diverged, and counts by its epochs before that", flush=True)
 
 
 def _check_settings(path: Path, settings: dict, was_begun: bool) -> None:
@@ -137,17 +155,20 @@ def _check_settings(path: Path, settings: dict, was_begun: bool) -> None:
     if not was_begun:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings), encoding="utf-8")
-    elif path.exists() and (begun := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        raise UserError(
-            f"{path.stem} was begun with {begun}, not with {settings}: name another folder with "
-            "--output"
-        )
+    elif path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun != {key: settings[key] for key in begun}:  # an earlier version wrote fewer
+            raise UserError(
+                f"{path.stem} was begun with {begun}, not with {settings}: name another folder "
+                "with --output"
+            )
 
 
-def _run(argv: list[str], verbose: bool) -> None:
-    """One run in this process, without its log and progress bars unless it fails."""
+def _run(argv: list[str], verbose: bool) -> str:
+    """One run in this process; what it logs is returned, or shown if `verbose` or if it fails."""
     if verbose:
-        return run(argv)
+        run(argv)
+        return ""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -156,6 +177,7 @@ def _run(argv: list[str], verbose: bool) -> None:
     except BaseException:
         sys.stderr.write(said.getvalue()[-4000:])
         raise
+    return said.getvalue()
 
 
 if __name__ == "__main__":

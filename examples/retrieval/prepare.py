@@ -116,7 +116,7 @@ def as_eight_bits(image: Image.Image, ranges: Ranges | None = None) -> Image.Ima
     Raises:
         ValueError: If floating-point pixels are not finite.
     """
-    black_and_white: Sequence[float] = (0, 65535)
+    black_and_white: Sequence[float] = (0, _white_of_16_bits(image))
     if kind := kind_of_unknown_depth(image):
         black_and_white = (ranges or {}).get(kind) or range_of(*extremes(image))
     image = _upright(image)
@@ -156,6 +156,12 @@ def range_of(kind: str, low: float, high: float) -> tuple[float, float]:
     """
     whites = [white for white in WHITES[kind] if high <= white]
     return (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
+
+
+def _white_of_16_bits(image: Image.Image) -> int:
+    """White where pixels have 16 bits or, as a TIFF may say, fewer of them."""
+    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
+    return 2 ** max(bits) - 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
