@@ -40,6 +40,7 @@ def test_run_in_use_is_refused_until_it_is_killed(refused, quick, tmp_path, envi
             while not process.stdout.readline().startswith("epoch 1 of"):
                 assert process.poll() is None
             os.kill(process.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # it may be writing until then
             before = contents(run)
             for again in (["--resume", run], arguments):
                 expected = f"train.py: error: {run} is in use by process {process.pid} on "
