@@ -52,7 +52,8 @@ def main(data_root, output, folder=None, **kwargs):
     settings |= {"remove_unused_columns": False, "label_names": ["labels"], "save_strategy": "no"}
     arguments = transformers.TrainingArguments(output, **settings)
     if arguments.world_size > 1:  # each would train on the same batches
-        raise SystemExit(f"expected one process, got {arguments.world_size}; docs/distributed.md")
+        number = arguments.world_size
+        raise SystemExit(f"expected one process, got {number}; docs/distributed.md has several")
     trainer = RetrievalTrainer(
         Network(transformers.AutoModel.from_pretrained(folder or bundled_model())),
         arguments,

@@ -253,13 +253,13 @@ def _kept_in_attributes(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         attributes = vars(module)
         hooks = module._forward_pre_hooks.values()
-        computed = [attributes.get(getattr(hook, "name", None)) for hook in hooks]
+        computed = {id(attributes.get(getattr(hook, "name", None))) for hook in hooks}
         for name, value in attributes.items():
             held = value.values() if isinstance(value, dict) else value
-            for x in held if isinstance(value, (dict, list, tuple)) else [value]:
-                if isinstance(x, Tensor) and x.grad_fn is not None:
-                    if not any(x is weight for weight in computed):
-                        found[f"{prefix}.{name}".removeprefix(".")] = x
+            held = held if isinstance(value, (dict, list, tuple)) else [value]
+            for x in held:
+                if isinstance(x, Tensor) and x.grad_fn is not None and id(x) not in computed:
+                    found[f"{prefix}.{name}".removeprefix(".")] = x
     return found
 
 

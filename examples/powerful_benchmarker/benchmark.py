@@ -136,7 +136,7 @@ def _experiment(
         train += args.flags
     test = ["--splits_to_eval", "[test]"]
     print(f"{name}: {'continuing' if was_begun else 'training'}", flush=True)
-    diverged = "the model diverged" in _run(train, args.verbose)
+    diverged = _run(train, args.verbose)
     _run([*common, "--evaluate", *test], args.verbose)
     _run([*common, "--evaluate_ensemble", *test], args.verbose)
     from results_table import about
@@ -164,20 +164,32 @@ def _check_settings(path: Path, settings: dict, was_begun: bool) -> None:
             )
 
 
-def _run(argv: list[str], verbose: bool) -> str:
-    """One run in this process; what it logs is returned, or shown if `verbose` or if it fails."""
-    if verbose:
-        run(argv)
-        return ""
+def _run(argv: list[str], verbose: bool) -> bool:
+    """One run in this process, without its log and progress bars unless `verbose` or if it fails.
+
+    Returns whether the model diverged, of which powerful-benchmarker only logs a line.
+    """
+    diverged = []
+
+    def watch(record: logging.LogRecord) -> bool:
+        diverged.append("the model diverged" in record.getMessage())
+        return True
+
     said = io.StringIO()
+    logging.getLogger().addFilter(watch)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            logging.basicConfig(stream=said, force=True)
+        if verbose:
             run(argv)
+        else:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                logging.basicConfig(stream=said, force=True)
+                run(argv)
     except BaseException:
         sys.stderr.write(said.getvalue()[-4000:])
         raise
-    return said.getvalue()
+    finally:
+        logging.getLogger().removeFilter(watch)
+    return any(diverged)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 
 import benchmark
 import numpy as np
@@ -12,23 +13,24 @@ from PIL import Image
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    """Call `benchmark._experiment` with settings; training says what `said` holds."""
-    said = [""]
+    """Call `benchmark._experiment` with settings; a run logs what `logged` holds."""
+    logged = ["fine"]
 
-    def run(argv, verbose):
+    def run(argv):
         (tmp_path / "loss-0" / "configs").mkdir(parents=True, exist_ok=True)
         (tmp_path / "loss-0" / "configs" / "config_foldernames.yaml").touch()
-        return said[0]
+        logging.error(logged[0])
 
-    def call(**settings):
+    def call(verbose=False, **settings):
         args = argparse.Namespace(
-            dataset="digits", dataset_root=".", epochs=None, flags=[], verbose=False
+            dataset="digits", dataset_root=".", epochs=None, flags=[], verbose=verbose
         )
         benchmark._experiment(tmp_path, "loss", 0, args, settings)
 
-    monkeypatch.setattr(benchmark, "_run", run)
-    call.said = said
-    return call
+    monkeypatch.setattr(benchmark, "run", run)
+    call.logged = logged
+    yield call
+    logging.basicConfig(force=True)  # without the handler of a run
 
 
 def test_an_experiment_goes_on_with_its_own_settings_and_images(experiment, tmp_path):
@@ -41,11 +43,13 @@ def test_an_experiment_goes_on_with_its_own_settings_and_images(experiment, tmp_
     experiment(epochs=1, images="9 (aa)")
 
 
+@pytest.mark.parametrize("verbose", [True, False])
 @pytest.mark.parametrize("diverged", [True, False])
-def test_a_model_that_diverged_is_named_each_time(experiment, capsys, diverged):
-    experiment.said[0] = "ERROR: the model diverged: its embeddings are NaN" if diverged else "fine"
+def test_a_model_that_diverged_is_named_each_time(experiment, capsys, diverged, verbose):
+    if diverged:
+        experiment.logged[0] = "the model diverged: its embeddings are NaN"
     for when in ("training", "finished before"):
-        experiment(epochs=1)
+        experiment(verbose, epochs=1)
         out = capsys.readouterr().out
         assert f"loss-0: {when}" in out
         assert ("loss-0: the model diverged" in out) is diverged

@@ -122,7 +122,8 @@ def test_line_of_an_epoch(trained, capsys, monkeypatch, strict_json):
 
 def test_log_holds_what_was_on_the_screen(finished):
     first, *rest = (finished[2] / "log.txt").read_text().splitlines()
-    assert max(map(len, rest)) <= 130  # with an epoch of an hour
+    # However long the epochs took.
+    assert max(len(re.sub(r"\d+ min \d+ s", "59 s", x)) for x in rest) <= 120
     settings = rest[rest.index("settings:") + 1 :]
     shown = " ".join(x.strip() for x in itertools.takewhile(lambda x: x[:2] == "  ", settings))
     assert shown.startswith("dataset=digits, ") and "loss_args={'variant': 'Ds', 'an" in shown
