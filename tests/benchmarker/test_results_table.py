@@ -5,6 +5,7 @@ import sqlite3
 import statistics
 import sys
 
+import benchmark
 import pandas as pd
 import pytest
 import results_table
@@ -99,9 +100,24 @@ def test_rows_say_where_and_when_they_were_made(logs):
     about = results_table.about("digits")
     assert about["torch"] and about["date"] and about["command"].startswith("python ")
     (logs / "good-1" / "finished.json").write_text(json.dumps({**about, "date": "2001-02-03"}))
-    results_table.save(logs, list(results_table.rows_of(logs / "good-1", "good", 1)))
+    results_table.save(logs)
     rows = pd.read_csv(logs / "results.csv")
+    rows = rows[(rows.loss == "good") & (rows.seed == 1)]
     assert {*rows.date} == {"2001-02-03"} and {*rows.torch} == {about["torch"]}
+
+
+def test_a_benchmark_of_some_losses_keeps_the_rows_of_the_others(logs, monkeypatch, capsys):
+    (logs / "experiments").mkdir()
+    (logs / "experiments" / "digits").symlink_to(logs)
+    for name in ("prepare", "_experiment"):
+        monkeypatch.setattr(benchmark, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(benchmark, "_runnable", lambda losses: losses)
+    asked = ["--losses", "good", "--seeds", "1", "--output", str(logs / "experiments")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *asked])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()[3:5]
+    assert lines[0].startswith("| good | 92.5 ") and lines[1].startswith("| untrained | 30.0 ")
+    assert len((logs / "results.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
 
 
 def test_a_folder_without_results_is_said_to_be_one(tmp_path, command):

@@ -106,6 +106,23 @@ def test_what_did_not_run_everywhere_is_neither_chosen_nor_compared():
     assert set(found.dataset) == {"grocery", "omniglot"}
 
 
+@pytest.mark.parametrize("of", [advice.everywhere, advice.complete])
+def test_a_split_that_is_run_in_part_changes_nothing(of):
+    own = grid()[lambda x: x.dataset.isin(["grocery", "omniglot"])]
+    part = own[(own.dataset == "omniglot") & (own.loss != "Triplet")].assign(seed=2)
+    found = of(pd.concat([own, part[1:], part.assign(seed=3, dataset="grocery")[:1]]))
+    assert found.equals(own)
+    whole = pd.concat([own, own.assign(seed=2)])
+    assert of(whole).equals(whole)
+
+
+def test_a_run_that_was_made_twice_counts_once(tmp_path):
+    (path,) = advice.FOLDER.glob("emoji_lite0.csv")
+    lines = path.read_text().splitlines()
+    (tmp_path / path.name).write_text("\n".join(lines + lines[3:4]))
+    assert len(advice.read(tmp_path)) == len(lines) - 1
+
+
 def test_every_data_set_of_the_study_belongs_to_some_data():
     from study_data import DATA_SETS
 

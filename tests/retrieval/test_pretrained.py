@@ -115,7 +115,7 @@ def test_parts_of_what_is_read_as_a_whole_share_no_class(tmp_path):
         read("all", str(tmp_path))
 
 
-def test_features_are_computed_once(tmp_path, monkeypatch):
+def test_features_of_the_same_images_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "CACHE", tmp_path / "cache")
     calls = []
 
@@ -125,12 +125,15 @@ def test_features_are_computed_once(tmp_path, monkeypatch):
             return 2 * images
 
     whole = torch.randn(100, 3), ["a"] * 100, ["b"] * 100
-    first = pretrained.computed("tiny", Trunk, lambda root: whole)(tmp_path)
-    again = pretrained.computed("tiny", Trunk, lambda root: pytest.fail("read"))(tmp_path)
-    assert calls == [64, 36]
-    for inputs, fine, coarse in (first, again):
-        assert inputs.equal(2 * whole[0])
-        assert (fine, coarse) == whole[1:]
+    changed = whole[0].clone()
+    changed[99, 2] += 1
+    of_root = {tmp_path / "a": whole, tmp_path / "b": whole, tmp_path / "c": (changed, *whole[1:])}
+    read = pretrained.computed("tiny", Trunk, of_root.__getitem__)
+    for root, (images, *labels) in of_root.items():
+        inputs, *found = read(root)
+        assert inputs.equal(2 * images)
+        assert found == labels
+    assert calls == [64, 36, 64, 36]
 
 
 def test_a_trunk_is_under_the_principal_components_of_its_features():
