@@ -123,7 +123,16 @@ def frozen(module):
 
     With the copy, backward computes again what forward computed, even if the module has been
     changed since. An object that is not a module is returned unchanged.
+
+    Raises:
+        TypeError: If the module cannot be copied.
     """
     if not isinstance(module, torch.nn.Module):
         return module
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    try:
+        return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    except Exception as error:  # in many ways
+        raise TypeError(
+            f"with a chunk_size, distance and variant are copied for backward, and "
+            f"{type(module).__name__} cannot be copied: {error}"
+        ) from error

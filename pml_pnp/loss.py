@@ -184,8 +184,11 @@ class PNPLoss(BaseMetricLossFunction):
         ref_labels: Tensor | None = None,
     ) -> Any:
         """Compute the loss; the class docstring describes the arguments."""
-        if indices_tuple is not None and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and (
+            indices_tuple is not None or is_autocast_on(embeddings.device.type)
+        ):
             # The length of a tuple changes from call to call, and each length would be compiled.
+            # The backward of a compiled product would round to the type of the caller's autocast.
             eagerly = torch.compiler.disable(self.forward)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         given_tuple = None if isinstance(indices_tuple, QueryColumns) else indices_tuple

@@ -108,6 +108,14 @@ def test_embeddings_changed_before_backward_are_an_error(distance):
         loss.backward()
 
 
+def test_a_distance_that_cannot_be_copied_is_named():
+    x, y = batch()
+    distance = DISTANCES["lp"]()
+    distance.scale = torch.ones(1, requires_grad=True) * 2  # no leaf
+    with pytest.raises(TypeError, match="with a chunk_size, .* and LpDistance cannot be copied: "):
+        PNPLoss(chunk_size=5, distance=distance)(x.requires_grad_(), y)
+
+
 def test_lack_of_memory_names_the_matrix_and_chunk_size():
     n = 2**22
     x, y = torch.zeros(n, 1, dtype=torch.float64), torch.zeros(n)

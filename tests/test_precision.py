@@ -55,6 +55,17 @@ def test_backward_is_as_accurate_under_autocast(chunk_size, with_references):
     torch.testing.assert_close(torch.autograd.grad(grad.square().sum(), x), second)
 
 
+def test_a_compiled_gradient_is_as_accurate_under_autocast():
+    x, y = batch()
+    want = value_and_grad(PNPLoss(variant="Ds", anneal=0.1), x.double(), y)
+    compiled = torch.compile(PNPLoss(variant="Ds", anneal=0.1), backend="aot_eager")
+    z = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compiled(z, y)
+    loss.backward()
+    torch.testing.assert_close((loss.double(), z.grad.double()), want, rtol=1e-4, atol=1e-6)
+
+
 def test_reducers_work_on_float32_elements(device):
     """A sum of 512 float16 losses would overflow before it is divided."""
     x = torch.randn(512, 8, dtype=torch.float16, device=device)
