@@ -14,9 +14,10 @@ from .data import Sample
 from .embeddings import embed_samples
 from .errors import UserError
 from .image_tree import Skipped, read_trees
-from .network import load_best
+from .metrics import NEARLY_SAME, are_nearly_same
+from .network import Trained, load_best
 from .processes import say
-from .run_folder import RunFolder
+from .run_folder import BEST, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +64,17 @@ class Index:
         root = Path(folder)
         if not root.is_dir():
             raise UserError(f"--index: expected a folder of images, got {folder}")
-        network, self.transform = load_best(run)
-        self.network, self.device, self.workers = network, device, workers
-        weights = (self.run.checkpoints / "best.pt").read_bytes()
+        weights, trained = _loaded(self.run)
+        self.network, self.transform = trained
+        self.device, self.workers = device, workers
         of = hashlib.sha256(os.fsencode(root.resolve()) + weights).hexdigest()[:12]
         self.name = f"index/{root.resolve().name}-{of}.npz"
         self.skipped: list[Skipped] = []
         self._update([File.of(x.path) for x in read_trees([root.resolve()], 0, self.skipped)[0]])
         if not self.files:
             raise UserError(f"--index: no image that can be read below {folder}")
+        if are_nearly_same(torch.from_numpy(self.embeddings)):
+            say(f"warning: {NEARLY_SAME}")
 
     def _update(self, present: list[File]) -> None:
         kept, vectors = self._read()
@@ -135,6 +138,16 @@ class Index:
             ]
             found.append(neighbors[:k])
         return found
+
+
+def _loaded(run: RunFolder) -> tuple[bytes, Trained]:
+    """The file of the weights and the network with them, also while the run goes on training."""
+    path = run.checkpoints / BEST
+    before = path.read_bytes() if path.exists() else b""
+    trained = load_best(run.path)
+    while before != (now := path.read_bytes()):
+        before, trained = now, load_best(run.path)
+    return now, trained
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -13,13 +13,17 @@ from pytorch_metric_learning.utils.inference import FaissKNN, return_results
 
 from .data import Roles
 from .errors import UserError
-from .processes import unwrap
+from .processes import say, unwrap
 
 BATCH_SIZE = 128
 # Neighbours of a part of the queries, all together; evaluation takes some 70 to 90 bytes each.
 NEIGHBOURS_AT_ONCE = 2**21
 # Half of it is the smallest part. Faiss rounds in another way for fewer than 20 queries at once.
 QUERIES_AT_LEAST = 64
+NEARLY_SAME = (
+    "the embeddings of all images are nearly the same, so that rounding decides which are near: "
+    "the figures say nothing"
+)
 PRIMARY_METRIC = "mean_average_precision_at_r"
 RECALL_AT = (10, 100)
 # Key in the calculator -> name for people. Recall@1 is precision@1.
@@ -102,6 +106,8 @@ class RetrievalAccuracy(AccuracyCalculator):
         query, reference = query.float(), reference.float()
         require_finite(query)
         require_finite(reference)
+        if are_nearly_same(reference):
+            say(f"warning: {NEARLY_SAME}")
         classes, counts = reference_labels.unique(return_counts=True)
         k = self.determine_k(counts, len(reference), ref_includes_query)
         self.knn_func.train(reference)
@@ -160,6 +166,16 @@ def require_finite(embeddings: torch.Tensor) -> None:
             "cannot evaluate: the embeddings are not finite; the weights have diverged, "
             "try a smaller --lr"
         )
+
+
+def are_nearly_same(embeddings: torch.Tensor) -> bool:
+    """Whether two or more embeddings differ by so little that rounding decides which are near.
+
+    Their mean squared distance from their mean, at a length of 1, is below 1e-5; of similarities in
+    float32 some 1e-7 is rounding.
+    """
+    mean = torch.nn.functional.normalize(embeddings.double()).mean(dim=0)
+    return len(embeddings) > 1 and 1 - float(mean @ mean) < 1e-5
 
 
 class RetrievalTester(GlobalEmbeddingSpaceTester):

@@ -1,5 +1,6 @@
 """The network of a run: as its configuration says, and as it was trained."""
 
+import textwrap
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,7 @@ from .embeddings import embed_samples
 from .errors import UserError
 from .prepare import Prepare
 from .processes import find_device, say
-from .run_folder import BEST, RunFolder
+from .run_folder import BEST, CONFIG, RunFolder
 from .seeding import seed_everything
 from .trunks import IMAGE_SIZES, LITE, SMALL, SmallTransform, Trunk, build_trunk
 
@@ -100,6 +101,12 @@ def load_best(path: str | PathLike[str]) -> Trained:
         raise UserError(f"{path} holds no checkpoints/{BEST} yet")
     trunk = build(config)
     embedder = build_embedder(trunk, config)
-    trunk.module.load_state_dict(best["models"]["trunk"])
-    embedder.load_state_dict(best["models"]["embedder"])
+    try:
+        trunk.module.load_state_dict(best["models"]["trunk"])
+        embedder.load_state_dict(best["models"]["embedder"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{run.checkpoints / BEST} does not fit the settings of its run, {run.path / CONFIG} "
+            f"({textwrap.shorten(str(error), 200)})"
+        ) from error
     return Trained(torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform)

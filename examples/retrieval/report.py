@@ -20,7 +20,14 @@ from .data import LabelledImages, RetrievalSplits
 from .embeddings import embed
 from .errors import UserError, require
 from .figures import Diagram, curve
-from .metrics import BATCH_SIZE, PRIMARY_METRIC, RetrievalAccuracy, metric_names
+from .metrics import (
+    BATCH_SIZE,
+    NEARLY_SAME,
+    PRIMARY_METRIC,
+    RetrievalAccuracy,
+    are_nearly_same,
+    metric_names,
+)
 from .network import build, load_best, untrained
 from .processes import find_device, say
 from .progress import still_rising
@@ -169,6 +176,7 @@ def contents(
         for name, x in embeddings.items()
     }
     curves, missing_curves = _curves(folder, config)
+    constant = [name for name, x in embeddings.items() if are_nearly_same(x)]
     return {
         "run": folder.path.resolve().name,
         "config": config,
@@ -177,7 +185,7 @@ def contents(
         "splits": splits.summary(),
         "val_kind": splits.val_kind,
         "closed_set": splits.closed_set,
-        "notes": [*notes, *_notes(saved, metrics, tested)],
+        "notes": [*notes, *_notes(saved, metrics, tested, constant)],
         "metric_names": metric_names(config["recall_at"]),
         "primary": PRIMARY_METRIC,
         "metrics": metrics,
@@ -219,8 +227,9 @@ def _notes(
     saved: dict[str, Any] | None,
     metrics: dict[str, dict[str, float]],
     tested: TestResults | None,
+    constant: Sequence[str],
 ) -> list[str]:
-    notes = []
+    notes = [f"Of the {name} network, {NEARLY_SAME}." for name in constant]
     if tested and tested.is_part:
         notes.append(
             f"The images are ranked for {len(tested.queries)} of the {len(tested.samples)} test "
@@ -230,11 +239,12 @@ def _notes(
         notes.append("The run has not ended. The metrics were calculated for this page.")
     if saved is None or tested is None or tested.is_part:
         return notes
-    return [
+    return notes + [
         f"The {name} network ranks the images found now with a MAP@R of {now:.4f}, and the run "
         f"recorded {then:.4f}: images, or versions of libraries, have changed since."
         for name, ranking in tested.rankings.items()
-        if abs(
+        if name not in constant
+        and abs(
             (now := float(ranking.average_precision.mean()))
             - (then := metrics[name][PRIMARY_METRIC])
         )

@@ -131,6 +131,8 @@ class RunFolder:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"cannot read {path}: {error}; {MENDED_BY}") from error
+        if not isinstance(content, dict | None):
+            raise UserError(f"cannot read {path}: it holds no settings or results; {MENDED_BY}")
         if content and CHECKSUM in content and content.pop(CHECKSUM) != _checksum(content):
             raise UserError(
                 f"{path} is not as it was written: if it was changed on purpose, remove its line "

@@ -19,7 +19,7 @@ from pml_pnp.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from .by_name import build_loss, build_miner
 from .data import RetrievalSplits
 from .errors import UserError
-from .metrics import build_tester, metrics_of
+from .metrics import build_tester, metric_names, metrics_of, readable
 from .network import build_embedder
 from .processes import (
     gather,
@@ -33,7 +33,7 @@ from .processes import (
 )
 from .progress import Progress
 from .records import Records
-from .run_folder import RunFolder, own_state, restore, shared_state
+from .run_folder import CONFIG, RunFolder, own_state, restore, shared_state
 from .seeding import seed_everything
 from .trunks import Trunk
 
@@ -286,6 +286,7 @@ class Training:
             self.state = {k: checkpoint[k] for k in self.state}
             epoch = self.state["epoch"]
             self.always_zero = epoch == 0  # unknown of what was trained before
+            self._check_recorded()
             if self.state["best"]:  # a kill may have come before it was written
                 on_rank_zero(lambda: self.run.save_best(self.state))
         on_rank_zero(lambda: self._open_records(checkpoint["records"] if checkpoint else {}))
@@ -295,6 +296,16 @@ class Training:
         else:
             restore(self.trainer, checkpoint["shared"], checkpoint["own"][rank()])
             say(f"continues after epoch {epoch} of {self.config['epochs']}", "")
+
+    def _check_recorded(self) -> None:
+        best = self.state["best"] or {}
+        recorded = self.state["untrained"] or best.get("metrics")
+        missing = recorded and set(metric_names(self.config["recall_at"])) - recorded.keys()
+        if missing:
+            raise UserError(
+                f"--resume: the run has not recorded {readable(min(missing))}, so its --recall-at "
+                f"in {CONFIG} cannot be {self.config['recall_at']}"
+            )
 
     def train(self) -> None:
         """Train until the last epoch or until validation no longer improves."""

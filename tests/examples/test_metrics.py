@@ -83,6 +83,15 @@ def test_a_part_never_holds_more_than_the_bound(small_parts):
     assert all(value != value for value in alone.values())
 
 
+@pytest.mark.parametrize(("distance", "warned"), [(1e-3, True), (1e-2, False)])
+def test_embeddings_that_are_nearly_the_same_are_named(capsys, distance, warned):
+    embeddings, labels = example([50, 50], ties=False)
+    embeddings = torch.tensor([3.0, 0, 0, 0, 0, 4]) + 5 * distance * embeddings
+    calculator().get_accuracy(embeddings, labels)
+    printed = capsys.readouterr().out
+    assert ("warning: the embeddings of all images are nearly the same" in printed) is warned
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)
 def test_embeddings_that_are_not_finite_are_refused_on_every_way(value):
     embeddings, labels = example([50, 50], ties=False)

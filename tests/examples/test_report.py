@@ -406,6 +406,12 @@ def test_what_metrics_give_rise_to_is_told(copied, remade, page, strict_json):
     assert "Training made the retrieval of unseen classes worse" in text
     assert "still rising in the last epoch" in text
     assert "images found now" not in text_of(page)
+    best = torch.load(copied / "checkpoints" / "best.pt", weights_only=True)
+    best["models"]["embedder"]["weight"].mul_(1e-8)
+    torch.save(best, copied / "checkpoints" / "best.pt")
+    text = text_of(remade())
+    assert "Of the trained network, the embeddings of all images are nearly the same" in text
+    assert "The trained network ranks the images found now" not in text
 
 
 def test_sheet_shows_queries_in_frames(copied, report, refused, tmp_path):

@@ -1,6 +1,7 @@
 """A run's folder: one process at a time, and a disk that refuses."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -135,6 +136,21 @@ def test_a_damaged_json_file_is_named_and_written_again(run, main, capsys, name,
     if name == "metrics.json":
         again = folder.read_json(name)
         assert {**again, "seconds": 0} == {**read, "seconds": 0}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"'])
+def test_json_that_is_no_mapping_is_named(run, refused, command, content):
+    (run / "config.json").write_text(content)
+    assert "config.json: it holds no settings or results" in refused("compare", run, by=command)
+
+
+def test_a_run_goes_on_with_the_metrics_that_it_has_recorded(run, refused):
+    config = json.loads((run / "config.json").read_text())
+    del config["crc32"]
+    (run / "config.json").write_text(json.dumps({**config, "recall_at": [7]}))
+    assert "has not recorded Recall@7, so its --recall-at" in refused(
+        "--resume", run, "--epochs", 2
+    )
 
 
 def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):

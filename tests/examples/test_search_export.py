@@ -15,6 +15,7 @@ import pytest
 import torch
 from damage import Code
 from PIL import Image
+from retrieval import index as index_module
 from retrieval.disk import new
 from retrieval.errors import UserError
 from retrieval.network import load_best
@@ -106,6 +107,36 @@ def test_only_what_is_new_or_changed_is_embedded_again(search, run, folder):
     best["models"]["embedder"]["weight"].neg_()
     torch.save(best, run / "checkpoints" / "best.pt")
     assert "48 embedded now" in search()  # of other weights
+
+
+def test_a_network_that_tells_nothing_apart_is_named(search, run):
+    assert "nearly the same" not in search()
+    best = RunFolder.existing(str(run)).load_best()
+    best["models"]["embedder"]["weight"].mul_(1e-8)
+    torch.save(best, run / "checkpoints" / "best.pt")
+    assert "warning: the embeddings of all images are nearly the same, so" in search()
+
+
+def test_weights_that_change_while_they_are_loaded_are_loaded_again(search, run, monkeypatch):
+    def load_best_and_train_on(path):
+        monkeypatch.setattr(index_module, "load_best", load_best)
+        loaded = load_best(path)
+        best = RunFolder.existing(str(path)).load_best()
+        best["models"]["embedder"]["weight"].neg_()
+        torch.save(best, run / "checkpoints" / "best.pt")
+        return loaded
+
+    monkeypatch.setattr(index_module, "load_best", load_best_and_train_on)
+    found = search().splitlines()[1:]
+    shutil.rmtree(run / "index")
+    assert search().splitlines()[1:] == found
+
+
+@pytest.mark.parametrize("best", [{"epoch": 1}, {"models": {"trunk": {}, "embedder": {}}}])
+def test_weights_of_another_network_are_named(command, run, refused, tmp_path, best):
+    torch.save(best, run / "checkpoints" / "best.pt")
+    error = refused("export", run, "--output", tmp_path / "out", by=command)
+    assert f"best.pt does not fit the settings of its run, {run / 'config.json'} (" in error
 
 
 def test_a_damaged_index_is_made_anew_and_runs_no_code(search, run, tmp_path):
