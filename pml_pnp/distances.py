@@ -95,27 +95,18 @@ def is_unmodified(module: torch.nn.Module, *methods: str) -> bool:
 _HOOKS_OF_A_MODULE = [name for name in vars(torch.nn.Identity()) if name.endswith("_hooks")]
 
 
-def _global_hooks(register):
-    """Weak reference to the dictionary in which `register` stores hooks on all modules."""
-    handle = register(lambda *_: None)
-    handle.remove()
-    return handle.hooks_dict_ref
-
-
+# The dictionaries that a module's call reads; the functions that register such hooks fill them.
 _GLOBAL_HOOKS = [
-    _global_hooks(torch_module.register_module_forward_hook),
-    _global_hooks(torch_module.register_module_forward_pre_hook),
-    _global_hooks(torch_module.register_module_full_backward_pre_hook),
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
 ]
-_IDENTITY, _PROBE = torch.nn.Identity(), torch.empty(0, requires_grad=True)
 
 
 def has_global_hooks() -> bool:
     """Whether hooks are registered on all modules of the process."""
-    if any([hooks() for hooks in _GLOBAL_HOOKS]):
-        return True
-    # A global backward hook, too, makes a module wrap its input in another tensor.
-    return torch.is_grad_enabled() and _IDENTITY(_PROBE) is not _PROBE
+    return any(_GLOBAL_HOOKS)
 
 
 def frozen(module):
