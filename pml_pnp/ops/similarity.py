@@ -6,7 +6,7 @@ differentiates.
 """
 
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -44,28 +44,20 @@ def query_losses(
     )
     needs_graph = torch.is_grad_enabled() and requires_grad
     if needs_graph or torch.compiler.is_compiling():
-        return _QueryLosses.apply(s, self_similarity, _Call(relation, settings))[0]
+        return _QueryLosses.apply(s, self_similarity, relation, settings)[0]
     return dispatch.kernel_for(s)(s, self_similarity, relation, settings, False)[0]
-
-
-class _Call(NamedTuple):
-    """The arguments that are not tensors, in one, since autograd takes time for each argument."""
-
-    relation: Relation
-    settings: Settings
 
 
 class _QueryLosses(torch.autograd.Function):
     @staticmethod
-    def forward(s, self_similarity, call):
-        relation, settings = call
+    def forward(s, self_similarity, relation, settings):
         if torch.compiler.is_compiling():
             return _losses_and_gradient(s, self_similarity, *relation, *settings)
         return dispatch.kernel_for(s)(s, self_similarity, relation, settings, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        s, self_similarity, (relation, ctx.settings) = inputs
+        s, self_similarity, relation, ctx.settings = inputs
         _, *gradients = output
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -79,9 +71,9 @@ class _QueryLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         with autocast_off(grad.device.type):
-            return *_QueryLosses._gradients(ctx, grad), None
+            return *_QueryLosses._gradients(ctx, grad), None, None
 
     @staticmethod
     def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
