@@ -130,7 +130,6 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
 
     def add_to_memory(self, embeddings, labels, batch_size) -> None:
         """Write embeddings and labels over the oldest ones of the queue."""
-        self._check_fits(batch_size)
         is_filled = self.has_been_filled or self.queue_idx + batch_size >= self.memory_size
         super().add_to_memory(embeddings, labels, batch_size)
         self.has_been_filled = is_filled  # PML takes an empty batch for one that fills the queue
@@ -190,14 +189,11 @@ class CrossBatchMemory(pml.CrossBatchMemory, TakesSums):
             check_tuple(indices_tuple, len(embeddings), min(filled, self.memory_size))
         if enqueue_mask is not None:
             check_enqueue_mask(enqueue_mask, len(embeddings))
-        self._check_fits(len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum()))
-
-    def _check_fits(self, batch_size: int) -> None:
-        """Raise ValueError if the queue is shorter than the batch."""
-        if batch_size > self.memory_size:
+        number = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
+        if number > self.memory_size:
             raise ValueError(
                 f"at most memory_size, {self.memory_size}, embeddings can be enqueued at a time, "
-                f"got {batch_size}"
+                f"got {number}"
             )
 
     def _on_one_device(self, embeddings: Tensor, labels: Tensor) -> Tensor:
