@@ -12,7 +12,7 @@ from pml_pnp.mining import anchors_of, select_pairs
 from pml_pnp.pairs import plain
 
 
-class _Part(NamedTuple):
+class _Description(NamedTuple):
     """Description of the arguments of a rank, as integers, which the ranks exchange."""
 
     is_bad: int = 0  # whether this rank has raised an error
@@ -64,24 +64,24 @@ class Joined:
         self.rank = dist.get_rank()
         is_tensor = isinstance(embeddings, Tensor)
         self.device = device = embeddings.device if is_tensor else _device_of_group()
-        own = _Part(is_bad=1)
+        own = _Description(is_bad=1)
         try:
             if error is not None:
                 raise error
-            own = _checked_part(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask)
+            own = _described(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask)
         except (TypeError, ValueError) as caught:
             error = caught
-        parts = [_Part(*x) for x in _gather(torch.tensor(own, device=device)).tolist()]
-        _raise_if_any(error, [part.is_bad for part in parts])
-        if len({str(part) for part in parts}) > 1:
-            said = "; ".join(f"rank {rank}: {part}" for rank, part in enumerate(parts))
+        ranks = [_Description(*x) for x in _gather(torch.tensor(own, device=device)).tolist()]
+        _raise_if_any(error, [x.is_bad for x in ranks])
+        if len({str(x) for x in ranks}) > 1:
+            said = "; ".join(f"rank {rank}: {x}" for rank, x in enumerate(ranks))
             raise ValueError(f"all ranks must be given the same arguments, got {said}")
-        self.rows = [part.rows for part in parts]
-        self.ref_rows = None if ref_emb is None else [part.ref_rows for part in parts]
-        self.needs_grad = any(x.needs_grad for x in parts)
-        self.ref_needs_grad = any(x.ref_needs_grad for x in parts)
+        self.rows = [x.rows for x in ranks]
+        self.ref_rows = None if ref_emb is None else [x.ref_rows for x in ranks]
+        self.needs_grad = any(x.needs_grad for x in ranks)
+        self.ref_needs_grad = any(x.ref_needs_grad for x in ranks)
         self.own_labels = self.labels = self.ref_labels = self.mask = self.pairs = None
-        dtype = torch.float64 if any(x.floating_labels for x in parts) else torch.int64
+        dtype = torch.float64 if any(x.floating_labels for x in ranks) else torch.int64
         if labels is not None:
             self.own_labels = plain(labels).to(device, dtype)
             self.labels = gather_rows(self.own_labels, self.rows)
@@ -181,7 +181,7 @@ def gather_rows(x: Tensor, rows: list[int]) -> Tensor:
     return torch.cat([part[:number] for part, number in zip(gathered, rows, strict=True)])
 
 
-def _checked_part(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask) -> _Part:
+def _described(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask) -> _Description:
     """Check and describe the arguments of this rank."""
     # The tuple is over the joined batch, whose size is not known yet.
     any_tuple = None if indices_tuple is None else NO_TRIPLETS
@@ -194,7 +194,7 @@ def _checked_part(embeddings, labels, indices_tuple, ref_emb, ref_labels, mask) 
     if embeddings.dtype not in DTYPES:
         raise TypeError(f"embeddings must be of one of {DTYPES}, got {embeddings.dtype}")
     optional = enumerate((labels, ref_emb, ref_labels, mask, indices_tuple))
-    return _Part(
+    return _Description(
         given=sum((x is not None) << bit for bit, x in optional),
         rows=len(embeddings),
         size=embeddings.shape[1],

@@ -150,13 +150,13 @@ def check_rows(count: int, where: str, value: Any) -> None:
 def checked(count: int, output: Any) -> Any:
     """Check a chunk's output, and copy tensors that are views of larger ones."""
 
-    def checked(where: str, value: Any) -> Any:
+    def check_and_copy(where: str, value: Any) -> Any:
         check_rows(count, where, value)
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
         return value
 
-    return map_leaves(checked, "output", output)
+    return map_leaves(check_and_copy, "output", output)
 
 
 def floating_tensors(output: Any) -> dict[str, Tensor]:
