@@ -34,13 +34,13 @@ LARGEST_RANGE = {torch.float32: 160.0, torch.float64: 1400.0}
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def block_entries(device: torch.device) -> int:
-    """Number of sigmoids in a block."""
-    return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+def blocks(s: Tensor, p: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut the pairs of N queries and P positives into blocks of rows and columns; s is (N, M).
 
-
-def blocks(n: int, m: int, p: int, entries: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Cut (N, P) into rows and columns, of `entries` / M pairs in a block, but at least one."""
+    A pair takes M sigmoids. A block has at most CPU_BLOCK or DEVICE_BLOCK, or else one pair.
+    """
+    n, m = s.shape
+    entries = CPU_BLOCK if s.device.type == "cpu" else DEVICE_BLOCK
     pairs = max(1, entries // max(1, m))
     width = min(max(1, p), pairs)
     height = pairs // width
@@ -89,7 +89,7 @@ def losses_and_gradient(
         share = number.clamp_(min=1).to(s.dtype).reciprocal_()
         factor = (scale * share).unsqueeze(1)
     buffers = None
-    for rows, columns in blocks(n, m, width + has_self, block_entries(s.device)):
+    for rows, columns in blocks(s, width + has_self):
         part, block = s[rows], relation.of(rows)
         if buffers is None:  # the first block is the largest
             buffers = s.new_empty(part.shape), s.new_empty(part.numel() * columns[0].stop)
@@ -199,7 +199,7 @@ class NegativesBefore(torch.autograd.Function):
     @staticmethod
     def forward(s: Tensor, t: Tensor, scale: float) -> Tensor:  # noqa: D102
         r = torch.empty_like(t)
-        for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+        for rows, columns in blocks(s, t.shape[1]):
             for cols in columns:
                 x = (s[rows].unsqueeze(1) - t[rows, cols].unsqueeze(2)) * scale
                 torch.sum(x.sigmoid_(), dim=2, out=r[rows, cols])
@@ -215,7 +215,7 @@ class NegativesBefore(torch.autograd.Function):
         # Only differentiable operations, none in place, so that autograd can differentiate this.
         s, t = ctx.saved_tensors
         grad_s, grad_t = [torch.zeros_like(s[:0])], [torch.zeros_like(t[:0])]
-        for rows, columns in blocks(*s.shape, t.shape[1], block_entries(s.device)):
+        for rows, columns in blocks(s, t.shape[1]):
             by_column, total = [torch.zeros_like(t[rows, :0])], torch.zeros_like(s[rows])
             for cols in columns:
                 x = (s[rows].unsqueeze(1) - t[rows, cols].unsqueeze(2)) * ctx.scale
