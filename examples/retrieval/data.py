@@ -33,6 +33,7 @@ from .image_tree import (
     read_zip,
     summary,
     warnings_of,
+    warnings_of_labels,
 )
 from .prepare import Ranges, as_eight_bits, extremes, range_of
 from .processes import on_rank_zero, say
@@ -677,6 +678,7 @@ def _read_csv(data_root: str | None, skipped: list[Skipped]) -> Split:
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     train, test = (list(x.values()) for x in splits.values())
+    say(*warnings_of_labels(s.label for s in (*train, *test)))
     queries = [s for s in test if s.query]
     within = sum(s.gallery for s in queries)
     if within not in (0, len(queries)):
@@ -703,12 +705,13 @@ def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str,
     if split == "test":
         yes_or_no = {"true": True, "1": True, "false": False, "0": False, "": True}
         roles = {x: value(f"is_{x}", yes_or_no) for x in ("query", "gallery")}
-    if not row["path"] or not row["label"]:
+    label = (row["label"] or "").strip()
+    if not row["path"] or not label:
         raise refused("a path and a label", ["path", "label"])
     path = Path(os.path.normpath(file.parent / row["path"]))
     corners = ("x_1", "y_1", "x_2", "y_2")
     if all((row.get(x) or "").strip().lower() in ("", "none", "nan") for x in corners):
-        return split, Sample(str(path), row["label"], path, **roles)
+        return split, Sample(str(path), label, path, **roles)
     try:
         left, top, right, bottom = box = tuple(float(row[x]) for x in corners)
     except (KeyError, TypeError, ValueError) as error:
@@ -716,7 +719,7 @@ def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str,
     if not (left < right and top < bottom):
         raise refused("x_1 < x_2 and y_1 < y_2", corners)
     name = f"{path} [{left:g} {top:g} {right:g} {bottom:g}]"
-    return split, Sample(name, row["label"], path, box=box, **roles)
+    return split, Sample(name, label, path, box=box, **roles)
 
 
 def _reader_of_pml(name: str) -> Callable[[str | None, list[Skipped]], Split]:

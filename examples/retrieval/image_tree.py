@@ -5,7 +5,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -122,13 +122,18 @@ def warnings_of(trees: Sequence[Sequence[Found]], levels: int) -> list[str]:
             f"{deep[0].path}, which counts for the class {deep[0].label}; is the data root one "
             "level too high?"
         )
+    return lines + warnings_of_labels(x.label for x in images)
+
+
+def warnings_of_labels(labels: Iterable[str]) -> list[str]:
+    """What suggests that one class has two names."""
     spelt: dict[str, set[str]] = {}
-    for x in images:
-        spelt.setdefault(x.label.casefold(), set()).add(x.label)
+    for label in set(labels):
+        spelt.setdefault(label.casefold(), set()).add(label)
     alike = [" and ".join(sorted(names)) for names in spelt.values() if len(names) > 1]
-    if alike:
-        lines.append(f"warning: class names that differ in case alone: {', '.join(alike[:5])}")
-    return lines
+    if not alike:
+        return []
+    return [f"warning: class names that differ in case alone: {', '.join(sorted(alike)[:5])}"]
 
 
 class _Walk:

@@ -397,6 +397,16 @@ def test_table_says_which_image_is_of_which_class_and_split(tmp_path):
     assert splits.split_kind == "open set, 0.5 of the classes drawn by --seed 0"
 
 
+def test_labels_of_a_table_are_stripped_and_named_where_they_are_alike(tmp_path, capsys):
+    rows = table_rows(tmp_path)
+    for row, label in ((rows[0], " a"), (rows[10], "c "), (rows[11], "C"), (rows[12], "C")):
+        row["label"] = label
+    splits = load("csv", write_table(tmp_path, rows))
+    assert class_names(splits.train) == {"a", "b"}
+    assert class_names(splits.test) == {"C", "c", "d"}
+    assert "warning: class names that differ in case alone: C and c\n" in capsys.readouterr().out
+
+
 def test_boxes_are_cut_out_of_the_upright_image_and_what_is_outside_left_out(tmp_path):
     rows = table_rows(tmp_path)
     exif = Image.Exif()
