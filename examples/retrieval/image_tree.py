@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import stat
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -129,11 +130,15 @@ def warnings_of_labels(labels: Iterable[str]) -> list[str]:
     """What suggests that one class has two names."""
     spelt: dict[str, set[str]] = {}
     for label in set(labels):
-        spelt.setdefault(label.casefold(), set()).add(label)
-    alike = [" and ".join(sorted(names)) for names in spelt.values() if len(names) > 1]
+        plain = unicodedata.normalize("NFKC", label).casefold().strip()
+        spelt.setdefault(plain, set()).add(label)
+    alike = [" and ".join(map(repr, sorted(x))) for x in spelt.values() if len(x) > 1]
     if not alike:
         return []
-    return [f"warning: class names that differ in case alone: {', '.join(sorted(alike)[:5])}"]
+    return [
+        "warning: class names that differ in case, blanks or Unicode form alone: "
+        + ", ".join(sorted(alike)[:5])
+    ]
 
 
 class _Walk:

@@ -152,8 +152,15 @@ def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
     assert {x.name: x.reason for x in skipped} == expected
     assert len(skipped) == len(expected)
     out = capsys.readouterr().out
-    assert "differ in case alone: Greek/c0 and greek/c0" in out
+    assert "Unicode form alone: 'Greek/c0' and 'greek/c0'" in out
     assert "images lie in folders inside a class folder" in out
+
+
+def test_class_names_that_look_alike_are_named():
+    for alike in (["caf\u00e9", "cafe\u0301"], ["cat", "cat "], ["\ufb01sh", "Fish"]):
+        (line,) = image_tree.warnings_of_labels([*alike, "dog", "dog"])
+        assert line.endswith(" alone: " + " and ".join(map(repr, sorted(alike))))
+    assert not image_tree.warnings_of_labels(["caf\u00e9", "cafe", "a b", "ab"])
 
 
 def test_members_of_a_zip_that_are_used_and_others(tmp_path):

@@ -404,7 +404,7 @@ def test_labels_of_a_table_are_stripped_and_named_where_they_are_alike(tmp_path,
     splits = load("csv", write_table(tmp_path, rows))
     assert class_names(splits.train) == {"a", "b"}
     assert class_names(splits.test) == {"C", "c", "d"}
-    assert "warning: class names that differ in case alone: C and c\n" in capsys.readouterr().out
+    assert "Unicode form alone: 'C' and 'c'\n" in capsys.readouterr().out
 
 
 def test_boxes_are_cut_out_of_the_upright_image_and_what_is_outside_left_out(tmp_path):
