@@ -65,10 +65,16 @@ def run(args: argparse.Namespace) -> int:
     accept_changed_files = given.pop("accept_changed_files", False)
     if place.resume and "config" in given:
         raise UserError("--resume continues a run as it is configured; leave out --config")
+    typed_root = "data_root" in given
     if "config" in given:
         given = with_file(given.pop("config"), given)
     earlier = place.earlier_run()
     run, config = resumed(earlier, given, place.flag) if earlier else (None, configured(given))
+    if typed_root and config["dataset"] == "digits":
+        raise UserError(
+            "--data-root: digits are part of scikit-learn and read from no folder; to train on the "
+            "images there add --dataset folder or, if it is a table, --dataset csv"
+        )
     require({**NEEDS, **(report.NEEDS if with_report else {})})
     device = find_device(config["device"])
     _set_threads(config)

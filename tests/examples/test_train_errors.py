@@ -54,6 +54,8 @@ MISTAKES = {
     "--name a/b": "--name: expected a folder name without separators, got 'a/b'",
     "--name ..": "--name: expected a folder name without separators, got '..'",
     "--test-fraction 0.3": "--test-fraction: digits has a split of its own here",
+    "--data-root .": "--data-root: digits are part of scikit-learn and read from no folder; to "
+    "train on the images there add --dataset folder or, if it is a table, --dataset csv",
     "--dataset omniglot": "omniglot needs --data-root, or the environment variable PML_PNP_DATA",
     "--dataset omniglot --data-root absent": "omniglot: the data root is not a folder: absent",
     "--dataset omniglot --data-root .": "omniglot not found in .: expected images_background",
