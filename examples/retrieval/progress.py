@@ -93,8 +93,9 @@ def harm(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
     if config["loss"] != "PNPLoss" or not PNP_ARGS.items() <= config["loss_args"].items():
         arguments = " ".join(f"{name}={value}" for name, value in PNP_ARGS.items())
         tries.append(f"--loss PNPLoss --loss-args {arguments}")
+    which = "known" if metrics["closed_set"] else "unseen"
     return [
-        f"Training made retrieval of unseen classes worse: MAP@R fell from {before:.4f} to "
+        f"Training made retrieval of {which} classes worse: MAP@R fell from {before:.4f} to "
         f"{after:.4f}.",
         f"What may help: {'; '.join(tries)}. See docs/training_example.md and docs/retrieval.md.",
     ]

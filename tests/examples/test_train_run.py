@@ -153,12 +153,14 @@ def test_log_holds_errors_warnings_and_tracebacks(main, trained, tmp_path, monke
     assert "--lr" not in log.partition("interrupted")[2]
 
 
-def test_loss_of_zero_and_worse_retrieval_are_told(trained, capsys, monkeypatch):
-    def test_best(self):
-        return {k: v - 0.01 for k, v in self.state["untrained"].items()}
+def worse(self):
+    """Instead of the test of what was trained."""
+    return {k: v - 0.01 for k, v in self.state["untrained"].items()}
 
+
+def test_loss_of_zero_and_worse_retrieval_are_told(trained, capsys, monkeypatch):
     forward = ContrastiveLoss.forward
-    monkeypatch.setattr(Training, "test_best", test_best)
+    monkeypatch.setattr(Training, "test_best", worse)
     monkeypatch.setattr(ContrastiveLoss, "forward", lambda *args: 0 * forward(*args))
     trained("--ema-decay", 0, "--loss", "ContrastiveLoss")
     out = capsys.readouterr().out
@@ -363,8 +365,9 @@ def test_closed_set_is_called_so_and_the_data_root_saved_is_absolute(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PML_PNP_DATA", "data")
     at = quick.index("--data-root")
+    monkeypatch.setattr(Training, "test_best", worse)
     arguments = [*quick[:at], *quick[at + 2 :], "--epochs", 1, "--output-dir", tmp_path]
-    assert main(*arguments, "--name", "run") == 0
+    assert main(*arguments, "--name", "run", "--report") == 0
     metrics, config = (strict_json(tmp_path / "run" / x) for x in ("metrics.json", "config.json"))
     assert metrics["closed_set"] and metrics["test_classes"] == 10
     assert config["split"] == metrics["split"]
@@ -372,3 +375,7 @@ def test_closed_set_is_called_so_and_the_data_root_saved_is_absolute(
     out = capsys.readouterr().out
     assert "split: closed set, the classes of the test are trained on" in out
     assert "folder, 10 known classes, closed set  untrained  trained" in out
+    assert "Training made retrieval of known classes worse" in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    for told in (">10 known", "Training made the retrieval of known", "Map of the known"):
+        assert f"{told} classes" in page
