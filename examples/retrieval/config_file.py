@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .by_name import parse_arguments
+from .disk import plain_path
 from .errors import UserError
 
 MAPPINGS = ("loss_args", "beside_args", "miner_args")
@@ -44,7 +45,7 @@ def read_config(
             settings[key] = _value(f"{where}: {key}", key, value, flags, defaults)
     if "data_root" in settings:
         root = os.path.expanduser(settings["data_root"])
-        settings["data_root"] = os.path.normpath(os.path.join(os.path.dirname(path), root))
+        settings["data_root"] = plain_path(os.path.join(os.path.dirname(path), root))
     return settings
 
 

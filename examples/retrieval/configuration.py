@@ -31,6 +31,7 @@ from .data import (
     RetrievalSplits,
     splits_of,
 )
+from .disk import plain_path
 from .errors import UserError
 from .image_list import OTHER_ROOT, ImageList
 from .metrics import RECALL_AT
@@ -418,7 +419,9 @@ def splits_of_run(run: RunFolder, config: dict[str, Any], data_root: str | None)
 def absolute_root(config: dict[str, Any]) -> str | None:
     """Where the data are, to continue from another folder and without the variable."""
     root = config["data_root"] or os.environ.get(DATA_ROOT_VARIABLE)
-    return os.path.abspath(root) if root and config["dataset"] != "digits" else None
+    if not root or config["dataset"] == "digits":
+        return None
+    return plain_path(os.path.join(os.getcwd(), root))
 
 
 def resumed(

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from . import benchmark_sets
 from .benchmark_sets import BENCHMARK_SETS
+from .disk import plain_path
 from .errors import UserError
 from .image_tree import (
     NO_FORMAT,
@@ -708,7 +709,7 @@ def _row_of_csv(file: Path, line: int, row: dict[str, str | None]) -> tuple[str,
     label = (row["label"] or "").strip()
     if not row["path"] or not label:
         raise refused("a path and a label", ["path", "label"])
-    path = Path(os.path.normpath(file.parent / row["path"]))
+    path = Path(plain_path(file.parent / row["path"]))
     corners = ("x_1", "y_1", "x_2", "y_2")
     if all((row.get(x) or "").strip().lower() in ("", "none", "nan") for x in corners):
         return split, Sample(str(path), label, path, **roles)

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and an error of one line where the disk refuses."""
+"""Writing files whole or not at all, an error of one line where the disk refuses, and paths."""
 
 import csv
 import os
@@ -12,6 +12,14 @@ from typing import Any
 from .errors import UserError
 
 BESIDE = ".tmp"  # ends the name of a file that is not complete
+
+
+def plain_path(path: str | Path) -> str:
+    """A path without `.` and `..`, of what the system finds: it follows a link before a `..`."""
+    plain = os.path.normpath(path)
+    if ".." in Path(path).parts and os.path.realpath(plain) != os.path.realpath(path):
+        return os.path.realpath(path)
+    return plain
 
 
 @contextmanager

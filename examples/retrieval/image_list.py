@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .data import RetrievalSplits, Sample
+from .disk import plain_path
 from .errors import UserError
 from .processes import say
 from .run_folder import RunFolder
@@ -49,7 +50,7 @@ class ImageList:
         self.splits = splits
         self.root = config["data_root"]
         is_table = self.root is not None and os.path.isfile(self.root)
-        self.folder = os.path.dirname(self.root) or "." if is_table else self.root
+        self.folder = plain_path(os.path.dirname(self.root)) if is_table else self.root
         self.with_checksums = not config["skip_verify"]
 
     def read(self) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from retrieval.configuration import configured, parser, with_file
+from retrieval.configuration import absolute_root, configured, parser, with_file
 
 
 @pytest.fixture
@@ -77,6 +77,15 @@ def test_data_root_starts_from_the_folder_of_the_file(read, tmp_path, root, expe
     expected = expected.format(tmp_path, os.path.expanduser("~"))
     assert read(f"data_root: {root}")["data_root"] == expected
     assert read(f"data_root: {root}", "--data-root", "typed")["data_root"] == "typed"
+
+
+def test_data_root_beside_a_linked_folder_is_what_the_system_finds(read, tmp_path):
+    (tmp_path / "real" / "settings").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/settings")
+    expected = os.path.realpath(tmp_path / "real" / "data")
+    assert read("data_root: ../data", name="link/file.yaml")["data_root"] == expected
+    typed = {"dataset": "folder", "data_root": f"{tmp_path}/link/../data"}
+    assert absolute_root(typed) == expected
 
 
 # The text of a file -> what the message says after the file's name.

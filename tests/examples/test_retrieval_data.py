@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from benchmark_trees import class_names, png, write, write_classes
 from PIL import Image
 from retrieval.data import load_splits
 from retrieval.errors import UserError
+from retrieval.image_list import ImageList
 from retrieval.network import load_best
 
 
@@ -405,6 +407,26 @@ def test_labels_of_a_table_are_stripped_and_named_where_they_are_alike(tmp_path,
     assert class_names(splits.train) == {"a", "b"}
     assert class_names(splits.test) == {"C", "c", "d"}
     assert "Unicode form alone: 'C' and 'c'\n" in capsys.readouterr().out
+
+
+def test_a_table_in_a_linked_folder_names_the_files_that_the_system_finds(tmp_path):
+    rows = table_rows(tmp_path / "real" / "images")
+    write_classes(tmp_path / "images", "abcd", 4)  # others
+    write_classes(tmp_path / "real" / "folder", "c")
+    for row in rows:
+        row["path"] = row["path"] if row["label"] == "c" else f"../images/{row['path']}"
+    write_table(tmp_path / "real" / "folder", rows)
+    link = tmp_path / "link"
+    link.symlink_to("real/folder")
+    root = str(link / "table.csv")
+    splits = load("csv", root)
+    images = Path(os.path.realpath(tmp_path / "real" / "images"))
+    expected = {images / label / f"{i}.png" for label in "abd" for i in range(5)}
+    expected |= {link / "c" / f"{i}.png" for i in range(5)}  # as before, where nothing is wrong
+    found = [s.source for x in (splits.train, splits.val, splits.test) for s in x.samples]
+    assert set(found) == expected and not splits.skipped
+    listed = ImageList(splits, {"data_root": root, "skip_verify": True}).entries
+    assert {path for path, label in listed if label == "c"} == {f"c/{i}.png" for i in range(5)}
 
 
 def test_boxes_are_cut_out_of_the_upright_image_and_what_is_outside_left_out(tmp_path):
