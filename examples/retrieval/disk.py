@@ -40,7 +40,7 @@ def writing(path: Path, database: Path | None = None) -> Iterator[None]:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a kill leaves the old file or the new one.
+    """Write beside `path`, then rename: a kill or a power cut leaves the old file or the new one.
 
     Raises:
         UserError: As `writing`; the file beside it is removed.
@@ -49,6 +49,8 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     with writing(path):
         try:
             write(beside)
+            with beside.open("r+b") as file:  # on the disk before its name is
+                os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)

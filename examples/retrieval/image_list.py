@@ -43,6 +43,9 @@ class Entry(NamedTuple):
         return self._replace(crc32=earlier.crc32)
 
 
+HEADER = ["path", "class", *Entry._fields]
+
+
 class ImageList:
     """The images of a run as they are now."""
 
@@ -74,7 +77,7 @@ class ImageList:
         """Write the list to the run's folder; what is not known now stays as it was."""
         before = read(run)
         rows = ([*key, *entry.filled_by(before.get(key))] for key, entry in self.entries.items())
-        run.write_table(FILE, ("path", "class", *Entry._fields), rows)
+        run.write_table(FILE, HEADER, rows)
 
     def check(self, run: RunFolder, accept_changed_files: bool) -> None:
         """Compare with the list of the run or, if an earlier version made it, with its numbers.
@@ -150,7 +153,10 @@ def read(run: RunFolder) -> dict[Key, Entry]:
     """The list of a run; empty if an earlier version made the run, which wrote none."""
     try:
         with (run.path / FILE).open(newline="", encoding="utf-8") as file:
-            return {(path, label): Entry(*rest) for path, label, *rest in [*csv.reader(file)][1:]}
+            header, *rows = [*csv.reader(file)] or [[]]
+            if header != HEADER or not rows:  # no list of earlier versions
+                raise ValueError(f"expected {','.join(HEADER)} and a line for each image")
+            return {(path, label): Entry(*rest) for path, label, *rest in rows}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, csv.Error) as error:

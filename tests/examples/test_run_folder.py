@@ -14,7 +14,7 @@ import torch
 from damage import Code, damaged, same
 from record_keeper.db_utils import DBManager
 from retrieval import image_list, records, screen
-from retrieval.disk import writing
+from retrieval.disk import replace, writing
 from retrieval.errors import UserError
 from retrieval.records import Curves
 from retrieval.run_folder import RunFolder, RunLock
@@ -166,9 +166,17 @@ def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):
         except UserError:
             refused += 1
     assert refused > 80
-    path.write_text("path,bytes\n0/00.png,1\n")
-    with pytest.raises(UserError, match=f"cannot read {path}: "):
-        image_list.read(folder)
+    for wrong in ("path,bytes\n0/00.png,1\n", "", "path,class,split,bytes,crc32\n"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=f"cannot read {path}: expected path,class,split,bytes"):
+            images.check(folder, accept_changed_files=False)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, seen = tmp_path / "file", []
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append((path.exists(), os.fstat(fd).st_size)))
+    replace(path, lambda beside: beside.write_text("text"))
+    assert seen == [(False, 4)] and path.read_text() == "text"
 
 
 # Files to which nothing can be written. Those that are replaced are written beside it before.
