@@ -9,6 +9,7 @@ precision.
 """
 
 import argparse
+import csv
 import json
 import statistics
 import textwrap
@@ -32,6 +33,8 @@ PARTS = ("untrained", "trained")
 NO_SETTINGS = {*RESUMABLE, "seed"} - {"epochs", "data_root", "grad_cache"}
 IN_OTHER_COLUMNS = {"loss", "loss_args", "beside"}
 WIDTH = 100  # of the lines of settings
+FIRST_COLUMNS = ["run", "loss", "loss_args"]  # of the data file
+LAST_COLUMN = "training_seconds"
 
 
 class Run:
@@ -81,12 +84,18 @@ def parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    flags.add_argument("--csv", metavar="FILE", help="write the table there as data, too")
+    flags.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write the table there as data, too; no file is replaced but such a table",
+    )
     return flags
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
+    if args.csv and Path(args.csv).exists() and not _is_of_this_command(Path(args.csv)):
+        raise UserError(f"--csv: {args.csv} exists and is no table of compare; name a new file")
     runs = [Run(path) for path in args.runs]
     differing = differing_settings(runs)
     say(*as_text(_header(), _groups(runs, differing)), *_notes(runs))
@@ -116,9 +125,9 @@ def data_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[Any]]:
     measured = metric_names(k for x in runs for k in x.recall_at)
     columns = [(part, metric) for part in PARTS for metric in measured]
     rows = [
-        ["run", "loss", "loss_args", *settings, "seed", "best_epoch", "epochs_trained"]
+        [*FIRST_COLUMNS, *settings, "seed", "best_epoch", "epochs_trained"]
         + [f"{part}_{metric}" for part, metric in columns]
-        + ["training_seconds"]
+        + [LAST_COLUMN]
     ]
     for x in runs:
         metrics = x.metrics or {}
@@ -130,6 +139,18 @@ def data_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[list[Any]]:
             + [x.seconds]
         )
     return rows
+
+
+def _is_of_this_command(path: Path) -> bool:
+    """Whether it is a data file, by its header."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error):
+        return False
+    return header[:3] == FIRST_COLUMNS and header[-1] == LAST_COLUMN
 
 
 def as_text(

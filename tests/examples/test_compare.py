@@ -173,11 +173,16 @@ def test_many_settings_make_no_wide_table(make, compare):
     [
         ("runs", "no run in runs: it holds no config.json; there is a run in runs/"),
         ("runs/a --csv nowhere/x.csv", "cannot write nowhere/x.csv: No such file or directory\n"),
+        *(
+            (f"runs/a --csv {x}", f"--csv: {x} exists and is no table of compare; name a new file")
+            for x in ("runs/a/images.csv", "runs/a/config.json", "binary", "runs")
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(make, compare, tmp_path, arguments, message):
     (tmp_path / "runs").mkdir()
-    make("runs/a")
+    make("runs/a", images=["0/a.png,0,train,9,aa"])
+    (tmp_path / "binary").write_bytes(b"\xff\0")
     err, code = compare(*arguments.split())[2:]
     assert code == 2
     assert err.startswith(f"compare: error: {message}") and err.count("\n") == 1
