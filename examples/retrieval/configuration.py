@@ -218,7 +218,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     add(training, "--samples-per-class", "images of each class in a batch", type=positive)
     add(training, "--epochs", "epochs at most *", type=positive)
-    add(training, "--patience", "epochs without improvement before stopping", type=natural)
+    add(
+        training,
+        "--patience",
+        "training stops after more epochs than this without improvement",
+        type=natural,
+    )
     add(
         training,
         "--recall-at",

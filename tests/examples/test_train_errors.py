@@ -180,6 +180,7 @@ def test_help_explains_test_and_validation_and_lists_the_commands(command, capsy
         "whole classes are held out",
         "split by --test-fraction, and --seed draws the classes",
         "the test is closed-set",
+        "stops after more epochs than this without improvement",
         "the number changes the last digits of results",
     ):
         assert said in out
