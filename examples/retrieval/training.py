@@ -217,6 +217,16 @@ def schedule(config: dict[str, Any], epochs: float, iteration: float) -> float:
     return config["lr_gamma"] ** passed
 
 
+def _follow_schedules(trainer: RetrievalTrainer) -> None:
+    """Set the rates of the coming iteration, where a checkpoint has those of a shorter cosine."""
+    for scheduler in trainer.lr_schedulers.values():
+        factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+        for group, rate, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, factors, strict=True
+        ):
+            group["lr"] = rate * factor
+
+
 def _in_chunks(trunk: torch.nn.Module, chunk_size: int) -> torch.nn.Module:
     return GradCache(trunk, chunk_size) if chunk_size else trunk
 
@@ -295,6 +305,9 @@ class Training:
             self._save()
         else:
             restore(self.trainer, checkpoint["shared"], checkpoint["own"][rank()])
+            trained_for = json.loads(checkpoint.get("config") or "{}").get("epochs")
+            if trained_for != self.config["epochs"]:
+                _follow_schedules(self.trainer)
             say(f"continues after epoch {epoch} of {self.config['epochs']}", "")
 
     def _check_recorded(self) -> None:

@@ -100,6 +100,14 @@ def test_warmup_cosine_and_milestones_reach_every_optimizer(whole, curves):
     assert last_rates(whole("proxies")[0]) == pytest.approx(expected)
 
 
+def test_a_longer_cosine_begins_where_the_run_continues(whole, main, curves, tmp_path):
+    run = shutil.copytree(whole("schedule")[0], tmp_path / "run")
+    assert main("--resume", run, "--epochs", 5, "--no-report") == 0
+    found = dict(curves(run)["learning_rates/trunk"])
+    expected = 0.001 * (1 + math.cos(math.pi * 22 / 44)) / 2
+    assert found[33] == pytest.approx(expected)  # the first of 11 steps of the fourth epoch
+
+
 def last_rates(run):
     optimizers = torch.load(run / "checkpoints" / "last.pt")["shared"]["optimizers"]
     return {k: v["param_groups"][0]["lr"] for k, v in optimizers.items()}
