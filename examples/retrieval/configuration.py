@@ -322,6 +322,8 @@ def with_file(path: str, typed: dict[str, Any]) -> dict[str, Any]:
             given.pop(arguments, None)
         if arguments in typed:
             typed[arguments] = {**given.get(arguments, {}), **typed[arguments]}
+    if "lr" in typed and given.get("loss_lr") == given.get("lr"):
+        given.pop("loss_lr", None)  # a run records it although it is as --lr by default
     return {**given, **typed}
 
 
