@@ -9,7 +9,7 @@ similarity. A query that lies in the folder is not found itself.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,18 @@ def run(args: argparse.Namespace) -> int:
         sheet.check(args.sheet)
     if args.csv and Path(args.csv).exists():
         raise UserError(f"--csv: {args.csv} exists; name a new file")
-    queries = _queries(Path(args.query))
+    skipped: list[Skipped] = []
+    queries = _queries(Path(args.query), skipped)
+    _say_skipped(skipped, args.query)
     index = Index(args.run, args.index, find_device(args.device), args.workers)
-    if index.skipped:
-        say(f"skipped {len(index.skipped)} files and folders:", *summary_of(index.skipped))
+    _say_skipped(index.skipped, args.index)
     say(
         f"index: {len(index.files)} images below {args.index}, {index.embedded} embedded now, "
         f"{index.removed} removed; {index.kept}"
     )
-    skipped: list[Skipped] = []
-    embeddings, places = index.embed(queries, skipped)
-    for x in skipped:
+    unread: list[Skipped] = []
+    embeddings, places = index.embed(queries, unread)
+    for x in unread:
         say(f"skipped {x.name}: {x.reason}")
     if not places:
         raise UserError(f"no image that can be read in {args.query}")
@@ -75,12 +76,17 @@ def _line(text: str) -> str:
     return text.replace("\n", "\\n")  # in the name of a file
 
 
-def _queries(path: Path) -> list[str]:
+def _say_skipped(skipped: Sequence[Skipped], folder: str) -> None:
+    if skipped:
+        say(f"skipped {len(skipped)} files and folders below {folder}:", *summary_of(skipped))
+
+
+def _queries(path: Path, skipped: list[Skipped]) -> list[str]:
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
         raise UserError(f"expected an image or a folder of images to search for, got {path}")
-    return [str(x.path) for x in read_trees([path], 0, [])[0]]
+    return [str(x.path) for x in read_trees([path], 0, skipped)[0]]
 
 
 def _rows(queries: list[str], found: list[list[Neighbor]]) -> Iterator[tuple[Any, ...]]:

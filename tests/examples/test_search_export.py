@@ -158,10 +158,16 @@ def test_files_that_are_no_images_are_named_every_time(search, folder):
     os.mkfifo(folder / "7" / "pipe.png")
     for embedded_now in (48, 0, 1):
         out = search()
-        assert "skipped 3 files" in out and "1 x a pipe, socket or device" in out
+        assert f"skipped 3 files and folders below {folder}:" in out
+        assert "1 x a pipe, socket or device" in out
         assert f"48 images below {folder}, {embedded_now} embedded now" in out
         if embedded_now == 0:
             shutil.copy(folder / "7" / "00.png", folder / "7" / "01.png")
+    queries = folder.with_name("queries")
+    shutil.copytree(folder / "8", queries)
+    (queries / "notes.txt").touch()
+    out = search(query=queries)
+    assert f"skipped 1 files and folders below {queries}:\n  1 x not a format" in out
 
 
 def test_a_run_that_cannot_be_written_is_searched(search, run, folder, tmp_path):
