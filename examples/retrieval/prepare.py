@@ -116,7 +116,7 @@ def as_eight_bits(image: Image.Image, ranges: Ranges | None = None) -> Image.Ima
     Raises:
         ValueError: If floating-point pixels are not finite.
     """
-    black_and_white: Sequence[float] = (0, _white_of_16_bits(image))
+    black_and_white = _range_of_16_bits(image)
     if kind := kind_of_unknown_depth(image):
         black_and_white = (ranges or {}).get(kind) or range_of(*extremes(image))
     image = _upright(image)
@@ -158,10 +158,12 @@ def range_of(kind: str, low: float, high: float) -> tuple[float, float]:
     return (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
 
 
-def _white_of_16_bits(image: Image.Image) -> int:
-    """White where pixels have 16 bits or, as a TIFF may say, fewer of them."""
-    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
-    return 2 ** max(bits) - 1
+def _range_of_16_bits(image: Image.Image) -> Sequence[float]:
+    """Black and white where pixels have 16 bits or, as a TIFF may say, fewer, or 0 for white."""
+    tags = getattr(image, "tag_v2", {})
+    largest = 2 ** max(tags.get(ExifTags.Base.BitsPerSample, (16,))) - 1
+    white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return (largest, 0) if white_is_zero else (0, largest)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -180,7 +182,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _scaled(image: Image.Image, black: float, white: float) -> Image.Image:
     pixels = _finite_pixels(image)
-    scaled = (pixels - black) * (WHITE / max(white - black, 1e-12))
+    span = math.copysign(max(abs(white - black), 1e-12), white - black)
+    scaled = (pixels - black) * (WHITE / span)
     if "transparency" in image.info:
         scaled[pixels == image.info["transparency"]] = WHITE
     return Image.fromarray(scaled.round().clip(0, WHITE).astype(np.uint8))

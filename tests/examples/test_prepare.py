@@ -51,6 +51,9 @@ SAME = {
     "YCbCr": stored(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
     "I;16 PNG": stored(wide(np.uint16, 257), "PNG"),
     "I;16 TIFF": stored(wide(np.uint16, 257), "TIFF"),
+    "I;16 TIFF, 0 is white": stored(
+        Image.fromarray(65535 - RAMP.astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0}
+    ),
     "I;12 TIFF": tiff_of_12_bits(),
     "I of 8 bits": stored(wide(np.int32, 1), "TIFF"),
     "I of 16 bits": stored(wide(np.int32, 257), "TIFF"),
