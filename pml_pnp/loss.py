@@ -184,11 +184,8 @@ class PNPLoss(BaseMetricLossFunction):
         ref_labels: Tensor | None = None,
     ) -> Any:
         """Compute the loss; the class docstring describes the arguments."""
-        if torch.compiler.is_compiling() and (
-            indices_tuple is not None or is_autocast_on(embeddings.device.type)
-        ):
+        if indices_tuple is not None and torch.compiler.is_compiling():
             # The length of a tuple changes from call to call, and each length would be compiled.
-            # The backward of a compiled product would round to the type of the caller's autocast.
             eagerly = torch.compiler.disable(self.forward)
             return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         given_tuple = None if isinstance(indices_tuple, QueryColumns) else indices_tuple
@@ -201,6 +198,10 @@ class PNPLoss(BaseMetricLossFunction):
         dtype = at_least_float32(embeddings.dtype)
         device = embeddings.device.type
         autocast = is_autocast_on(device)
+        if autocast and torch.compiler.is_compiling():
+            # The backward of a compiled product would round to the type of the caller's autocast.
+            eagerly = torch.compiler.disable(self.forward)
+            return eagerly(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         with autocast_off(device):
             references = () if ref_emb is None else (plain(ref_emb).to(dtype), ref_labels)
             loss = super().forward(embeddings.to(dtype), labels, indices_tuple, *references)

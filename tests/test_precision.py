@@ -62,6 +62,8 @@ def test_a_compiled_gradient_is_as_accurate_under_autocast():
     z = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loss = compiled(z, y)
+        with pytest.raises(TypeError, match="embeddings must be a tensor, got list"):
+            compiled([1.0], y[:1])
     loss.backward()
     torch.testing.assert_close((loss.double(), z.grad.double()), want, rtol=1e-4, atol=1e-6)
 

@@ -174,7 +174,7 @@ def are_nearly_same(embeddings: torch.Tensor) -> bool:
     Their mean squared distance from their mean, at a length of 1, is below 1e-5; of similarities in
     float32 some 1e-7 is rounding.
     """
-    mean = torch.nn.functional.normalize(embeddings.double()).mean(dim=0)
+    mean = torch.nn.functional.normalize(embeddings).mean(dim=0, dtype=torch.float64)
     return len(embeddings) > 1 and 1 - float(mean @ mean) < 1e-5
 
 

@@ -1,6 +1,5 @@
 """The network of a run: as its configuration says, and as it was trained."""
 
-import textwrap
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,7 +12,7 @@ from .embeddings import embed_samples
 from .errors import UserError
 from .prepare import Prepare
 from .processes import find_device, say
-from .run_folder import BEST, CONFIG, RunFolder
+from .run_folder import BEST, CONFIG, RunFolder, misfit
 from .seeding import seed_everything
 from .trunks import IMAGE_SIZES, LITE, SMALL, SmallTransform, Trunk, build_trunk
 
@@ -107,6 +106,6 @@ def load_best(path: str | PathLike[str]) -> Trained:
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{run.checkpoints / BEST} does not fit the settings of its run, {run.path / CONFIG} "
-            f"({textwrap.shorten(str(error), 200)})"
+            f"({misfit(error)})"
         ) from error
     return Trained(torch.nn.Sequential(trunk.module, embedder).eval(), trunk.eval_transform)

@@ -370,13 +370,17 @@ def restore(trainer: BaseTrainer, shared: dict[str, Any], own: dict[str, Any]) -
     except torch.cuda.OutOfMemoryError:  # a RuntimeError that says nothing of the checkpoint
         raise
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
         raise UserError(
             "the checkpoint last.pt does not fit the settings of its run; another version of this "
-            f"program, or of torch, may have written it ({reason})"
+            f"program, or of torch, may have written it ({misfit(error)})"
         ) from error
     trainer.sampler.labels[:] = own["sampler"]
     _set_random_state(own["random"], trainer.data_device)
+
+
+def misfit(error: Exception) -> str:
+    """Why a state does not fit, in a line, from what was raised when it was loaded."""
+    return f"no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
