@@ -1,6 +1,7 @@
 """Small data sets of images, among them some in the exact layout of those of the literature."""
 
 import io
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,49 +45,39 @@ def class_names(images):
 
 def write_products(root):
     """Stanford_Online_Products.zip, unpacked."""
-    base = root / "Stanford_Online_Products"
-    number = 0
-    every = []
-    for split, classes in (("train", TRAIN), ("test", TEST)):
-        rows = []
-        for c in classes:
-            kind = 1 + c % 2
-            folder = ("bicycle_final", "cabinet_final")[kind - 1]
-            for i in range(IMAGES):
-                number += 1
-                path = f"{folder}/{111085122870 + c}_{i}.JPG"
-                rows.append(f"{number} {c} {kind} {path}\n")
-                write(base / path, jpeg(number))
-        every += rows
-        header = "image_id class_id super_class_id path\n"
-        write(base / f"Ebay_{split}.txt", "".join([header, *rows]))
-    write(base / "Ebay_info.txt", "".join([header, *every]))
+    base, header = root / "Stanford_Online_Products", "image_id class_id super_class_id path\n"
+    rows = {"train": "", "test": ""}
+    for number, (c, i) in enumerate(product((*TRAIN, *TEST), range(IMAGES)), start=1):
+        folder = ("bicycle_final", "cabinet_final")[c % 2]
+        path = f"{folder}/{111085122870 + c}_{i}.JPG"
+        rows["train" if c in TRAIN else "test"] += f"{number} {c} {1 + c % 2} {path}\n"
+        write(base / path, jpeg(number))
+    for name, text in (*rows.items(), ("info", rows["train"] + rows["test"])):
+        write(base / f"Ebay_{name}.txt", header + text)
     write(base / "bicycle_final.txt", "")
 
 
 def write_inaturalist(root):
     """Both tar files of the competition and the split of Smooth-AP, unpacked."""
     for split, classes in (("train", TRAIN), ("test", TEST)):
-        lines = []
-        for c in classes:
-            for i in range(IMAGES):
-                path = f"train_val2018/{('Plantae', 'Aves')[c % 2]}/{7470 + c}/{c:016x}{i:016x}.jpg"
-                lines.append(path + "\n")
-                write(root / path, jpeg(100 * c + i))
-        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", "".join(lines))
+        paths = ""
+        for c, i in product(classes, range(IMAGES)):
+            path = f"train_val2018/{('Plantae', 'Aves')[c % 2]}/{7470 + c}/{c:016x}{i:016x}.jpg"
+            paths += path + "\n"
+            write(root / path, jpeg(100 * c + i))
+        write(root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt", paths)
     write(root / "train_val2018/Plantae/9999/0.jpg", jpeg(0))  # in neither list
 
 
 def write_vehicles(root):
     """PKU VehicleID, unpacked, with the lists of 2, 3 and 4 vehicles as those of 800 and more."""
     base = root / "VehicleID_V1.0"
-    rows = {c: [f"{100 * c + i:07d} {c}" for i in range(IMAGES)] for c in (*TRAIN, *TEST)}
-    for lines in rows.values():
-        for line in lines:
-            write(base / "image" / f"{line.split()[0]}.jpg", jpeg(int(line.split()[0])))
+    rows = dict.fromkeys((*TRAIN, *TEST), "")
+    for c, i in product(rows, range(IMAGES)):
+        rows[c] += f"{100 * c + i:07d} {c}\n"
+        write(base / "image" / f"{100 * c + i:07d}.jpg", jpeg(100 * c + i))
     lists = {"train_list": TRAIN}
     lists |= {f"test_list_{n}": TEST[:m] for n, m in ((800, 2), (1600, 3), (2400, 4))}
     for name, classes in lists.items():
-        text = "".join(f"{line}\n" for c in classes for line in rows[c])
-        write(base / "train_test_split" / f"{name}.txt", text)
+        write(base / "train_test_split" / f"{name}.txt", "".join(rows[c] for c in classes))
     write(base / "attribute" / "model_attr.txt", "1 0\n")

@@ -7,7 +7,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from helpers import Bilinear, Scale
+from helpers import Bilinear, Scale, raised, value_and_grad
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -168,9 +168,9 @@ def data(rows, case, step):
     y, ref_y = (torch.randint(0, 4, (n,), generator=g) for _ in range(2))
     mask = torch.rand(n, generator=g) < 0.6
     kind = case.get("labels")
-    if kind == "unique" or kind == "unique on rank 1":
-        y = torch.where(torch.arange(n) < rows[0] * (kind != "unique"), y, torch.arange(n) + 4)
-        y[sum(rows[:2]) :] = y[sum(rows[:2]) :] % (4 if kind != "unique" else 100)
+    if kind in ("unique", "unique on rank 1"):
+        unique = slice(0, n) if kind == "unique" else slice(rows[0], sum(rows[:2]))
+        y[unique] = torch.arange(4, n + 4)[unique]
     if kind == "floating":
         y, ref_y = y / 2, ref_y / 2
     return [part.split(rows) for part in (x, y, ref, ref_y, mask)]
@@ -259,10 +259,8 @@ def steps(case, rows, rank=None):
             embeddings = net(x)
             if case.get("references"):
                 own = case["references"] == "the batch"
-                args |= {
-                    "ref_emb": embeddings if own else net(ref),
-                    "ref_labels": y if own else ref_y,
-                }
+                args["ref_emb"] = embeddings if own else net(ref)
+                args["ref_labels"] = y if own else ref_y
             if case.get("views"):
                 args = {"ref_emb": net(ref)}
             if case.get("mask"):
@@ -282,14 +280,6 @@ def steps(case, rows, rank=None):
         queue = {k.removeprefix("module."): v.clone() for k, v in queue.items()}
         results.append((loss.detach(), gradients(loss, net, loss_func, world), queue))
     return results
-
-
-def raised(function):
-    """Type and text of the error, or None."""
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def errors(rank):
@@ -335,7 +325,7 @@ def errors(rank):
     return {name: raised(call) for name, call in calls.items()}
 
 
-def without_gradient(rank, world):
+def without_gradient(rank):
     """A rank without a model in its last step, and none with one: (loss, gradient) of each."""
     x, y = torch.arange(24.0).view(6, 4).sin().double() + rank, torch.arange(6) // 2
     wrapper = DistributedLossWrapper(losses.PNPLoss(variant="Ds", anneal=0.5), "exact")
@@ -352,14 +342,12 @@ def without_gradient(rank, world):
 
 def without_rows():
     """(loss, gradient) of ranks of which none has a row."""
-    x, y = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64)
-    loss = DistributedLossWrapper(losses.PNPLoss(), "exact")(x, y)
-    loss.backward()
-    return loss.detach(), x.grad
+    x, y = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    return value_and_grad(DistributedLossWrapper(losses.PNPLoss(), "exact"), x, y)
 
 
-def all_pairs_are_listed_for_no_one():
-    """Pairs that the loss of this rank gets: none."""
+def no_pairs_are_listed():
+    """Whether labels are handed to the loss of this rank without listing pairs."""
     with mock.patch.object(lmu, "get_all_pairs_indices", wraps=lmu.get_all_pairs_indices) as listed:
         DistributedLossWrapper(losses.PNPLoss(), "exact")(torch.randn(6, 4), torch.arange(6) // 2)
     return not listed.called
@@ -382,8 +370,8 @@ def results(rank):
     world = distributed.get_world_size()
     return {
         "errors": errors(rank),
-        "listed": all_pairs_are_listed_for_no_one(),
-        "without gradient": without_gradient(rank, world),
+        "no pairs": no_pairs_are_listed(),
+        "without gradient": without_gradient(rank),
         "without rows": without_rows(),
         "mined": mined_rows(),
         **{name: steps(CASES[name], ROWS[world], rank) for name in names(world)},

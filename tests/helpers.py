@@ -138,20 +138,14 @@ def distance_matrix(distance, x, ref=None):
 
 
 def expected_losses(
-    embeddings,
-    labels=None,
-    indices_tuple=None,
-    ref_emb=None,
-    ref_labels=None,
-    distance=None,
-    **kwargs,
+    x, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, distance=None, **kwargs
 ):
     """{query: loss} by the reference, for cosine similarity or another distance."""
     distance = distances.CosineSimilarity() if distance is None else distance
-    s = distance_matrix(distance, embeddings, ref_emb)
+    s = distance_matrix(distance, x, ref_emb)
     masks = masks_of(s.shape, labels, indices_tuple, ref_labels)
     sets = ([set(row.nonzero().flatten().tolist()) for row in mask] for mask in masks)
-    own = distance_matrix(distance, embeddings).diagonal()
+    own = distance_matrix(distance, x).diagonal()
     k = 1 if distance.is_inverted else -1
     return reference.pnp_losses(s.tolist(), *sets, own.tolist(), k=k, **kwargs)
 
@@ -171,6 +165,14 @@ def value_and_grad(loss_func, embeddings, *args, **kwargs):
 def recorded(loss_func, kind):
     """What a record-keeper finds: `kind` is "_record_these" or "_record_these_stats"."""
     return {name: getattr(loss_func, name) for name in getattr(loss_func, kind, [])}
+
+
+def raised(function):
+    """Type and text of the error, or None."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def through_file(x, weights_only=False):

@@ -19,22 +19,12 @@ def sigmoid(x):
 
 
 def pnp_losses(
-    s,
-    positives,
-    negatives,
-    self_similarity,
-    *,
-    variant="O",
-    alpha=1,
-    b=2,
-    anneal=0.01,
-    k=1,
-    include_self=True,
+    s, positives, negatives, own, *, variant="O", alpha=1, b=2, anneal=0.01, k=1, include_self=True
 ):
     """{query: L(query)} of the counted queries.
 
     s: N x M nested lists; positives, negatives: for each query the set of its references, without
-    itself; self_similarity: N values.
+    itself; own: N similarities to itself.
     """
     losses = {}
     for a in range(len(s)):
@@ -42,7 +32,7 @@ def pnp_losses(
             continue
         targets = [s[a][p] for p in positives[a]]
         if include_self:
-            targets.append(self_similarity[a])
+            targets.append(own[a])
         total = 0.0
         for target in targets:
             r = sum(sigmoid(k * (s[a][n] - target) / anneal) for n in negatives[a])

@@ -9,14 +9,13 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from pml_pnp import PNPLoss
 from pml_pnp.ops.recompute import Recomputed
 
+pairs = lmu.get_all_pairs_indices
 CALLS = {
     "labels": lambda x, y, ref, ref_y: (x, y),
     "references": lambda x, y, ref, ref_y: (x, y, None, ref, ref_y),
-    "pairs": lambda x, y, ref, ref_y: (x, None, lmu.get_all_pairs_indices(y)),
+    "pairs": lambda x, y, ref, ref_y: (x, None, pairs(y)),
     "triplets": lambda x, y, ref, ref_y: (x, y, lmu.get_all_triplets_indices(y)),
-    "pairs of references": lambda x, y, ref, ref_y: (
-        *(x, None, lmu.get_all_pairs_indices(y, ref_y), ref),
-    ),
+    "pairs of references": lambda x, y, ref, ref_y: (x, None, pairs(y, ref_y), ref),
 }
 
 
@@ -86,7 +85,7 @@ def test_every_backward_begins_with_the_buffers_of_the_call():
 def test_derivatives_are_those_of_what_was_given_whatever_becomes_of_it(distance, kind):
     grads = []
     x, y = batch(n=8, dtype=torch.float64)
-    given = (y,) if kind == "labels" else lmu.get_all_pairs_indices(y)
+    given = (y,) if kind == "labels" else pairs(y)
     args = given if kind == "labels" else (None, given)
     for overwrite in (False, True):
         loss_func = PNPLoss(variant="Iu", anneal=0.2, chunk_size=3, distance=distance)

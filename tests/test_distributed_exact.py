@@ -6,7 +6,7 @@ from functools import partial
 import exact_cases as cases
 import pytest
 import torch
-from helpers import batch
+from helpers import batch, value_and_grad
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
@@ -91,16 +91,14 @@ def test_bad_arguments_of_one_rank_are_an_error_on_all(found, name, of_rank_1, o
 
 
 def test_a_rank_whose_embeddings_have_no_gradient_does_not_stop_the_others(found):
-    x = torch.cat([results["without gradient"][2] for results in found]).requires_grad_()
-    y = torch.cat([results["without gradient"][3] for results in found])
-    loss = losses.PNPLoss(variant="Ds", anneal=0.5)(x, y)
-    loss.backward()
-    grads = [results["without gradient"][4] for results in found]
-    for results in found:
-        torch.testing.assert_close(results["without gradient"][0], loss.detach())
-        torch.testing.assert_close(results["without gradient"][1], loss.detach())
-    grads = torch.cat([grad for grad in grads if grad is not None])
-    torch.testing.assert_close(grads / len(found), x.grad)
+    results = [of_rank["without gradient"] for of_rank in found]
+    values, without, x, y, grads = zip(*results, strict=True)
+    loss_func = losses.PNPLoss(variant="Ds", anneal=0.5)
+    value, grad = value_and_grad(loss_func, torch.cat(x), torch.cat(y))
+    for of_rank in (*values, *without):
+        torch.testing.assert_close(of_rank, value)
+    of_ranks = torch.cat([g for g in grads if g is not None])
+    torch.testing.assert_close(of_ranks / len(found), grad)
 
 
 def test_without_a_row_on_any_rank_the_loss_is_zero(found):
@@ -115,7 +113,7 @@ def test_an_efficient_miner_finds_pairs_of_the_rows_of_its_rank(found):
 
 
 def test_labels_are_handed_to_the_loss_without_listing_pairs(found):
-    assert all(results["listed"] for results in found)
+    assert all(results["no pairs"] for results in found)
 
 
 def test_a_rank_that_dies_is_an_error_for_the_other(ranks):
@@ -160,10 +158,6 @@ def pnp(reducer=None, **kwargs):
     return losses.PNPLoss(reducer=reducer, **kwargs)
 
 
-def summed(*parts):
-    return losses.MultipleLosses(list(parts))
-
-
 in_memory = partial(losses.CrossBatchMemory, embedding_size=8)
 REGULARIZED = pnp(embedding_regularizer=regularizers.LpRegularizer())
 PMLS_MEMORY = pml_losses.CrossBatchMemory(losses.ContrastiveLoss(), 8)
@@ -175,7 +169,7 @@ NO_MEAN = "mean or a sum over queries, MeanReducer, .* got"
     ("loss", "error", "message"),
     [
         (torch.nn.MSELoss(), TypeError, "needs losses of .*got MSELoss"),
-        (summed(pnp(), torch.nn.MSELoss()), TypeError, "got MSELoss"),
+        (losses.MultipleLosses([pnp(), torch.nn.MSELoss()]), TypeError, "got MSELoss"),
         (MINED, ValueError, "MultipleLosses with miners takes neither"),
         (PMLS_MEMORY, TypeError, "got CrossBatchMemory"),
         (pnp(reducers.ThresholdReducer(low=0)), TypeError, f"{NO_MEAN} ThresholdReducer"),

@@ -51,7 +51,7 @@ def test_a_bad_setting_is_named(name, value, error, message):
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.int64(1), 1, Fraction(1, 2)])
-@pytest.mark.parametrize("name", ["anneal", "alpha", "b"])
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_real_number_is_taken(variant, name, value):
     x, y = torch.randn(6, 2), torch.arange(6) // 2
@@ -106,7 +106,7 @@ VALUE_ERRORS = [
 ]
 
 
-SETTINGS = ("anneal", "alpha", "b", "variant", "include_self", "chunk_size", "reducer", "distance")
+KEPT = ("anneal", "alpha", "b", "variant", "include_self", "chunk_size", "reducer", "distance")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_bad_input_is_named_and_leaves_the_loss_as_it_was(args, error, message, 
     loss_func = PNPLoss(chunk_size=chunk_size, collect_stats=True)
     expected = loss_func(X, Y)
     keys = set(vars(loss_func))
-    settings = {name: getattr(loss_func, name) for name in SETTINGS}
+    settings = {name: getattr(loss_func, name) for name in KEPT}
     with pytest.raises(error, match=message):
         loss_func(*args)
     assert set(vars(loss_func)) == keys
-    assert {name: getattr(loss_func, name) for name in SETTINGS} == settings
+    assert {name: getattr(loss_func, name) for name in KEPT} == settings
     assert torch.equal(loss_func(X, Y), expected)
 
 

@@ -8,30 +8,20 @@ from torch.autograd import gradcheck, gradgradcheck
 from pml_pnp.functional import pnp_loss, ranking_statistics
 
 
-def random_case(n=7, m=11, dtype=torch.float64, device="cpu", scale=0.1):
-    """Similarities, random positives and negatives, and the similarity of queries to themselves."""
-    s = scale * torch.randn(n, m)
-    kind = torch.randint(0, 3, (n, m))
-    kind[1] = 2  # a query without positives
-    kind[2, kind[2] == 2] = 0  # and one without negatives
-    own = scale * torch.randn(n) + scale
-    to = {"device": device, "dtype": dtype}
-    return s.to(**to), (kind == 1).to(device), (kind == 2).to(device), own.to(**to)
-
-
 @pytest.mark.usefixtures("sigmoids")
 @pytest.mark.parametrize(
     ("variant", "is_inverted"),
     [*((variant, True) for variant in (*helpers.VARIANTS, torch.sinh)), ("Ib", False)],
 )
 def test_gradients_of_first_and_second_order(variant, is_inverted):
-    s, positive, negative, own = random_case(n=3, m=4)
+    s, own = 0.1 * torch.randn(3, 4).double(), 0.1 + 0.1 * torch.randn(3).double()
+    kind = torch.randint(0, 3, (3, 4))  # 1: positive, 2: negative
+    kind[1] = 2  # a query without positives
+    kind[2, kind[2] == 2] = 0  # and one without negatives
+    kwargs = {"variant": variant, "is_inverted": is_inverted, "anneal": 0.1}
 
     def call(s, own):
-        return pnp_loss(
-            s, **masks(positive, negative), self_similarity=own, variant=variant, anneal=0.1,
-            is_inverted=is_inverted,
-        )[0]  # fmt: skip
+        return pnp_loss(s, **masks(kind == 1, kind == 2), self_similarity=own, **kwargs)[0]
 
     inputs = (s.requires_grad_(), own.requires_grad_())
     assert gradcheck(call, inputs) and gradgradcheck(call, inputs)

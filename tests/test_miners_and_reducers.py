@@ -26,7 +26,6 @@ MINERS = {
     "uniform histogram": miners.UniformHistogramMiner,
 }
 CLASS_WEIGHTS = torch.linspace(0.1, 2, 20)
-SETTINGS = {"anneal": 0.1, "variant": "Ds"}
 
 
 def mean(values):
@@ -67,31 +66,28 @@ def test_every_class_of_pml_is_tried(module, ours):
     assert theirs <= {type(make()) for make in ours}
 
 
-def assert_reduced(reducer_name, result, losses, y):
-    reduce = REDUCERS[reducer_name][1]
-    if reduce is None:
-        assert result["loss"]["reduction_type"] == "element"
-        assert result["loss"]["indices"].tolist() == sorted(losses)
-        got = dict(zip(sorted(losses), result["loss"]["losses"].tolist(), strict=True))
-        assert got == pytest.approx(losses, rel=1e-3, abs=1e-6)
-    else:
-        weights = CLASS_WEIGHTS if reducer_name == "class weighted" else torch.ones(20)
-        weighted = [x * weights[int(y[a])].item() for a, x in losses.items()]
-        assert result.item() == pytest.approx(reduce(weighted), rel=1e-3, abs=1e-6)
-
-
 # tests/test_properties.py has all distances with tuples, references and reducers.
 @pytest.mark.parametrize("miner_name", [None, *MINERS])
 @pytest.mark.parametrize("distance_name", ["cosine", "lp"])
 def test_miner_distance_and_every_reducer_work_together(miner_name, distance_name, device):
     x, y = batch(device=device)
     indices = None if miner_name is None else MINERS[miner_name]()(x, y)
-    kwargs = {"distance": DISTANCES[distance_name]().to(device), **SETTINGS}
+    distance = DISTANCES[distance_name]().to(device)
+    kwargs = {"distance": distance, "anneal": 0.1, "variant": "Ds"}
     losses = expected_losses(x, y, indices, **kwargs)
     assert losses  # the miner found something to rank
-    for reducer_name, (make_reducer, _) in REDUCERS.items():
-        loss_func = PNPLoss(reducer=make_reducer(), **kwargs)
-        assert_reduced(reducer_name, loss_func(x, y, indices), losses, y)
+    for name, (make_reducer, reduce) in REDUCERS.items():
+        result = PNPLoss(reducer=make_reducer(), **kwargs)(x, y, indices)
+        if reduce is None:
+            elements = result["loss"]
+            assert elements["reduction_type"] == "element"
+            assert elements["indices"].tolist() == sorted(losses)
+            got = dict(zip(sorted(losses), elements["losses"].tolist(), strict=True))
+            assert got == pytest.approx(losses, rel=1e-3, abs=1e-6)
+        else:
+            weights = CLASS_WEIGHTS if name == "class weighted" else torch.ones(20)
+            weighted = [loss * weights[int(y[a])].item() for a, loss in losses.items()]
+            assert result.item() == pytest.approx(reduce(weighted), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("ranked", [True, False])

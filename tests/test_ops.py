@@ -5,11 +5,12 @@ import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import reference
 import torch
-from helpers import VARIANTS, WHY_NO_TRITON, version_of
+from helpers import VARIANTS, WHY_NO_TRITON, value_and_grad, version_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_pnp import PNPLoss
@@ -117,8 +118,7 @@ def test_a_kernel_for_gpus_makes_one_more_matrix(small_blocks, monkeypatch):
 def test_backward_only_scales_the_gradient():
     n = 256
     s, labels = torch.randn(n, n, requires_grad=True), torch.arange(n) // 4
-    relation = Relation.from_labels(labels, labels, torch.arange(n))
-    losses = similarity.query_losses(s, None, relation, Settings(1.0, "O", 1.0, 1.0, True))
+    losses, _ = pnp_loss(s, labels)
     with Work() as counted:
         losses.sum().backward()
     assert counted.elements <= 1.1 * n * n
@@ -159,12 +159,9 @@ def test_value_at_the_widest_range_of_similarities(dtype, share, positives):
     """
     anneal = 1 / (share * eager.LARGEST_RANGE[dtype])
     row = torch.tensor([0.0, 0.49, 0.5, 0.51, 0.52, 1.0], dtype=dtype)
-    is_positive = torch.zeros(1, 6).bool()
-    is_positive[0, positives] = True
-    losses, _ = pnp_loss(
-        row.unsqueeze(0), positive_mask=is_positive, negative_mask=~is_positive,
-        anneal=anneal, include_self=False,
-    )  # fmt: skip
+    is_positive = torch.tensor([[i in positives for i in range(6)]])
+    masks = {"positive_mask": is_positive, "negative_mask": ~is_positive}
+    losses, _ = pnp_loss(row.unsqueeze(0), **masks, anneal=anneal, include_self=False)
     negatives = {*range(6)} - {*positives}
     want = reference.pnp_losses(
         [row.tolist()], [{*positives}], [negatives], [1.0], anneal=anneal, include_self=False
@@ -225,16 +222,14 @@ def triton_kernel(monkeypatch):
     return triton_kernel
 
 
-def both(monkeypatch, call, *inputs):
+def assert_as_the_plain_kernel(inputs, **kwargs):
     """Losses and gradients by Triton in float32, and by the plain kernel in float64."""
-    cotangent = None
+    cotangent = torch.randn(len(inputs["similarity"]))
     results = []
     for dtype in (torch.float32, torch.float64):  # Triton takes float32 alone
-        tensors = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
-        losses = call(*tensors)
-        if cotangent is None:
-            cotangent = torch.randn(losses.shape)
-        grads = torch.autograd.grad(losses, tensors, cotangent.to(losses))
+        given = {k: x.detach().to(DEVICE, dtype).requires_grad_() for k, x in inputs.items()}
+        losses, _ = pnp_loss(**given, **kwargs)
+        grads = torch.autograd.grad(losses, list(given.values()), cotangent.to(losses))
         results.append([losses.detach(), *grads])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
@@ -244,35 +239,28 @@ def both(monkeypatch, call, *inputs):
     ("variant", "is_inverted", "include_self"),
     [*((variant, True, True) for variant in VARIANTS), ("Dq", False, True), ("Ib", True, False)],
 )
-def test_triton_equals_the_plain_kernel(
-    triton_kernel, monkeypatch, variant, is_inverted, include_self
-):
+def test_triton_equals_the_plain_kernel(triton_kernel, variant, is_inverted, include_self):
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 3]).to(DEVICE)
     kwargs = {"variant": variant, "alpha": 4, "b": 3, "anneal": 0.1, "is_inverted": is_inverted}
-
-    def call(s):
-        return pnp_loss(s, labels, include_self=include_self, **kwargs)[0]
-
-    both(monkeypatch, call, 0.2 * torch.randn(9, 9))
+    kwargs |= {"labels": labels, "include_self": include_self}
+    assert_as_the_plain_kernel({"similarity": 0.2 * torch.randn(9, 9)}, **kwargs)
 
 
 @pytest.mark.parametrize("by", ["labels", "references", "masks"])
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 19), (5, 8)])
-def test_triton_with_references_and_masks(triton_kernel, monkeypatch, n, m, include_self, by):
+def test_triton_with_references_and_masks(triton_kernel, n, m, include_self, by):
     m = n if by == "labels" else m
-    s, own = 0.2 * torch.randn(n, m), 0.2 * torch.randn(n)
     args = {"labels": torch.randint(0, 3, (n,)).to(DEVICE)}
     if by == "references":
         args["ref_labels"] = torch.randint(1, 4, (m,)).to(DEVICE)
     if by == "masks":  # and some are both
         args = {f"{x}_mask": torch.rand(n, m) < 0.4 for x in ("positive", "negative")}
-
-    def call(s, own=None):
-        kwargs = {"variant": "Ds", "anneal": 0.1, "include_self": include_self}
-        return pnp_loss(s, self_similarity=own, **args, **kwargs)[0]
-
-    both(monkeypatch, call, *((s, own) if include_self else (s,)))
+    args |= {"variant": "Ds", "anneal": 0.1, "include_self": include_self}
+    inputs = {"similarity": 0.2 * torch.randn(n, m)}
+    if include_self:
+        inputs["self_similarity"] = 0.2 * torch.randn(n)
+    assert_as_the_plain_kernel(inputs, **args)
 
 
 def test_triton_keeps_its_accuracy_for_tiny_ranks(triton_kernel):
@@ -280,8 +268,7 @@ def test_triton_keeps_its_accuracy_for_tiny_ranks(triton_kernel):
     labels = torch.tensor([0, 0]).to(DEVICE), torch.tensor([0, 0, 1, 1]).to(DEVICE)
     for variant in VARIANTS:
         kwargs = {"variant": variant, "include_self": False, "anneal": 0.05}
-        got, want = (pnp_loss(s.to(dtype), *labels, **kwargs)[0] for dtype in
-                     (torch.float32, torch.float64))  # fmt: skip
+        got, want = (pnp_loss(x, *labels, **kwargs)[0] for x in (s, s.double()))
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
 
 
@@ -291,17 +278,12 @@ def test_triton_computes_a_training_step(triton_kernel, monkeypatch):
         results = []
         for kernel in ("triton", "eager"):
             monkeypatch.setenv(dispatch.KERNEL_VARIABLE, kernel)
-            v = x.clone().requires_grad_()
-            loss = PNPLoss(variant="Dq", **kwargs)(v, y)
-            loss.backward()
-            results.append((loss.detach(), v.grad))
+            results.append(value_and_grad(PNPLoss(variant="Dq", **kwargs), x, y))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_a_triton_that_does_not_work_is_replaced_with_a_warning(triton_kernel, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("no compiler")
-
+    broken = mock.Mock(side_effect=RuntimeError("no compiler"))
     monkeypatch.setattr(triton_kernel, "losses_and_gradient", broken)
     monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "auto")
     dispatch._triton_works.cache_clear()

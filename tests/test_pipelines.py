@@ -35,37 +35,26 @@ def linear(d_in, d_out):
     return torch.nn.Linear(d_in, d_out).to(DEVICE)
 
 
-def train(
-    loss_funcs,
-    trainer_class=trainers.MetricLossOnly,
-    dataset=None,
-    models=None,
-    mining_funcs=None,
-    epochs=1,
-    **kwargs,
-):
+def train(loss_funcs, cls=trainers.MetricLossOnly, dataset=None, models=None, epochs=1, **kwargs):
     """Train; returns the trainer and the weights of the trunk before and after."""
     dataset = Points() if dataset is None else dataset
     models = {"trunk": linear(12, 10), "embedder": linear(10, 6), **(models or {})}
     if "sampler" not in kwargs:
         kwargs["sampler"] = samplers.MPerClassSampler(dataset.labels, 4, 24, 96)
-    trainer = trainer_class(
-        models=models,
-        optimizers={
-            f"{name}_optimizer": torch.optim.Adam(model.parameters(), lr=0.01)
-            for name, model in models.items()
-        },
-        batch_size=24,
-        loss_funcs=loss_funcs,
-        dataset=dataset,
-        mining_funcs=mining_funcs,
-        data_device=DEVICE,
-        dataloader_num_workers=0,
-        **kwargs,
-    )
+    adam = {f"{k}_optimizer": torch.optim.Adam(m.parameters(), lr=0.01) for k, m in models.items()}
+    kwargs |= {"data_device": DEVICE, "dataloader_num_workers": 0, "dataset": dataset}
+    trainer = cls(models=models, optimizers=adam, batch_size=24, loss_funcs=loss_funcs, **kwargs)
     before = models["trunk"].weight.detach().clone()
     trainer.train(num_epochs=epochs)
     return trainer, before, models["trunk"].weight.detach()
+
+
+def make_tester(cls=testers.GlobalEmbeddingSpaceTester, device=DEVICE, **kwargs):
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision_at_r",), k="max_bin_count", device=torch.device("cpu")
+    )
+    kwargs |= {"data_device": device, "dataloader_num_workers": 0}
+    return cls(accuracy_calculator=calculator, **kwargs)
 
 
 def assert_trained(before, after):
@@ -132,16 +121,13 @@ def test_a_memory_in_a_trainer_is_saved_and_loaded_by_pmls_hooks(tmp_path):
     def memory(**kwargs):
         return losses.CrossBatchMemory(losses.PNPLoss(), 6, memory_size=64, **kwargs)
 
-    loss_func = memory(miner=miners.MultiSimilarityMiner())
+    loss_func, fresh = memory(miner=miners.MultiSimilarityMiner()), memory()
     trainer, *weights = train({"metric_loss": loss_func}, epochs=2)
     assert_trained(*weights)
     assert loss_func.has_been_filled
     c_f.save_dict_of_models(trainer.loss_funcs, "1", str(tmp_path))
-    fresh = {"metric_loss": memory()}
-    c_f.load_dict_of_models(fresh, "1", str(tmp_path), DEVICE)
-    torch.testing.assert_close(
-        fresh["metric_loss"].embedding_memory, loss_func.embedding_memory.cpu()
-    )
+    c_f.load_dict_of_models({"metric_loss": fresh}, "1", str(tmp_path), DEVICE)
+    torch.testing.assert_close(fresh.embedding_memory, loss_func.embedding_memory.cpu())
 
 
 def test_hierarchical_sampler_feeds_the_loss():
@@ -177,18 +163,11 @@ def test_testers_measure_what_the_loss_trained(tester_class, dataset):
     trainer_class = trainers.TwoStreamMetricLoss if two_streams else trainers.MetricLossOnly
     sampler = samplers.MPerClassSampler(dataset.labels.view(96, -1)[:, 0], 4, 24, 96)
     models = {"trunk": linear(12, 10), "embedder": linear(10, 6)}
-    tester = tester_class(
-        accuracy_calculator=AccuracyCalculator(
-            include=("mean_average_precision_at_r",), k="max_bin_count", device=torch.device("cpu")
-        ),
-        data_device=torch.device("cpu"),
-        dataloader_num_workers=0,
-        label_hierarchy_level=0,
-    )
+    tester = make_tester(tester_class, torch.device("cpu"), label_hierarchy_level=0)
 
     def score():
-        on_cpu = [model.cpu() for model in models.values()]
-        accuracies = tester.test({"val": dataset}, 0, *on_cpu)["val"]
+        parts = [model.cpu() for model in models.values()]
+        accuracies = tester.test({"val": dataset}, 0, *parts)["val"]
         for model in models.values():
             model.to(DEVICE)
         return accuracies["mean_average_precision_at_r_level0"]
@@ -207,20 +186,12 @@ def test_hooks_and_record_keeper_log_hyperparameters_and_statistics(tmp_path):
 
     keeper, _, _ = logging_presets.get_record_keeper(tmp_path / "logs", tmp_path / "tensorboard")
     hooks = logging_presets.get_hook_container(keeper, log_freq=1)
-    tester = testers.GlobalEmbeddingSpaceTester(
-        end_of_testing_hook=hooks.end_of_testing_hook,
-        accuracy_calculator=AccuracyCalculator(k="max_bin_count", device=torch.device("cpu")),
-        data_device=DEVICE,
-        dataloader_num_workers=0,
-    )
-    loss_func = losses.PNPLoss(variant=torch.log1p, alpha=4, collect_stats=True)
+    tester = make_tester(end_of_testing_hook=hooks.end_of_testing_hook)
     train(
-        {"metric_loss": loss_func},
+        metric_loss(variant=torch.log1p, alpha=4, collect_stats=True),
         epochs=2,
         end_of_iteration_hook=hooks.end_of_iteration_hook,
-        end_of_epoch_hook=hooks.end_of_epoch_hook(
-            tester, {"val": Points()}, str(tmp_path / "models")
-        ),
+        end_of_epoch_hook=hooks.end_of_epoch_hook(tester, {"val": Points()}, f"{tmp_path}/models"),
     )
     keeper.tensorboard_writer.flush()
     hyperparameters = {"b": 2, "alpha": 4, "anneal": 0.01}
@@ -263,7 +234,6 @@ def test_grad_cache_takes_the_place_of_trunk_and_embedder(name):
         )
         assert_trained(*before_and_after)
         weights.append(before_and_after[1])
-        tester = testers.GlobalEmbeddingSpaceTester(data_device=DEVICE, dataloader_num_workers=0)
-        embeddings.append(tester.get_all_embeddings(Points(), *models.values())[0])
+        embeddings.append(make_tester().get_all_embeddings(Points(), *models.values())[0])
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(*embeddings, rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -13,23 +14,16 @@ from pml_pnp import PNPLoss
 from pml_pnp.distances import has_global_hooks, is_product
 from pml_pnp.ops import product
 
-
-class Cosine(CosineSimilarity):
-    """The same, but for all that is known of a subclass it could be anything."""
-
-
-class Dot(DotProductSimilarity):
-    """Likewise."""
-
-
 PRODUCTS = {
-    "cosine": (CosineSimilarity, Cosine),
-    "dot product": (
-        lambda: DotProductSimilarity(normalize_embeddings=False),
-        lambda: Dot(normalize_embeddings=False),
-    ),
-    "normalized dot product": (DotProductSimilarity, Dot),
+    "cosine": (CosineSimilarity, {}),
+    "dot product": (DotProductSimilarity, {"normalize_embeddings": False}),
+    "normalized dot product": (DotProductSimilarity, {}),
 }
+
+
+def subclass(cls):
+    """The same distance, but for all that is known of a subclass it could be anything."""
+    return type("Subclass", (cls,), {})
 
 
 def values(loss_func, *args):
@@ -58,11 +52,10 @@ def test_value_and_gradients_are_those_by_the_distance(
     x.requires_grad_(wanted != "references")
     args = x, y, *([] if wanted is None else [None, ref.requires_grad_(wanted != "batch"), ref_y])
     kwargs = {"variant": "Iu", "anneal": 0.2, "include_self": include_self}
-    fast, plain = PRODUCTS[name]
-    got = values(PNPLoss(distance=fast(), chunk_size=chunk_size, **kwargs), *args)
-    want = values(PNPLoss(distance=plain(), **kwargs), *args)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+    distance, settings = PRODUCTS[name]
+    got = values(PNPLoss(distance=distance(**settings), chunk_size=chunk_size, **kwargs), *args)
+    want = values(PNPLoss(distance=subclass(distance)(**settings), **kwargs), *args)
+    torch.testing.assert_close(got, want)
 
 
 def test_a_large_embedding_is_left_to_a_distance_that_does_not_normalize():
@@ -80,7 +73,7 @@ def with_own(method):
 
 
 ORDINARY = {
-    "subclass": Cosine(),
+    "subclass": subclass(CosineSimilarity)(),
     "power": CosineSimilarity(power=2),
     "another norm": CosineSimilarity(p=1),
     "statistics": CosineSimilarity(collect_stats=True),
@@ -91,22 +84,17 @@ ORDINARY = {
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *ORDINARY])
 def test_what_is_a_product_and_what_is_left_to_the_distance(name):
-    distance = PRODUCTS[name][0]() if name in PRODUCTS else ORDINARY[name]
-    assert is_product(distance) is (name in PRODUCTS)
+    is_one = name in PRODUCTS
+    distance = PRODUCTS[name][0](**PRODUCTS[name][1]) if is_one else ORDINARY[name]
+    assert is_product(distance) is is_one
 
 
 @pytest.mark.parametrize("method", ["forward", "compute_mat", "normalize", "maybe_normalize"])
-def test_a_method_replaced_in_the_class_is_called(method, monkeypatch):
-    called = []
-    original = getattr(CosineSimilarity, method)
-
-    def replacement(self, *args, **kwargs):
-        called.append(method)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(CosineSimilarity, method, replacement)
-    PNPLoss()(*batch())
-    assert called
+def test_a_method_replaced_in_the_class_is_called(method):
+    own = getattr(CosineSimilarity, method)
+    with mock.patch.object(CosineSimilarity, method, autospec=True, side_effect=own) as replaced:
+        PNPLoss()(*batch())
+    assert replaced.called
 
 
 HOOKS = "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"
@@ -134,11 +122,8 @@ def test_hooks_on_all_modules_see_the_distance(hook):
     x = torch.randn(6, 3, requires_grad=True)
     assert not has_global_hooks()
     register = getattr(torch.nn.modules.module, f"register_module_{hook}")
-    handle = register(lambda module, *_: seen.append(module))
-    try:
+    with register(lambda module, *_: seen.append(module)):  # removed at the end
         PNPLoss(distance=distance)(x, torch.arange(6) // 2).backward()
-    finally:
-        handle.remove()
     assert distance in seen
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +40,15 @@ def arguments(tmp_path):
     return ["--data-root", str(tmp_path), "--model", str(folder), "--every", "1"]
 
 
+@pytest.fixture
+def huggingface_trainer():
+    """examples/huggingface_trainer.py."""
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
+    import huggingface_trainer
+
+    return huggingface_trainer
+
+
 def test_training_finds_more_of_unseen_intents(arguments, tmp_path, capsys):
     small = ["--batch-size", "16", "--chunk-size", "8", "--learning-rate", "0.001"]
     output = tmp_path / "trained"
@@ -68,34 +76,26 @@ def test_a_mistake_is_said_before_any_work(arguments, tmp_path, monkeypatch):
         sentences.main(arguments[:2])
 
 
-def test_trainer_of_hugging_face_finds_more_of_unseen_intents(arguments, tmp_path):
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
-    import huggingface_trainer
-
-    before, after = huggingface_trainer.main(
-        arguments[1],
-        str(tmp_path / "trained"),
-        arguments[3],
-        per_device_train_batch_size=16,
-        learning_rate=1e-3,
-        use_cpu=True,
-    )
+def test_trainer_of_hugging_face_finds_more_of_unseen_intents(
+    huggingface_trainer, arguments, tmp_path
+):
+    _, data, _, model, *_ = arguments
+    trained = str(tmp_path / "trained")
+    settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "use_cpu": True}
+    before, after = huggingface_trainer.main(data, trained, model, **settings)
     key = "eval_mean_average_precision_at_r"
     assert after[key] > before[key] + 0.1
-    transformers.AutoModel.from_pretrained(tmp_path / "trained")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "trained")
+    transformers.AutoModel.from_pretrained(trained)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
     ids = tokenizer("word3 word39")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "word3", "word39", "[SEP]"]
     with pytest.raises(SystemExit, match="trained exists"):
-        huggingface_trainer.main(arguments[1], str(tmp_path / "trained"), arguments[3])
+        huggingface_trainer.main(data, trained, model)
 
 
 def test_trainer_of_hugging_face_accumulates_means_and_takes_one_process(
-    arguments, tmp_path, monkeypatch
+    huggingface_trainer, arguments, tmp_path, monkeypatch
 ):
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
-    import huggingface_trainer
-
     trainer, found = huggingface_trainer.RetrievalTrainer, {"compute_loss": [], "training_step": []}
 
     def record(name, values):
@@ -113,7 +113,7 @@ def test_trainer_of_hugging_face_accumulates_means_and_takes_one_process(
         record(name, values)
     settings = {"per_device_train_batch_size": 16, "max_steps": 2, "use_cpu": True}
     settings |= {"gradient_accumulation_steps": 3, "disable_tqdm": True}
-    data, model = arguments[1], arguments[3]
+    _, data, _, model, *_ = arguments
     huggingface_trainer.main(data, str(tmp_path / "trained"), model, **settings)
     assert len(found["compute_loss"]) == 2 * 3
     of_steps = [3 * x for x in found["training_step"]]  # which the Trainer divides
@@ -124,9 +124,8 @@ def test_trainer_of_hugging_face_accumulates_means_and_takes_one_process(
         huggingface_trainer.main(data, str(tmp_path / "new"), model, **settings)
 
 
-def test_trainer_of_hugging_face_without_arguments_says_what_it_needs():
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[huggingface]'")
-    script = str(Path(sentences.__file__).with_name("huggingface_trainer.py"))
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+def test_trainer_of_hugging_face_without_arguments_says_what_it_needs(huggingface_trainer):
+    command = [sys.executable, huggingface_trainer.__file__]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "the following arguments are required: DATA, NEW" in ended.stderr

@@ -54,17 +54,9 @@ def shown(site, tmp_path):
 
         def show(page):
             flags = "--headless --no-sandbox --disable-gpu --dump-dom --virtual-time-budget=60000"
-            run = subprocess.run(
-                [
-                    *(program, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"),
-                    f"http://127.0.0.1:{server.server_port}/{page}",
-                ],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                check=True,
-            )
-            return run.stdout
+            url = f"http://127.0.0.1:{server.server_port}/{page}"
+            command = [program, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", url]
+            return subprocess.check_output(command, text=True, timeout=300)
 
         yield show
         server.shutdown()
