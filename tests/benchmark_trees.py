@@ -42,6 +42,10 @@ def class_names(images):
     return {s.label for s in images.samples}
 
 
+def reasons(skipped):
+    return {x.name: x.reason for x in skipped}
+
+
 def write_products(root):
     """Stanford_Online_Products.zip, unpacked."""
     base = root / "Stanford_Online_Products"
