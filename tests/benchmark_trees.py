@@ -43,6 +43,10 @@ def class_names(images):
     return {s.label for s in images.samples}
 
 
+def reasons(skipped):
+    return {x.name: x.reason for x in skipped}
+
+
 def write_products(root):
     """Stanford_Online_Products.zip, unpacked."""
     base, header = root / "Stanford_Online_Products", "image_id class_id super_class_id path\n"

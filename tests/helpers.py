@@ -4,7 +4,9 @@ As in PML's own suite, TEST_DEVICE=cuda and TEST_DTYPES=float16,float32 choose d
 """
 
 import contextlib
+import csv
 import io
+import json
 import os
 import socket
 import sqlite3
@@ -187,6 +189,32 @@ def sql_rows(path, table):
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.row_factory = sqlite3.Row
         return [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
+
+
+def csv_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def change_json(path, **values):
+    """Give a file of a run other values, and no checksum."""
+    content = {**json.loads(path.read_text()), **values}
+    content.pop("crc32", None)
+    path.write_text(json.dumps(content))
+
+
+def change_weights(run, change):
+    """Change the embedder of a run's best epoch in place."""
+    path = run / "checkpoints" / "best.pt"
+    best = torch.load(path, weights_only=True)
+    change(best["models"]["embedder"]["weight"])
+    torch.save(best, path)
+
+
+def average_precision_at_r(right):
+    """Of a query, from which of all others are right, the nearest first."""
+    r = sum(right)
+    return sum(sum(right[: k + 1]) / (k + 1) for k in range(r) if right[k]) / r
 
 
 def free_port():

@@ -47,10 +47,11 @@ class Program:
         Returns the phase in which it was killed, None if it came to its end before.
         """
         event = int(moment * self.counts.get(phase, 0)) + 1
+        counted = phase in self.counts or not self.counts  # which takes time
         process = self.context.Process(
             target=_run,
             args=(self.main, [str(x) for x in arguments], self.phases, self.folder),
-            kwargs={"phase": phase, "event": event},
+            kwargs={"phase": phase, "event": event, "counted": counted},
         )
         process.start()
         if phase == ANY:
@@ -102,7 +103,7 @@ class Program:
                 return
 
 
-def _run(main, arguments, phases, folder, phase, event):
+def _run(main, arguments, phases, folder, phase, event, counted):
     os.setsid()
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -128,7 +129,7 @@ def _run(main, arguments, phases, folder, phase, event):
             os.kill(os.getpid(), signal.SIGKILL)
 
     call = pkgutil.resolve_name(main)
-    if phase != ANY:
+    if counted:
         sys.setprofile(count)
     try:
         code = call(arguments)

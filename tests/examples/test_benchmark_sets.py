@@ -57,6 +57,7 @@ def test_experiment_from_data_to_metrics(main, tmp_path, capsys, strict_json, na
     assert all(f"Recall@{k} " in out for k in recall_at)
     assert all(f"{part}: Recall@5" in out for part in parts)
     assert metrics["test_classes"] == len(TEST)
+    assert (tmp_path / "run" / "report.html").is_file()
     samples = splits_of(config).test.samples
     with torch.no_grad():
         model, transform = load_best(str(tmp_path / "run"))

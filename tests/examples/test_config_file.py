@@ -44,17 +44,14 @@ def test_flags_win_and_null_is_the_default(read):
     assert configured(read("image_size: null"))["image_size"] == 8
 
 
-@pytest.mark.parametrize(
-    ("text", "flags", "expected"),
-    [
-        ("lr: 0.1\nloss_lr: 0.1", "--lr 0.5", 0.5),
-        ("lr: 0.1\nloss_lr: 0.1", "--lr 0.5 --loss-lr 0.1", 0.1),
-        ("lr: 0.1\nloss_lr: 0.1", "", 0.1),
-        ("lr: 0.1\nloss_lr: 0.2", "--lr 0.5", 0.2),
-    ],
-)
-def test_learning_rate_of_the_loss_follows_a_flag_unless_it_is_its_own(read, text, flags, expected):
-    assert configured(read(text, *flags.split()))["loss_lr"] == expected
+# The rate of the loss in a file with lr 0.1, flags, and the rate of the loss in the end.
+LOSS_RATES = [(0.1, "--lr 0.5", 0.5), (0.1, "--lr 0.5 --loss-lr 0.1", 0.1), (0.1, "", 0.1)]
+LOSS_RATES += [(0.2, "--lr 0.5", 0.2)]
+
+
+@pytest.mark.parametrize(("rate", "flags", "expected"), LOSS_RATES)
+def test_learning_rate_of_the_loss_follows_a_flag_unless_it_is_its_own(read, rate, flags, expected):
+    assert configured(read(f"lr: 0.1\nloss_lr: {rate}", *flags.split()))["loss_lr"] == expected
 
 
 LOSS = "loss_args: {variant: Dq, alpha: 4}"

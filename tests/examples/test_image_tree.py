@@ -1,6 +1,5 @@
 """No file counts twice, and nothing is left out without a reason."""
 
-import csv
 import os
 import shutil
 import stat
@@ -8,22 +7,19 @@ import warnings
 import zipfile
 
 import pytest
-from benchmark_trees import class_names, png, write, write_classes
+from benchmark_trees import class_names, png, reasons, write, write_classes
+from helpers import csv_rows
 from retrieval import image_tree
 from retrieval.data import READERS, load_splits
 from retrieval.errors import UserError
 
 
-def load(root):
-    return load_splits("folder", str(root), val_fraction=0.2, seed=0)
+def load(root, dataset="folder"):
+    return load_splits(dataset, str(root), val_fraction=0.2, seed=0)
 
 
 def images_of(splits):
     return sum(x["images"] for x in splits.summary().values())
-
-
-def reasons(splits):
-    return {x.name: x.reason for x in splits.skipped}
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def test_the_same_file_counts_once(four, link):
     link(four / "d" / "0.png", four / "a" / "copy.png")
     splits = load(four)
     assert images_of(splits) == 20
-    assert any("the same as" in x for x in reasons(splits).values())
+    assert any("the same as" in x.reason for x in splits.skipped)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +47,10 @@ def test_linked_class_is_not_in_both_splits(tmp_path, dataset, first, second):
     write_classes(test, "cd")
     (test / "z").symlink_to(train / "a", target_is_directory=True)
     (train / "y").symlink_to(test / "c", target_is_directory=True)
-    splits = load_splits(dataset, str(tmp_path), 0.2, 0)
+    splits = load(tmp_path, dataset)
     assert {x[-1] for x in class_names(splits.train)} == {"a", "b"}
     assert {x[-1] for x in class_names(splits.test)} == {"c", "d"}
-    assert reasons(splits).keys() == {str(test / "z"), str(train / "y")}
+    assert {x.name for x in splits.skipped} == {str(test / "z"), str(train / "y")}
 
 
 def test_what_is_not_used_is_listed_with_its_reason(four):
@@ -83,9 +79,8 @@ def test_what_is_not_used_is_listed_with_its_reason(four):
         (four / name).symlink_to(four / target)
     splits = load(four)
     assert images_of(splits) == 20 + len(used)
-    listed = reasons(splits)
-    for name in ("a/me", "a/up"):
-        assert "a link back to" in listed.pop(str(four / name))
+    listed = reasons(splits.skipped)
+    assert all("a link back to" in listed.pop(str(four / x)) for x in ("a/me", "a/up"))
     others = {
         "empty": "a class folder without an image that can be used",
         "c/config.json": "not a format that Pillow opens (.json)",
@@ -149,8 +144,7 @@ def test_folders_and_zips_follow_the_same_rules(tmp_path, capsys, zipped):
     labels = {f"{x}/c{i}" for x in ("Greek", "Korean") for i in range(2)}
     assert {s.label for s in train} == {*labels, "greek/c0"}
     expected = {str(root / k): v for root in roots for k, v in SKIPPED.items()}
-    assert {x.name: x.reason for x in skipped} == expected
-    assert len(skipped) == len(expected)
+    assert reasons(skipped) == expected and len(skipped) == len(expected)
     out = capsys.readouterr().out
     assert "Unicode form alone: 'Greek/c0' and 'greek/c0'" in out
     assert "images lie in folders inside a class folder" in out
@@ -195,18 +189,13 @@ def test_zip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         archive.writestr("a/0.png", bytes(10**6))
     assert len(image_tree.read_zip(path, 1, [])) == 1
     monkeypatch.setattr(image_tree, "ALWAYS_HELD", 10**5)
-    for read in (
-        lambda: image_tree.read_zip(path, 1, []),
-        lambda: load_splits("grocery", str(tmp_path), 0.2, 0),
-    ):
+    for read in (lambda: image_tree.read_zip(path, 1, []), lambda: load(tmp_path, "grocery")):
         with pytest.raises(UserError, match="zip: unpacked it would have 1,000,000 bytes, more"):
             read()
 
 
 def test_run_folder_lists_classes_and_what_was_skipped(one_epoch, digits):
-    with (one_epoch / "classes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    splits = load(digits)
+    rows, splits = csv_rows(one_epoch / "classes.csv"), load(digits)
     drawn = dict.fromkeys(("train", "test"), "open set, 0.5 of the classes drawn by --seed 0")
     drawn["val"] = "held-out images of the training classes, drawn by --val-fraction and --seed"
     assert {(r["split"], r["class"], r["decided by"]) for r in rows} == {

@@ -13,17 +13,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import average_precision_at_r, change_json, change_weights
 from PIL import Image
 from retrieval import ranking, report_parts
 from retrieval import report as module
 from retrieval.configuration import DATASET_DEFAULTS, configured
 from retrieval.data import LabelledImages, RetrievalSplits, Sample, load_splits, splits_of
-from retrieval.embeddings import embed as embeddings_of
 from retrieval.embeddings import to_plane
 from retrieval.errors import UserError
 from retrieval.network import load_best, untrained
 from retrieval.records import read
-from retrieval.report import _settings, contents, render
+from retrieval.report import _part_of_seen, _settings, contents, render
 from retrieval.report_parts import LEGEND_CLASSES, MARKERS
 from retrieval.run_folder import RunFolder
 from retrieval.thumbnails import contact_sheet, from_data_uri, sprite, thumbnail, to_image
@@ -33,12 +33,8 @@ from pml_pnp import PNPLoss
 
 SECTIONS = ["result", "sheets", "map", "negatives", "classes", "confusions", "alike"]
 SECTIONS += ["curves", "augmented", "settings"]
-CURVES = [
-    "Training loss",
-    "Validation MAP@R",
-    "Learning rate of the trunk",
-    "negatives_before_positive, in a batch",
-]
+CURVES = ["Training loss", "Validation MAP@R", "Learning rate of the trunk"]
+CURVES += ["negatives_before_positive, in a batch"]
 HOSTILE_CLASS = "<script>alert(1)<!--"
 HOSTILE_FILE = "\"><img src=x\nonerror='alert(1)'>.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -69,10 +65,7 @@ class Parser(HTMLParser):
 
 def parsed(path):
     parser = Parser()
-    parser.builder.start("page", {})
-    parser.feed(path.read_text(encoding="utf-8"))
-    parser.close()
-    parser.builder.end("page")
+    parser.feed(f"<page>{path.read_text(encoding='utf-8')}</page>")
     return parser.builder.close()
 
 
@@ -83,6 +76,10 @@ def text_of(element):
 def section(page, name):
     (found,) = page.iterfind(f".//section[@id='{name}']")
     return found
+
+
+def text_in(page, name):
+    return text_of(section(page, name))
 
 
 def cells(row):
@@ -261,9 +258,8 @@ def test_sheets_show_what_a_brute_force_ranking_finds(page, finished, strict_jso
     for network in ("trained", "untrained"):
         rights = [right for (name, _), (_, right, _) in expected.items() if name == network]
         before = [right[:k].count(False) for right in rights for k, x in enumerate(right) if x]
-        said = f"{np.mean(before):.1f} by the {network} network"
-        assert said in text_of(section(page, "negatives"))
-    assert kinds_of(sheets_of(page)) == ["worst"] * 5 + ["typical"] * 5 + ["best"] * 5
+        assert f"{np.mean(before):.1f} by the {network} network" in text_in(page, "negatives")
+    assert kinds_of(page) == ["worst"] * 5 + ["typical"] * 5 + ["best"] * 5
     shown = []
     for sheet in sheets_of(page):
         query = sheet.find("./figure/img").get("title")
@@ -312,32 +308,25 @@ def test_map_has_every_test_image_in_both_networks(page, finished):
         assert np.array_equal(cell, samples[captions[i]].open().resize((48, 48), Image.NEAREST))
 
 
-def average_precision_at_r(right):
-    r = sum(right)
-    return sum(sum(right[: k + 1]) / (k + 1) for k in range(r) if right[k]) / r
-
-
 def sheets_of(page):
     return [x for x in section(page, "sheets").iter("div") if x.get("class") == "sheet"]
 
 
-def kinds_of(sheets):
-    return [x.get("data-kind") for x in sheets]
+def kinds_of(page):
+    return [x.get("data-kind") for x in sheets_of(page)]
 
 
-@pytest.mark.parametrize(
-    ("option", "recorded"),
-    [
-        ("--loss ProxyAnchorLoss --ema-decay 0", False),
-        ("--memory-size 64 --grad-cache 5 --embedding-size 1", True),
-    ],
-)
-def test_report_of_runs_with_other_losses(trained, arguments, option, recorded):
+OTHER_LOSSES = {"--loss ProxyAnchorLoss --ema-decay 0": CURVES[:3]}  # and the curves of each
+OTHER_LOSSES |= {"--memory-size 64 --grad-cache 5 --embedding-size 1": CURVES}
+
+
+@pytest.mark.parametrize("option", OTHER_LOSSES)
+def test_report_of_runs_with_other_losses(trained, arguments, option):
     page = parsed(trained(*arguments, *option.split()) / "report.html")
     assert sections(page) == SECTIONS
     curves = [text_of(x) for x in section(page, "curves").iter("figcaption")]
-    assert curves == (CURVES if recorded else CURVES[:3])
-    assert ("Not recorded: negatives" in text_of(section(page, "curves"))) is not recorded
+    assert curves == OTHER_LOSSES[option]
+    assert ("Not recorded: negatives" in text_in(page, "curves")) is (curves != CURVES)
 
 
 @pytest.mark.parametrize("perfect", [False, True])
@@ -352,35 +341,31 @@ def test_two_test_classes(trained, digits, tmp_path, perfect):
     assert sections(page) == SECTIONS
     rows = [x[:2] for x in table(page, "confusions")[1:]]
     assert sorted(rows) == ([] if perfect else [["2", "3"], ["3", "2"]])
-    assert ("None: for every query" in text_of(section(page, "confusions"))) is perfect
+    assert ("None: for every query" in text_in(page, "confusions")) is perfect
 
 
 def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_path, monkeypatch):
     best = json.loads((copied / "metrics.json").read_text())["best_epoch"]
     (copied / "metrics.json").unlink()
     unfinished = remade()
-    assert "The run has not ended" in text_of(section(unfinished, "notes"))
+    assert "The run has not ended" in text_in(unfinished, "notes")
     assert table(unfinished, "result") == table(page, "result")
-    assert "Weights of epoch" not in text_of(section(unfinished, "result"))
-    config = json.loads((copied / "config.json").read_text())
-    del config["crc32"]
+    assert "Weights of epoch" not in text_in(unfinished, "result")
     ended = {"stopped_early": False, "epochs_trained": 1, "best_epoch": 1}
     (copied / "metrics.json").write_text(json.dumps(ended))
-    (copied / "config.json").write_text(json.dumps({**config, "epochs": 99}))
+    change_json(copied / "config.json", epochs=99)
     going_on = remade()  # a run that had ended and is to train for more epochs
-    assert "The run has not ended" in text_of(section(going_on, "notes"))
+    assert "The run has not ended" in text_in(going_on, "notes")
     assert table(going_on, "result") == table(page, "result")
-    (copied / "config.json").write_text(json.dumps(config))
+    change_json(copied / "config.json", epochs=2)
     (copied / "metrics.json").unlink()
 
     shutil.rmtree(copied / "logs")
     checkpoints = (copied / "checkpoints").rename(copied / "later")
     page = remade()  # of a run that was killed in its first epoch
-    notes = text_of(section(page, "notes"))
-    assert "Nothing is shown of the trained network" in notes
-    assert "no checkpoints/best.pt yet" in notes
-    missing = text_of(section(page, "curves"))
-    assert all(x in missing for x in CURVES)
+    assert "Nothing is shown of the trained network" in text_in(page, "notes")
+    assert "no checkpoints/best.pt yet" in text_in(page, "notes")
+    assert all(x in text_in(page, "curves") for x in CURVES)
     assert {x.get("data-network") for x in page.iter("ol")} == {"untrained"}
     assert table(page, "result")[0][1:] == ["untrained"]
 
@@ -388,7 +373,7 @@ def test_what_a_run_lacks_is_said(copied, report, remade, refused, page, tmp_pat
     (checkpoints.rename(copied / "checkpoints") / "best.pt").unlink()
     page = remade()
     missing = f"best.pt, of epoch {best}, is missing; train --resume {copied} writes it again"
-    assert missing in text_of(section(page, "notes"))
+    assert missing in text_in(page, "notes")
     assert sections(page) == ["notes", *SECTIONS[7:]]
     assert {x.get("href") for x in page.iter("a")} == {f"#{x}" for x in SECTIONS[7:]}
     error = refused(copied, "--sheet", tmp_path / "sheet.png", by=report)
@@ -406,9 +391,7 @@ def test_what_metrics_give_rise_to_is_told(copied, remade, page, strict_json):
     assert "Training made the retrieval of unseen classes worse" in text
     assert "still rising in the last epoch" in text
     assert "images found now" not in text_of(page)
-    best = torch.load(copied / "checkpoints" / "best.pt", weights_only=True)
-    best["models"]["embedder"]["weight"].mul_(1e-8)
-    torch.save(best, copied / "checkpoints" / "best.pt")
+    change_weights(copied, lambda weight: weight.mul_(1e-8))
     text = text_of(remade())
     assert "Of the trained network, the embeddings of all images are nearly the same" in text
     assert "The trained network ranks the images found now" not in text
@@ -425,15 +408,13 @@ def test_sheet_shows_queries_in_frames(copied, report, refused, tmp_path):
 
 
 def test_images_that_moved_are_found_with_data_root_and_no_others(
-    copied, report, remade, refused, images, tmp_path, strict_json
+    copied, report, remade, refused, images, tmp_path
 ):
     other = shutil.copytree(images, tmp_path / "other")
     (other / HOSTILE_CLASS / "01.png").unlink()
     error = refused(copied, "--data-root", other, by=report)
     assert "are not those of the run" in error and "--data-root" in error
-    config = strict_json(copied / "config.json")
-    config["data_root"] = str(tmp_path / "gone")
-    (copied / "config.json").write_text(json.dumps(config))
+    change_json(copied / "config.json", data_root=str(tmp_path / "gone"))
     before = (copied / "report.html").read_bytes()
     message = "name the folder of the run's images, of a csv the table, with --data-root"
     assert message in refused(copied, by=report)
@@ -487,8 +468,8 @@ def test_page_of_five_thousand_images_stays_below_ten_megabytes(copied):
     run.write_text("report.html", render(content))
     assert (copied / "report.html").stat().st_size < 10 * MEGABYTES
     page = parsed(copied / "report.html")
-    assert "2000 of the 5000 test images, drawn at random" in text_of(section(page, "map"))
-    assert "of 500 classes the 100 at either end" in text_of(section(page, "classes"))
+    assert "2000 of the 5000 test images, drawn at random" in text_in(page, "map")
+    assert "of 500 classes the 100 at either end" in text_in(page, "classes")
     assert len(body(page, "classes")) == 200
 
 
@@ -499,10 +480,10 @@ def test_of_many_images_a_part_are_queries(finished, copied, remade, monkeypatch
     page, first = remade(), (copied / "report.html").read_bytes()
     remade()
     assert (copied / "report.html").read_bytes() == first
-    assert "ranked for 6 of the 120 test images, drawn" in text_of(section(page, "notes"))
-    assert "network ranks the images found now" not in text_of(section(page, "notes"))
+    assert "ranked for 6 of the 120 test images, drawn" in text_in(page, "notes")
+    assert "network ranks the images found now" not in text_in(page, "notes")
     assert table(page, "result") == table(parsed(finished / "report.html"), "result")
-    assert kinds_of(sheets_of(page)) == ["worst"] * 2 + ["typical"] * 2 + ["best"] * 2
+    assert kinds_of(page) == ["worst"] * 2 + ["typical"] * 2 + ["best"] * 2
     expected, samples, of_class = brute_force(copied), samples_of(copied), {}
     for sheet in sheets_of(page):
         query = sheet.find("./figure/img").get("title")
@@ -644,20 +625,13 @@ def test_images_that_stand_in_training_and_test_are_named(remade, images, tmp_pa
     assert similarities == sorted(similarities, reverse=True) and similarities[-1] < 0.9999
 
 
-def test_of_many_training_images_a_part_is_compared(remade, monkeypatch):
-    drawn = []
-
-    def embed(network, images, *args, description, **options):
-        if description == "training images, to compare with":
-            drawn.append([x.name for x in images.samples])
-        return embeddings_of(network, images, *args, description=description, **options)
-
-    monkeypatch.setattr(module, "embed", embed)
+def test_of_many_training_images_a_part_is_compared(remade, digits, monkeypatch):
     monkeypatch.setattr(module, "SEEN_AT_MOST", 7)
-    page, _ = remade(), remade()
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 7
-    text = " ".join(section(page, "alike").itertext())
-    assert re.search(r"Of the \d+ images that were trained and validated on, 7 are compared", text)
+    splits = load_splits("folder", str(digits), 0.2, 0)
+    first, again = ([x.name for x in _part_of_seen(splits).samples] for _ in range(2))
+    assert first == again and len(set(first)) == 7
+    said = r"Of the \d+ images that were trained and validated on, 7 are compared"
+    assert re.search(said, text_in(remade(), "alike"))
 
 
 @pytest.mark.parametrize("size", [(960, 10), (10, 970), (5000, 1), (1, 2000), (1, 1), (48, 48)])

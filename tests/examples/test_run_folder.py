@@ -1,7 +1,6 @@
 """A run's folder: one process at a time, and a disk that refuses."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from damage import Code, damaged, same
+from helpers import change_json
 from record_keeper.db_utils import DBManager
 from retrieval import image_list, records, screen
 from retrieval.disk import replace, writing
@@ -145,12 +145,9 @@ def test_json_that_is_no_mapping_is_named(run, refused, command, content):
 
 
 def test_a_run_goes_on_with_the_metrics_that_it_has_recorded(run, refused):
-    config = json.loads((run / "config.json").read_text())
-    del config["crc32"]
-    (run / "config.json").write_text(json.dumps({**config, "recall_at": [7]}))
-    assert "has not recorded Recall@7, so its --recall-at" in refused(
-        "--resume", run, "--epochs", 2
-    )
+    change_json(run / "config.json", recall_at=[7])
+    error = refused("--resume", run, "--epochs", 2)
+    assert "has not recorded Recall@7, so its --recall-at" in error
 
 
 def test_a_damaged_list_of_images_is_never_taken_for_the_images(run):

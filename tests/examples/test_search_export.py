@@ -1,6 +1,5 @@
 """`search` and `export` of a trained run, as a user calls them."""
 
-import csv
 import errno
 import json
 import os
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from damage import Code
+from helpers import change_weights, csv_rows
 from PIL import Image
 from retrieval import index as index_module
 from retrieval.disk import new
 from retrieval.errors import UserError
 from retrieval.network import load_best
-from retrieval.run_folder import RunFolder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -54,29 +53,22 @@ def embedded(run, paths):
         return torch.nn.functional.normalize(network(batch)).numpy()
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return [
-            (x["query"], int(x["rank"]), x["image"], float(x["cosine similarity"]))
-            for x in csv.DictReader(file)
-        ]
-
-
 def test_nearest_images_are_those_of_brute_force(search, run, folder, digits, tmp_path):
     query, table = digits / "9" / "00.png", tmp_path / "found.csv"
     search("-k", 5, "--csv", table, query=query)
     paths = sorted(folder.rglob("*.png"))
     similarities = embedded(run, paths) @ embedded(run, [query])[0]
     best = similarities.argsort()[::-1][:5]
-    found = rows(table)
-    assert [x[1] for x in found] == [1, 2, 3, 4, 5]
-    assert {x[0] for x in found} == {str(query)}
-    assert [x[3] for x in found] == pytest.approx(similarities[best].tolist(), abs=1e-5)
-    assert {x[2] for x in found} <= set(map(str, paths))
+    found = csv_rows(table)
+    assert [x["rank"] for x in found] == [*"12345"]
+    assert {x["query"] for x in found} == {str(query)}
+    shown = [float(x["cosine similarity"]) for x in found]
+    assert shown == pytest.approx(similarities[best].tolist(), abs=1e-5)
+    assert {x["image"] for x in found} <= set(map(str, paths))
     search("-k", 3, "--csv", tmp_path / "all.csv", query=folder)
-    found = rows(tmp_path / "all.csv")
+    found = csv_rows(tmp_path / "all.csv")
     assert len(found) == 3 * 48
-    assert all(query != image for query, _, image, _ in found)
+    assert all(x["query"] != x["image"] for x in found)
 
 
 def test_a_query_that_is_a_link_into_the_index_does_not_find_itself(search, folder, tmp_path):
@@ -86,10 +78,11 @@ def test_a_query_that_is_a_link_into_the_index_does_not_find_itself(search, fold
     (linked / "image.png").symlink_to(folder / "8" / "00.png")
     for index, queries in (("linked", linked), ("images", linked), ("linked", folder / "7")):
         options = ["--index", linked] if index == "linked" else []
-        search(*options, "-k", 2, "--csv", tmp_path / f"{index}-{queries.name}.csv", query=queries)
-        found = rows(tmp_path / f"{index}-{queries.name}.csv")
+        table = tmp_path / f"{index}-{queries.name}.csv"
+        search(*options, "-k", 2, "--csv", table, query=queries)
+        found = csv_rows(table)
         assert len(found) == 2 * (24 if queries == folder / "7" else 25)
-        assert not any(Path(query).samefile(image) for query, _, image, _ in found)
+        assert not any(Path(x["query"]).samefile(x["image"]) for x in found)
 
 
 def test_only_what_is_new_or_changed_is_embedded_again(search, run, folder):
@@ -103,17 +96,13 @@ def test_only_what_is_new_or_changed_is_embedded_again(search, run, folder):
     assert "48 images" in third and "2 embedded now, 2 removed" in third
     nearest = [x.split() for x in first.splitlines() if x.strip().startswith("1 ")]
     assert nearest and float(nearest[0][1]) <= 1.0001
-    best = RunFolder.existing(str(run)).load_best()
-    best["models"]["embedder"]["weight"].neg_()
-    torch.save(best, run / "checkpoints" / "best.pt")
+    change_weights(run, torch.neg_)
     assert "48 embedded now" in search()  # of other weights
 
 
 def test_a_network_that_tells_nothing_apart_is_named(search, run):
     assert "nearly the same" not in search()
-    best = RunFolder.existing(str(run)).load_best()
-    best["models"]["embedder"]["weight"].mul_(1e-8)
-    torch.save(best, run / "checkpoints" / "best.pt")
+    change_weights(run, lambda weight: weight.mul_(1e-8))
     assert "warning: the embeddings of all images are nearly the same, so" in search()
 
 
@@ -121,9 +110,7 @@ def test_weights_that_change_while_they_are_loaded_are_loaded_again(search, run,
     def load_best_and_train_on(path):
         monkeypatch.setattr(index_module, "load_best", load_best)
         loaded = load_best(path)
-        best = RunFolder.existing(str(path)).load_best()
-        best["models"]["embedder"]["weight"].neg_()
-        torch.save(best, run / "checkpoints" / "best.pt")
+        change_weights(run, torch.neg_)
         return loaded
 
     monkeypatch.setattr(index_module, "load_best", load_best_and_train_on)
@@ -174,7 +161,7 @@ def test_a_run_that_cannot_be_written_is_searched(search, run, folder, tmp_path)
     (run / "index").write_text("in the way of a folder")
     out = search("--csv", tmp_path / "found.csv", query=folder)
     assert f"48 embedded now, 0 removed; not kept: cannot write {run / 'index'}" in out
-    assert len(rows(tmp_path / "found.csv")) == 480
+    assert len(csv_rows(tmp_path / "found.csv")) == 480
 
 
 def test_sheet_shows_and_names_queries_and_neighbors(search, folder, tmp_path, monkeypatch):
@@ -201,7 +188,7 @@ def test_any_name_is_searched_and_exported(command, search, run, folder, tmp_pat
     sheet, table = tmp_path / "found.png", tmp_path / "found.csv"
     out = search("--sheet", sheet, "--csv", table, query=folder)
     assert "\\x1b[2Ja\\nb.png" in out and "\x1b" not in out  # nothing steers the terminal
-    assert str(folder / "\\udce9t\\udce9.png") in {x[0] for x in rows(table)}
+    assert str(folder / "\\udce9t\\udce9.png") in {x["query"] for x in csv_rows(table)}
     with Image.open(sheet) as shown:
         shown.verify()
     folder, run = folder.rename(tmp_path / name), run.rename(tmp_path / f"run {name}")
@@ -236,10 +223,10 @@ def test_mistakes_of_a_search(search, tmp_path, monkeypatch, query, arguments, m
 
 @pytest.fixture
 def printed_by(python):
-    """What code prints that runs in a folder; by default nothing of this repository is found."""
+    """What code prints that runs in a folder, where nothing of this repository is found."""
 
-    def run(code, folder, environment=None):
-        environment = environment or {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    def run(code, folder):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         process = python("-c", code, cwd=folder, env=environment)
         assert process.returncode == 0, process.stderr
         return process.stdout.splitlines()
@@ -299,8 +286,7 @@ def test_onnxruntime_makes_the_same_embeddings(command, run, folder, printed_by,
     assert json.loads(found) == [pytest.approx(embedded(run, [image])[0], abs=1e-4)]
 
 
-def test_three_lines_embed_files(run, folder, printed_by, environment):
-    """Those of the documentation."""
+def test_lines_of_the_documentation_embed_files(run, folder):
     page = (EXAMPLES.parent / "docs" / "training_example.md").read_text()
     code = code_of(page.partition("## Use the trained model")[2])[0]
     paths = [folder / "7" / "00.png", folder / "8" / "01.png"]
@@ -308,8 +294,9 @@ def test_three_lines_embed_files(run, folder, printed_by, environment):
     for name, path in zip(names, (run, *paths), strict=True):
         assert name in code
         code = code.replace(name, str(path))
-    *_, found = printed_by(code + "print(embeddings.tolist())", EXAMPLES, environment)
-    assert json.loads(found) == pytest.approx(embedded(run, paths), abs=1e-5)
+    names = {}
+    exec(code, names)
+    assert names["embeddings"].numpy() == pytest.approx(embedded(run, paths), abs=1e-5)
 
 
 def test_embedding_an_image_that_cannot_be_read_is_an_error_with_its_name(run, folder):
@@ -421,6 +408,6 @@ def test_reader_that_leaves_ends_the_command_quietly(run, folder, environment, t
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=300) == 141
-    assert len(rows(table)) == 10
+    assert len(csv_rows(table)) == 10
     with Image.open(sheet) as image:
         image.verify()

@@ -9,6 +9,7 @@ import sqlite3
 
 import pytest
 import torch
+from helpers import change_json, csv_rows
 from PIL import Image
 from retrieval import train as train_module
 from retrieval.run_folder import RunFolder
@@ -161,15 +162,13 @@ def test_run_from_before_a_setting_existed_continues(whole, main, strict_json, t
     assert results(old, strict_json) == results(run, strict_json)
 
 
-@pytest.mark.parametrize(
-    ("state", "reason"),
-    [
-        ("schedulers", "(no 'trunk_scheduler_by_iteration')"),
-        ("loss", "Missing key(s) in state_dict: "),
-        ("records", "(no 'records')"),
-    ],
-)
-def test_a_checkpoint_of_another_version_is_refused(whole, refused, tmp_path, state, reason):
+# What a checkpoint of another version has under other names or lacks, and what is said of it.
+MISFITS = {"schedulers": "(no 'trunk_scheduler_by_iteration')", "records": "(no 'records')"}
+MISFITS |= {"loss": "Missing key(s) in state_dict: "}
+
+
+@pytest.mark.parametrize("state", MISFITS)
+def test_a_checkpoint_of_another_version_is_refused(whole, refused, tmp_path, state):
     run = shutil.copytree(whole("proxies")[1], tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     checkpoint = torch.load(last, weights_only=True)
@@ -182,7 +181,7 @@ def test_a_checkpoint_of_another_version_is_refused(whole, refused, tmp_path, st
     files = [last, run / "config.json"] if state == "records" else [last]
     before = [x.read_bytes() for x in files]
     error = refused("--resume", run, "--epochs", 99)
-    assert "checkpoint last.pt does not fit" in error and reason in error
+    assert "checkpoint last.pt does not fit" in error and MISFITS[state] in error
     assert [x.read_bytes() for x in files] == before
 
 
@@ -217,7 +216,7 @@ def test_a_trained_run_without_its_checkpoint_is_not_begun_again(run, main, refu
     assert best(run) == before
 
 
-def test_only_more_epochs_may_be_asked_for(whole, run, main, refused, ends_alike, strict_json):
+def test_only_more_epochs_may_be_asked_for(whole, run, main, refused, ends_alike):
     for arguments, message in {
         "--lr 0.5": "the run has --lr",
         "--loss-args variant=O": "the run has --loss-args",
@@ -228,8 +227,7 @@ def test_only_more_epochs_may_be_asked_for(whole, run, main, refused, ends_alike
     ends_alike(run, whole("default")[0])
     error = refused("--resume", run, "--epochs", 1)
     assert f"--epochs can only be raised from {EPOCHS}, got 1" in error
-    config = strict_json(run / "config.json")
-    (run / "config.json").write_text(json.dumps({**config, "world_size": 2}))
+    change_json(run / "config.json", world_size=2)
     assert "started with 2 processes" in refused("--resume", run)
 
 
@@ -345,8 +343,7 @@ def test_without_a_look_at_every_image_sizes_are_compared(moved, main, refused):
 
 
 def listed_images(run):
-    with (run / "images.csv").open() as file:
-        return {row["path"]: row for row in csv.DictReader(file)}
+    return {row["path"]: row for row in csv_rows(run / "images.csv")}
 
 
 def test_a_missing_image_is_said_first(refused, quick, digits, tmp_path, monkeypatch):
@@ -365,12 +362,11 @@ def test_a_missing_image_is_said_first(refused, quick, digits, tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_whose_images_are_gone_is_finished(moved, trained, capsys, strict_json):
+def test_a_finished_run_whose_images_are_gone_is_finished(moved, trained, capsys):
     """The command line that started it says why there is no report, and succeeds."""
     run, images, _ = moved
     gone = images.with_name("gone")
-    config = {**strict_json(run / "config.json"), "data_root": str(gone)}
-    (run / "config.json").write_text(json.dumps(config))
+    change_json(run / "config.json", data_root=str(gone))
     arguments = ["--data-root", gone, "--seed", 1, "--output-dir", run.parent, "--report"]
     trained(*arguments, "--resume-if-exists")
     said = capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Runs of train.py, from the command line to the table."""
 
-import csv
 import functools
 import itertools
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import sql_rows
+from helpers import csv_rows, sql_rows
 from pytorch_metric_learning.losses import ContrastiveLoss
 from retrieval.network import load_best
 from retrieval.progress import still_rising
@@ -190,8 +189,7 @@ def test_csv_sqlite_and_tensorboard_agree_on_every_epoch(finished, metrics, curv
     run, epochs = finished[2], metrics["epochs_trained"]
     (path,) = (run / "logs").glob("accuracies_*_VAL_*.csv")
     metric = "mean_average_precision_at_r_level0"
-    with path.open() as file:
-        from_csv = [float(x[metric]) for x in csv.DictReader(file)]
+    from_csv = [float(x[metric]) for x in csv_rows(path)]
     rows = sql_rows(run / "logs" / "logs.db", path.stem)
     steps, values = zip(*curves(run)[f"{path.stem}/{metric}"], strict=True)
     assert values == pytest.approx(from_csv, rel=1e-6)
@@ -206,24 +204,23 @@ MINER = "--miner TripletMarginMiner"
 BESIDE = "--loss-args variant=Dq --beside MultiSimilarityLoss"
 BESIDE_ANOTHER = "--loss MultiSimilarityLoss --beside PNPLoss"
 OPTIONS = ["", FROZEN, MEMORY, MINER, BESIDE, BESIDE_ANOTHER]
-OPTIONS += ["--loss ProxyAnchorLoss --loss-lr 0.1"]
 OPTIONS += [f"{MEMORY} --miner MultiSimilarityMiner --miner-args epsilon=0.2"]
 OPTIONS += ["--amp --loss-args variant=Ib b=4 distance=LpDistance reducer=SumReducer"]
 
 
 @pytest.fixture(scope="module")
-def run_of(main, quick, tmp_path_factory):
-    """A run of one epoch with an option, which several tests look at; its folder."""
-    folder = tmp_path_factory.mktemp("options")
-    runs = {}
+def run_of(main, quick, once):
+    """The run of one epoch with an option, in a folder where the first two names are taken."""
+
+    def train(folder, option):
+        for number in (1, 2):
+            (folder / f"folder-PNPLoss-Ds-{number}").mkdir()
+        assert main(*quick, "--output-dir", folder, "--epochs", 1, *option.split()) == 0
 
     def get(option):
-        if option not in runs:
-            before = set(folder.iterdir())
-            arguments = [*quick, *option.split()]  # the last of two wins
-            assert main("--output-dir", folder, "--epochs", 1, *arguments) == 0
-            (runs[option],) = set(folder.iterdir()) - before
-        return runs[option]
+        folder = once(f"run with {option}", functools.partial(train, option=option))
+        (run,) = (x for x in folder.iterdir() if any(x.iterdir()))
+        return run
 
     return get
 
@@ -234,11 +231,7 @@ def test_option_trains_to_the_end(run_of, strict_json, option):
 
 
 def test_each_new_run_gets_a_new_folder_named_after_its_losses(run_of, strict_json):
-    runs = [run_of(option) for option in ("", MEMORY, FROZEN)]
-    assert len(set(runs)) == 3
-    stem = "folder-PNPLoss-Ds"
-    made = {x.name for x in runs[0].parent.iterdir() if x.name.startswith(stem)}
-    assert made == {f"{stem}-{number}" for number in range(1, len(made) + 1)}
+    assert {run_of(x).name for x in ("", MEMORY, FROZEN)} == {"folder-PNPLoss-Ds-3"}
     assert run_of(BESIDE).name == "folder-PNPLoss-Dq-MultiSimilarityLoss-1"
     config = strict_json(run_of(BESIDE_ANOTHER) / "config.json")
     assert config["loss_args"] == {}  # and PNPLoss has its defaults also beside another
