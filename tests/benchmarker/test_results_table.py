@@ -48,10 +48,8 @@ def logs(tmp_path):
                 ]
                 path = experiment / f"Test50_{fold}" / "saved_csvs" / "logs.db"
                 write(path, "accuracies_normalized_GlobalEmbeddingSpaceTester_level_0_TEST", rows)
-            rows = [
-                {"epoch": status, "trained_status": status, **accuracies(value)}
-                for status, value in (("untrained_trunk", 0.1), ("trained", best + 0.05))
-            ]
+            found = {"untrained_trunk": 0.1, "trained": best + 0.05}
+            rows = [{"epoch": x, "trained_status": x, **accuracies(v)} for x, v in found.items()]
             path = experiment / "meta_logs" / "saved_csvs" / "logs.db"
             write(path, "ConcatenateEmbeddings_accuracies_level_0_TEST", rows)
     return tmp_path
