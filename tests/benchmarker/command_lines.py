@@ -1,8 +1,9 @@
 """Several command lines, one after the other in one process that imports everything once.
 
-    python command_lines.py '[["run.py", ["--experiment_name", "x"]], ...]'
+    python command_lines.py FILE
 
-The last line printed is JSON: of each its exit code, and what it printed.
+FILE holds [["run.py", ["--experiment_name", "x"], "folder to run it in"], ...] as JSON, and then
+of each its exit code, and what it printed.
 """
 
 import contextlib
@@ -14,9 +15,14 @@ import traceback
 from pathlib import Path
 
 
-def call(script, arguments):
+def call(script, arguments, folder):
     said, sys.argv = io.StringIO(), [script, *arguments]
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    sys.path.insert(0, str(Path(script).parent))
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as exit:
@@ -31,6 +37,5 @@ def call(script, arguments):
 
 
 if __name__ == "__main__":
-    lines = json.loads(sys.argv[1])
-    sys.path.insert(0, str(Path(lines[0][0]).parent))
-    print("", json.dumps([call(*line) for line in lines]), sep="\n")
+    file = Path(sys.argv[1])
+    file.write_text(json.dumps([call(*line) for line in json.loads(file.read_text())]))

@@ -1,5 +1,7 @@
 import pytest
 
+collect_ignore = ["own_script.py"]  # which runs when it is imported
+
 
 @pytest.fixture(autouse=True)
 def _pmls_generator_is_restored(monkeypatch):

@@ -19,11 +19,12 @@ from pytorch_metric_learning.utils import accuracy_calculator, common_functions,
 
 
 @pytest.fixture
-def record_keepers(monkeypatch):
-    """PML's factory of record keepers, adapted for the time of a test."""
+def keeper(monkeypatch, tmp_path):
+    """Of PML's factory of record keepers, adapted for the time of a test."""
     monkeypatch.setattr(logging_presets, "get_record_keeper", logging_presets.get_record_keeper)
     adapters.record_keepers()
-    return functools.partial(logging_presets.get_record_keeper, save_figures=False)
+    keeper, _, _ = logging_presets.get_record_keeper(str(tmp_path), None, save_figures=False)
+    return keeper
 
 
 def test_nothing_is_changed_before_it_is_asked_for(monkeypatch):
@@ -35,34 +36,28 @@ def test_nothing_is_changed_before_it_is_asked_for(monkeypatch):
     assert common_functions.Identity is torch.nn.Identity
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The names of the changes that are made, of which none is."""
+@pytest.mark.parametrize(
+    ("pinned", "of_pml", "kinds"),
+    [
+        (False, ["identity", "record_keepers"], {"accuracy_calculator", "loss"}),
+        (True, [], set()),
+    ],
+)
+def test_every_change_is_made_once_and_to_the_pinned_pml_none(monkeypatch, pinned, of_pml, kinds):
     made = []
     for name in ("identity", "record_keepers", "ax_client", "missing_folders"):
         change = functools.partial(made.append, name)
         change.__name__ = name
         monkeypatch.setattr(adapters, name, change)
     monkeypatch.setattr(adapters, "_applied", set())
-    return made
+    monkeypatch.setattr(adapters, "is_pinned", lambda: pinned)
+    for bayes_opt in (False, True, True):
+        adapters.apply(bayes_opt)
+    assert made == [*of_pml, "ax_client", "missing_folders"]
+    assert {kind for kind, _ in adapters.replacements()} == {"tester", "hook_container", *kinds}
 
 
-def test_every_change_is_made_once(made):
-    adapters.apply(bayes_opt=False)
-    adapters.apply(bayes_opt=True)
-    adapters.apply(bayes_opt=True)
-    assert made == ["identity", "record_keepers", "ax_client", "missing_folders"]
-
-
-def test_of_the_pinned_pml_no_module_is_changed(made, monkeypatch):
-    monkeypatch.setattr(adapters, "is_pinned", lambda: True)
-    adapters.apply(bayes_opt=True)
-    assert made == ["ax_client", "missing_folders"]
-    assert {kind for kind, _ in adapters.replacements()} == {"tester", "hook_container"}
-
-
-def test_a_record_keeper_takes_both_names_of_a_group_and_keeps_long_ones(record_keepers, tmp_path):
-    keeper, _, _ = record_keepers(str(tmp_path), None)
+def test_a_record_keeper_takes_both_names_of_a_group_and_keeps_long_ones(keeper, tmp_path):
     long = f"accuracies_{'_'.join(['long'] * 30)}_VAL"
     now = datetime.datetime(2026, 1, 2, 3, 4, 5)
     keeper.update_records({"a": 1.5}, 1, input_group_name_for_non_objects="old")
@@ -75,9 +70,8 @@ def test_a_record_keeper_takes_both_names_of_a_group_and_keeps_long_ones(record_
     assert old["when"] == "2026-01-02 03:04:05"
 
 
-def test_what_was_recorded_under_a_name_is_written_under_a_number(record_keepers, tmp_path):
+def test_what_was_recorded_under_a_name_is_written_under_a_number(keeper, tmp_path):
     """As powerful-benchmarker records an ensemble: accuracies of "trained", then the rest of 3."""
-    keeper, _, _ = record_keepers(str(tmp_path), None)
     keeper.update_records({"precision_at_1": 0.5}, "trained", parent_name="ensemble")
     for record in ({"trained_status": "trained"}, {"timestamp": "now"}):
         keeper.update_records(record, 3, input_group_name_for_non_objects="ensemble")
@@ -94,8 +88,8 @@ TESTERS = [n for n, x in vars(testers).items() if inspect.isclass(x) and n != "B
 def test_every_tester_keeps_its_name_and_takes_a_reference_set(name):
     tester = adapters.tester(getattr(testers, name))
     assert tester.__name__ == name and issubclass(tester, getattr(testers, name))
-    made = tester(reference_set="compared_to_training_set")
-    assert made.reference_set == "compared_to_training_set"
+    name = "compared_to_training_set"
+    assert tester(reference_set=name).reference_set == name
     with pytest.raises(ValueError, match="reference_set must be one of .* got 'all'"):
         tester(reference_set="all")
 

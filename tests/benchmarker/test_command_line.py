@@ -1,5 +1,3 @@
-"""Overlays by bare name, and flags."""
-
 import importlib.util
 import logging
 import re
@@ -12,8 +10,6 @@ import yaml
 
 from pml_pnp import PNPLoss
 from pml_pnp.benchmarker import command_line
-
-OVERLAYS = sorted(path for path in command_line.CONFIGS.glob("*/*.yaml"))
 
 
 def test_overlays_are_found_by_bare_name_after_the_users_own(tmp_path):
@@ -29,8 +25,9 @@ def test_overlays_are_found_by_bare_name_after_the_users_own(tmp_path):
 
 
 def test_overlays_name_arguments_of_the_loss():
-    assert [path.stem for path in OVERLAYS] == ["with_pnp", "with_pnp_bayes_opt"]
-    for path in OVERLAYS:
+    overlays = sorted(command_line.CONFIGS.glob("*/*.yaml"))
+    assert [path.stem for path in overlays] == ["with_pnp", "with_pnp_bayes_opt"]
+    for path in overlays:
         overlay = yaml.safe_load(path.read_text())["loss_funcs"]["metric_loss~OVERRIDE~"]
         (arguments,) = overlay.values()
         arguments = {name.partition("~")[0]: value for name, value in arguments.items()}

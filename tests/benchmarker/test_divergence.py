@@ -9,13 +9,13 @@ from pml_pnp.benchmarker import divergence
 TESTER = divergence.tester(testers.GlobalEmbeddingSpaceTester)
 
 
-def embed(value, tester=TESTER, **kwargs):
+def embed(value, **kwargs):
     """Embeddings of a model with one weight that is `value`."""
     model = torch.nn.Linear(4, 3)
     with torch.no_grad():
         model.weight[1, 2] = value
     data = torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6) // 2)
-    tester = tester(data_device=torch.device("cpu"), dataloader_num_workers=0, **kwargs)
+    tester = TESTER(data_device=torch.device("cpu"), dataloader_num_workers=0, **kwargs)
     return tester.get_all_embeddings(data, model, torch.nn.Identity())
 
 

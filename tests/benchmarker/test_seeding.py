@@ -1,5 +1,3 @@
-"""The same seed gives the same run, also to one that was interrupted."""
-
 import random
 import types
 
@@ -14,12 +12,8 @@ from .test_checkpoints import trainer_of
 
 
 def draws():
-    return (
-        random.random(),
-        float(np.random.rand()),
-        float(torch.rand(())),
-        float(common_functions.NUMPY_RANDOM.rand()),
-    )
+    of_pml = common_functions.NUMPY_RANDOM.rand()
+    return random.random(), float(np.random.rand()), torch.rand(()).item(), float(of_pml)
 
 
 def test_seeds_are_of_everything_and_differ_in_each_part():
@@ -33,31 +27,16 @@ def test_seeds_are_of_everything_and_differ_in_each_part():
     assert len(seen) == 5
 
 
-def test_an_evaluation_draws_the_same_model_whatever_came_before():
-    class Evaluates:
-        args = types.SimpleNamespace(experiment_name="trial")
-        curr_split_count = 1
-
-        def eval_model(self, epoch, name):
-            return draws()
-
-    parser = Evaluates()
-    seed_runs(parser, 0)
-    whole = [parser.eval_model(epoch, "untrained") for epoch in (-1, 0)]
-    torch.rand(17)
-    assert parser.eval_model(0, "untrained") == whole[1] != whole[0]
-    parser.eval_model("trained", "trained")  # of the ensemble
-
-
 class Parser:
     """Of powerful-benchmarker's API parsers, what is seeded."""
+
+    curr_split_count = 0
 
     def __init__(self, name="trial"):
         self.args = types.SimpleNamespace(experiment_name=name)
 
     def run(self, epochs, state=None):
         """Train the first fold from epoch `epochs[0]` to `epochs[1]`; the state to go on from."""
-        self.curr_split_count = 0
         self.set_models_optimizers_losses()
         trainer = self.get_trainer()
         if state is not None:
@@ -68,9 +47,21 @@ class Parser:
     def set_models_optimizers_losses(self):
         self.model = torch.nn.Linear(4, 2)
 
+    def eval_model(self, epoch, name):
+        return draws()
+
     def get_trainer(self):
         x = torch.arange(160.0).view(40, 4).sin()
         return trainer_of(self.model, torch.optim.SGD, x, torch.arange(40) // 5)
+
+
+def test_an_evaluation_draws_the_same_model_whatever_came_before():
+    parser = Parser()
+    seed_runs(parser, 0)
+    whole = [parser.eval_model(epoch, "untrained") for epoch in (-1, 0)]
+    torch.rand(17)
+    assert parser.eval_model(0, "untrained") == whole[1] != whole[0]
+    parser.eval_model("trained", "trained")  # of the ensemble
 
 
 def run(*args, seed=0, name="trial"):

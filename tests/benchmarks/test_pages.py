@@ -1,5 +1,3 @@
-"""What benchmarks/pages.py reads, prints and writes."""
-
 import pytest
 
 pytest.importorskip("pandas", reason="the reports need pandas: pip install '.[benchmarks]'")

@@ -1,5 +1,3 @@
-"""What benchmarks/rows.py writes."""
-
 import pytest
 from rows import add
 

@@ -1,5 +1,4 @@
-"""The grid of the study: what is trained on and measured on, and what is observed."""
-
+import functools
 import json
 
 import grid
@@ -47,8 +46,7 @@ def test_a_loss_without_one_of_its_parts_is_another_loss(name):
     candidate, settings = SWITCHES[name]
     whole, same = SETTINGS[name.partition(" without")[0]]
     assert settings == same
-    x = torch.randn(24, 128, requires_grad=True)
-    labels = torch.arange(24) // 4
+    x, labels = torch.randn(24, 128, requires_grad=True), torch.arange(24) // 4
     gradients = []
     for which in (candidate, whole):
         (gradient,) = torch.autograd.grad(objective(which, settings[0], 6)(x, labels), x)
@@ -69,9 +67,8 @@ def test_a_run_trains_on_fit_and_is_measured_on_all_three_parts(run_grid, shorte
     training, test = shorter.read("training", None), shorter.read("test", None)
     parts = other_splits(training, test, 2, [12, 16])
     assert [len(p.classes) for p in parts] == [12, 4, 6]
-    network = train(
-        shorter, parts[0], lambda n: objective("SupCon", {"temperature": 0.1}, n), 1e-3, 0.0, 2
-    )
+    make = functools.partial(objective, "SupCon", {"temperature": 0.1})
+    network = train(shorter, parts[0], make, 1e-3, 0.0, 2)
     for name, part in zip(("fit", "validation", "test"), parts, strict=True):
         metrics = retrieval_metrics(embed(network, part.inputs), part.labels)
         for metric in ("map_at_r", "precision_at_1"):
@@ -111,30 +108,18 @@ def test_many_examples_are_measured_in_part_by_whole_classes(tiny, monkeypatch):
 def test_a_batch_is_observed_as_it_is_ranked():
     x = torch.randn(12, 8)
     labels = torch.arange(12) % 3
-    s = normalize(x) @ normalize(x).T
-    before = [
-        sum(s[a, n] > s[a, p] for n in range(12) if labels[n] != labels[a])
-        for a in range(12)
-        for p in range(12)
-        if p != a and labels[p] == labels[a]
-    ]
-    negatives = s[labels[:, None] != labels]
-    positives = s[(labels[:, None] == labels) & ~torch.eye(12, dtype=torch.bool)]
+    s, same = normalize(x) @ normalize(x).T, labels[:, None] == labels
+    positive = same & ~torch.eye(12, dtype=torch.bool)
+    before = [(s[a, ~same[a]] > s[a, p]).sum().item() for a, p in positive.nonzero()]
     got = observed(x, labels)
-    assert got["negatives_before_positive"] == pytest.approx(float(sum(before)) / len(before))
-    assert got["std_of_negatives"] == pytest.approx(negatives.std().item())
-    assert got["mean_gap"] == pytest.approx((positives.mean() - negatives.mean()).item())
+    assert got["negatives_before_positive"] == pytest.approx(sum(before) / len(before))
+    assert got["std_of_negatives"] == pytest.approx(s[~same].std().item())
+    assert got["mean_gap"] == pytest.approx((s[positive].mean() - s[~same].mean()).item())
 
 
 def test_watching_leaves_the_training_alone(tiny):
-    part = tiny.read("fit", None)
-
-    def weights(*watch):
-        made = train(
-            tiny, part, lambda n: objective("PNP-Ds", {"anneal": 0.1}, n), 1e-3, 0, 1, *watch
-        )
-        return made.weight
-
-    watch = Watch(tiny.steps)
-    assert weights(watch).equal(weights())
+    part, watch = tiny.read("fit", None), Watch(tiny.steps)
+    make = functools.partial(objective, "PNP-Ds", {"anneal": 0.1})
+    watched, alone = (train(tiny, part, make, 1e-3, 0, 1, *x).weight for x in ([watch], []))
+    assert watched.equal(alone)
     assert {"std_of_negatives first", "std_of_negatives last"} <= set(watch.means())

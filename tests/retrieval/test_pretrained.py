@@ -48,8 +48,6 @@ def test_an_emoji_is_what_all_packages_draw(emoji_root):
 
 
 FOLDER = pretrained.EMOJI_PACKAGES[2][1]
-
-
 # The limit that is lowered, what is in a package, None if it is cut short, and what is said.
 PACKAGES = {
     "large image": ("IMAGE_AT_MOST", {f"{FOLDER}1f600.png": bytes(2000)}, "1f600.png has 2000 b"),
@@ -76,8 +74,7 @@ def test_a_package_is_read_within_limits(package, emoji_root, monkeypatch):
 
 def test_a_missing_package_is_named(emoji_root):
     (emoji_root / "emoji" / "emojione-2.2.7.tgz").unlink()
-    message = r"emojione-2.2.7.tgz; in that folder: npm pack emoji-data"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="emojione-2.2.7.tgz; in that folder: npm pack emoji-data"):
         list(pretrained.emoji(emoji_root))
 
 

@@ -1,5 +1,4 @@
-"""The probes of the study: what they train on and measure on, and the signal they look at."""
-
+import itertools
 import math
 
 import probes
@@ -13,13 +12,9 @@ from torch.nn.functional import normalize
 from pml_pnp import losses
 
 
-@pytest.fixture
-def study(study_of):
-    return study_of(None)
-
-
 @pytest.mark.parametrize("stage", PROBES)
-def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
+def test_probes_never_read_the_test_classes(stage, study_of, monkeypatch):
+    study = study_of(None)
     monkeypatch.setattr(probes, "TEMPERATURES", (0.01,))
     monkeypatch.setattr(probes, "SHARES", (0.5,))
     monkeypatch.setattr(probes, "BATCHES", ((3, 2), (500, 2)))  # the second is more than there are
@@ -35,15 +30,14 @@ def test_probes_never_read_the_test_classes(stage, study, monkeypatch):
     assert study.rows(stage) == found
 
 
-def test_the_signal_is_written_beside_the_rows(study, monkeypatch):
+def test_the_signal_is_written_beside_the_rows(study_of, monkeypatch):
     monkeypatch.setattr(probes, "TEMPERATURES", (0.01, 0.1))
-    study.losses = ["PNP-Ds", "SmoothAP"]
+    study = study_of(["PNP-Ds", "SmoothAP"])
     run_probes(study, "temperature", seeds=1)
     signal = rows.read(study.path.with_name("signal.csv"))
     assert {r["loss"] for r in signal} == {"PNP-Ds"}
-    assert {r["setting"] for r in signal} == {"0.01", "0.1"}
     saturated = {r["setting"]: float(r["saturated"]) for r in signal}
-    assert saturated["0.01"] > saturated["0.1"]
+    assert saturated.keys() == {"0.01", "0.1"} and saturated["0.01"] > saturated["0.1"]
 
 
 def test_the_temperature_falls_from_the_first_to_the_last_and_embeddings_are_rounded():
@@ -63,16 +57,13 @@ def test_the_temperature_falls_from_the_first_to_the_last_and_embeddings_are_rou
 def test_saturated_sigmoids_are_those_without_slope():
     x, labels = normalize(torch.randn(9, 3)), torch.arange(9) // 3
     s = x @ x.T
-    flat = count = 0
-    for a in range(9):
-        for p in range(9):
-            for n in range(9):
-                if p != a and labels[p] == labels[a] != labels[n]:
-                    y = 1 / (1 + math.exp(-(s[a, n] - s[a, p]) / 0.1))
-                    flat += y * (1 - y) < 0.01 * 0.25
-                    count += 1
-    assert 0 < flat < count
-    assert saturated_share(x, labels, 0.1) == pytest.approx(flat / count)
+    flat = []
+    for a, p, n in itertools.product(range(9), repeat=3):
+        if p != a and labels[p] == labels[a] != labels[n]:
+            y = 1 / (1 + math.exp(-(s[a, n] - s[a, p]) / 0.1))
+            flat.append(y * (1 - y) < 0.01 * 0.25)
+    assert 0 < sum(flat) < len(flat)
+    assert saturated_share(x, labels, 0.1) == pytest.approx(sum(flat) / len(flat))
 
 
 def test_the_signal_leaves_the_training_alone():
@@ -94,8 +85,7 @@ def test_coarse_labels_train_and_fine_ones_are_found(tiny):
     assert len(train.classes) == len(part.coarse.unique()) < len(part.classes)
     assert measured.labels.bincount().tolist() == [2] * 12  # the fourth and the eighth of eight
     fine, also_measured = coarse_and_fine(part, fine=True)
-    assert fine.inputs.equal(train.inputs)
-    assert also_measured.labels.equal(measured.labels)
+    assert fine.inputs.equal(train.inputs) and also_measured.labels.equal(measured.labels)
     assert fine.classes == part.classes
     both = {x.numpy().tobytes() for x in torch.cat([train.inputs, measured.inputs])}
     assert len(both) == len(part.labels)
