@@ -1,3 +1,5 @@
+"""A run that is stopped at any moment goes on to the end of one that was not."""
+
 import contextlib
 import itertools
 import os

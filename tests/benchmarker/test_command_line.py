@@ -1,3 +1,5 @@
+"""Overlays by bare name, and flags."""
+
 import importlib.util
 import logging
 import re

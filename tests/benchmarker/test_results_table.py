@@ -1,3 +1,5 @@
+"""From the logs of powerful-benchmarker to a table."""
+
 import json
 import sqlite3
 import statistics

@@ -1,3 +1,5 @@
+"""The same seed gives the same run, also to one that was interrupted."""
+
 import random
 import types
 

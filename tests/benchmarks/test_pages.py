@@ -1,3 +1,5 @@
+"""What benchmarks/pages.py reads, prints and writes."""
+
 import pytest
 
 pytest.importorskip("pandas", reason="the reports need pandas: pip install '.[benchmarks]'")

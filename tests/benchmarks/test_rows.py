@@ -1,3 +1,5 @@
+"""What benchmarks/rows.py writes."""
+
 import pytest
 from rows import add
 

@@ -1,3 +1,5 @@
+"""What is advised: chosen by other data, at the learning rate that validation prefers."""
+
 import pytest
 
 pd = pytest.importorskip("pandas", reason="the study needs pandas: pip install '.[study]'")

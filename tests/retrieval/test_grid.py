@@ -1,3 +1,5 @@
+"""The grid of the study: what is trained on and measured on, and what is observed."""
+
 import functools
 import json
 

@@ -1,3 +1,5 @@
+"""The probes of the study: what they train on and measure on, and the signal they look at."""
+
 import itertools
 import math
 
