@@ -39,7 +39,11 @@ def start(script, *flags):
 
 
 def end_of(process):
-    output, _ = process.communicate(timeout=900)
+    try:
+        output, _ = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, output[-6000:]
     return output
 
