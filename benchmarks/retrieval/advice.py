@@ -34,6 +34,7 @@ DATA_OF = {
 # What is advised rests on these.
 MAIN = (
     "clinc150",
+    "clinc150_transformer",
     "emoji_lite0",
     "grocery",
     "grocery_lite0",
@@ -216,12 +217,18 @@ def whole_splits(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[runs == runs.groupby([rows[x] for x in CELL]).transform("max")]
 
 
-def left_out_table(rows: pd.DataFrame) -> str:
-    """MAP@R minus that of the best loss of another paper, all chosen on the other data."""
+def left_out_table(rows: pd.DataFrame, by_length: bool = True) -> str:
+    """MAP@R minus that of the best loss of another paper, all chosen on the other data.
+
+    Args:
+        rows: of the grid.
+        by_length: a column for each length of training; or else one for each data set.
+    """
     made = left_out(rows)
-    made["cell"] = made.dataset + ", " + made.steps.astype(str) + " steps"
-    table = made.pivot_table(index="name", columns="cell", values="behind")
-    table = table.assign(mean=table.mean(axis=1), least=table.min(axis=1))
+    each = made.dataset + ", " + made.steps.astype(str) + " steps" if by_length else made.dataset
+    table = made.assign(column=each).pivot_table("behind", "name", "column")
+    behind = made.groupby("name").behind
+    table = table.assign(mean=behind.mean(), least=behind.min())
     table = table.sort_values("mean", ascending=False).map(signed)
     settings = made.groupby("name")["choice"].agg(lambda x: " or ".join(dict.fromkeys(x)))
     table["setting"] = settings
