@@ -263,6 +263,40 @@ def test_triton_with_references_and_masks(triton_kernel, n, m, include_self, by)
     assert_as_the_plain_kernel(inputs, **args)
 
 
+@pytest.mark.parametrize("by", ["labels", "references", "masks"])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_triton_overwrites_a_large_matrix_by_the_same_gradient(
+    triton_kernel, monkeypatch, include_self, by
+):
+    s = (0.2 * torch.randn(7, 11)).to(DEVICE)
+    labels, references = (torch.randint(0, 3, (n,)).to(DEVICE) for n in s.shape)
+    queries = torch.arange(7).to(DEVICE)
+    if by == "labels":  # the queries are the first of the references
+        relation = Relation.from_labels(references[:7], references, queries)
+    elif by == "references":
+        relation = Relation.from_labels(labels, references, None)
+    else:  # and some are both
+        relation = Relation.from_masks(*(torch.rand(2, *s.shape) < 0.4).to(DEVICE))
+    own = (0.2 * torch.randn(7)).to(DEVICE) if by != "labels" and include_self else None
+    args = own, relation, Settings(10.0, "Ds", 1.0, 1.0, include_self), True
+    want = triton_kernel.losses_and_gradient(s, *args)
+    for entries, is_large in ((77, False), (76, True), (22, True), (1, True)):
+        monkeypatch.setattr(triton_kernel, "GRADIENT_BLOCK", entries)
+        given = s.clone()
+        got = triton_kernel.losses_and_gradient(given, *args, overwrite=True)
+        assert all(map(torch.equal, got, want))
+        assert (got[1].data_ptr() == given.data_ptr()) is is_large
+
+
+def test_triton_makes_one_matrix_for_a_large_batch(triton_kernel, monkeypatch):
+    n = 256 if not CUDA else 16384
+    monkeypatch.setattr(triton_kernel, "BLOCK_M", 256)
+    monkeypatch.setattr(triton_kernel, "GRADIENT_BLOCK", n * n // 16)
+    monkeypatch.setattr(product, "CPU_TILE", n // 8)
+    x, y = torch.randn(n, 4, device=DEVICE), (torch.arange(n) // 4).to(DEVICE)
+    assert n * n * 4 <= cost(PNPLoss(), x.requires_grad_(), y).peak <= 1.3 * n * n * 4
+
+
 def test_triton_keeps_its_accuracy_for_tiny_ranks(triton_kernel):
     s = torch.tensor([[1.0, 1.0, 0.2, 0.0]] * 2).to(DEVICE)
     labels = torch.tensor([0, 0]).to(DEVICE), torch.tensor([0, 0, 1, 1]).to(DEVICE)

@@ -33,6 +33,8 @@ from pml_pnp.precision import autocast_off
 SMALLEST_NORM = 1e-12
 # Side of the squares in which a CPU transposes a matrix, so that they stay in cache.
 CPU_TILE = 512
+# The same on other devices, so that a large matrix is not added to its transpose in another one.
+DEVICE_TILE = 4096
 # Similarities in a block without a chunk_size, if the references are not the batch: 128 MiB.
 REFERENCES_BLOCK = 2**25
 
@@ -118,7 +120,7 @@ class _Mean(torch.autograd.Function):
             losses, grad_s, grad_self = kernel(
                 s, s_self, relation, settings, call.with_gradient, overwrite=True
             )
-            del s  # on a GPU the gradient does not overwrite it
+            del s  # Triton writes the gradient of a small matrix to another one
             total = total + losses.sum()
             number = number + relation.counted().sum()
             if whole and call.with_gradient:
@@ -217,11 +219,12 @@ def _differentiate_direction_(grad: Tensor, z: Tensor, norm: Tensor) -> None:
 
 
 def _times_both(grad: Tensor, z: Tensor) -> Tensor:
-    """(G + G^T) z; on a CPU in squares, each of which also serves as its mirror image."""
-    if z.device.type != "cpu" or len(z) <= CPU_TILE:
+    """(G + G^T) z, in squares, each of which also serves as its mirror image."""
+    tile = CPU_TILE if z.device.type == "cpu" else DEVICE_TILE
+    if len(z) <= tile:
         return (grad + grad.T) @ z
-    parts = blocks_of(z, CPU_TILE)
-    result, square = torch.zeros_like(z), grad.new_empty(CPU_TILE, CPU_TILE)
+    parts = blocks_of(z, tile)
+    result, square = torch.zeros_like(z), grad.new_empty(tile, tile)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
             block = grad[rows, columns]

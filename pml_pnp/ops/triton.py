@@ -18,6 +18,8 @@ from pml_pnp.pairs import Relation
 # Numbers of references and positives that a program handles at a time. A class usually has four.
 BLOCK_M = 1024
 BLOCK_P = 4
+# Entries of a gradient that is to overwrite the similarities and is first written beside: 128 MiB.
+GRADIENT_BLOCK = 2**25
 
 
 @triton.jit
@@ -216,9 +218,20 @@ def losses_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like `eager.losses_and_gradient`, for float32.
 
-    The gradient is never written to `s`, since a program reads its row of `s` several times.
+    A program reads its row of `s` several times, so the gradient is written to another matrix. One
+    of more than GRADIENT_BLOCK entries overwrites `s` if it may, a block of rows after the other.
     """
     n, m = s.shape
+    if overwrite and with_gradient and n * m > GRADIENT_BLOCK:
+        height, found = max(1, GRADIENT_BLOCK // m), []
+        for rows in (slice(i, min(i + height, n)) for i in range(0, n, height)):
+            own = None if self_similarity is None else self_similarity[rows]
+            part = losses_and_gradient(s[rows], own, relation.of(rows), settings, True)
+            s[rows] = part[1]
+            found.append(part[::2])
+            del part  # before the next block
+        losses, grad_self = (torch.cat(x) for x in zip(*found, strict=True))
+        return losses, s, grad_self
     s = s if s.stride(1) == 1 else s.contiguous()
     mask, query_column = relation.not_negative, relation.query_column
     has_self = self_similarity is not None
