@@ -107,8 +107,8 @@ class PNPLoss(BaseMetricLossFunction):
     (N x M x d for PML's SNRDistance). With a `chunk_size` N is that of a chunk, and backward
     computes each chunk again. With a cosine similarity or dot product under a `MeanReducer` nothing
     is computed twice, and one N x M matrix is enough, with `ref_emb` at most 128 MiB of it at a
-    time; on a GPU, the Triton kernel needs 128 MiB more. The `N x |P(a)| x M` sigmoids are never
-    all in memory. A tuple and a callable `variant` need a few matrices more.
+    time; on a GPU, the Triton kernel needs up to 128 MiB more. The `N x |P(a)| x M` sigmoids are
+    never all in memory. A tuple and a callable `variant` need a few matrices more.
 
     Example:
         >>> import torch

@@ -246,8 +246,9 @@ class Enqueued:
     def _pairs_by(self, miner) -> tuple[Tensor, ...]:
         """Pairs or triplets by a miner or, if it is None, as the memory makes them."""
         if miner not in self._pairs:
-            self._memory.curr_batch_idx = self._columns
             is_in_queue = self._columns is not None
+            if is_in_queue:
+                self._memory.curr_batch_idx = self._columns
             own = {} if miner is None else {"miner": miner}  # which PML's method does not have
             self._pairs[miner] = self._memory.create_indices_tuple(
                 *self._queries, *self._queue, self._indices_tuple, is_in_queue, **own

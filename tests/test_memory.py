@@ -68,6 +68,7 @@ def test_a_mask_that_enqueues_nothing_does_not_fill_the_memory(loss, miner, devi
     first = copy.deepcopy(ours.state_dict())
     ours(x, y, enqueue_mask=nothing)  # tests/test_stateful.py has its value
     assert not ours.has_been_filled and ours.queue_idx == 24
+    assert len(ours.curr_batch_idx) == 0  # as PML leaves it
     torch.testing.assert_close(ours.state_dict(), first)
 
 

@@ -93,10 +93,10 @@ def said(tmp_path_factory):
     root, folder = tmp_path_factory.mktemp("said"), Path(__file__).parent
     overlay = ["--experiment_name", "x", "--config_loss_and_miners", "[default,", "with_pnp]"]
     cases = {
-        "own script": (folder / "own_script.py", overlay),
         "finished": ("benchmark.py", benchmark_flags(".")),
         "finished before": ("benchmark.py", benchmark_flags("../finished")),
         **{case: line[:2] for case, line in MISTAKES.items()},
+        "own script": (folder / "own_script.py", overlay),
     }
     (root / "old" / "configs").mkdir(parents=True)  # an experiment that lacks configs
     (root / "old" / "configs" / "config_general.yaml").write_text("patience: 3")
