@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def blocks_of(n: int, size: int) -> list[slice]:
+    """Cut n rows or columns into blocks of at most `size`."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 class Relation(NamedTuple):
     """Positives and negatives of N queries among M references.
 

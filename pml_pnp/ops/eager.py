@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pml_pnp.ops.settings import Settings
-from pml_pnp.pairs import Relation
+from pml_pnp.pairs import Relation, blocks_of
 from pml_pnp.variants import VARIANTS
 
 INF = float("inf")
@@ -44,9 +44,9 @@ def blocks(s: Tensor, p: int) -> Iterator[tuple[slice, list[slice]]]:
     pairs = max(1, entries // max(1, m))
     width = min(max(1, p), pairs)
     height = pairs // width
-    columns = [slice(i, min(i + width, p)) for i in range(0, p, width)]
-    for first in range(0, n, height):
-        yield slice(first, min(first + height, n)), columns
+    columns = blocks_of(p, width)
+    for rows in blocks_of(n, height):
+        yield rows, columns
 
 
 def losses_and_gradient(

@@ -26,7 +26,7 @@ from pml_pnp.ops.similarity import (
     differentiable_losses,
     ranking_counts,
 )
-from pml_pnp.pairs import Pairs
+from pml_pnp.pairs import Pairs, blocks_of
 from pml_pnp.precision import autocast_off
 
 # Smaller norms are replaced by it, as in torch.nn.functional.normalize.
@@ -111,7 +111,7 @@ class _Mean(torch.autograd.Function):
         block = None if whole else q.new_empty(min(call.height, len(q)), len(z))
         kernel = dispatch.kernel_for(q)
         total = number = zero  # NaN for input that is not finite
-        for rows in blocks_of(q, call.height):
+        for rows in blocks_of(len(q), call.height):
             part, relation = q if whole else q[rows], call.pairs.of(rows)
             s = part @ z.T if whole else torch.mm(part, z.T, out=block[: len(part)])
             if call.with_counts:
@@ -185,11 +185,6 @@ class _SaveReferences(torch.autograd.Function):
         return grad, None, None
 
 
-def blocks_of(x: Tensor, height: int) -> list[slice]:
-    """Cut the rows of x into blocks of at most `height`."""
-    return [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
-
-
 def _factor(x: Tensor, normalized: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """The factor of the product, (N, d), the lengths of x, (N, 1), and `zero_or_nan` of them."""
     if not normalized:
@@ -223,7 +218,7 @@ def _times_both(grad: Tensor, z: Tensor) -> Tensor:
     tile = CPU_TILE if z.device.type == "cpu" else DEVICE_TILE
     if len(z) <= tile:
         return (grad + grad.T) @ z
-    parts = blocks_of(z, tile)
+    parts = blocks_of(len(z), tile)
     result, square = torch.zeros_like(z), grad.new_empty(tile, tile)
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
@@ -242,7 +237,7 @@ def _differentiable_sum(queries: Tensor, references: Tensor | None, call: _Call)
     if call.normalized:
         queries, z = torch.nn.functional.normalize(queries), torch.nn.functional.normalize(z)
     total = queries[:0].sum() + z[:0].sum()
-    for rows in blocks_of(queries, call.height):
+    for rows in blocks_of(len(queries), call.height):
         part, relation = queries[rows], call.pairs.of(rows)
         s_self = None if references is None else _self_similarity(part, relation, call)
         total = total + differentiable_losses(part @ z.T, s_self, relation, call.settings).sum()

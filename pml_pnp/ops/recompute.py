@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from pml_pnp.ops.product import blocks_of
+from pml_pnp.pairs import blocks_of
 from pml_pnp.precision import autocast_off
 
 Function = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, ...]]
@@ -76,7 +76,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(call, queries, references, *parameters):  # noqa: D102
-        blocks = blocks_of(queries, call.chunk_size)
+        blocks = blocks_of(len(queries), call.chunk_size)
         chunks = [call.function(rows, queries, references) for rows in blocks]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
@@ -105,7 +105,7 @@ class Recomputed(torch.autograd.Function):
             tensors = zip((queries, references, *parameters), needed, strict=True)
             inputs = [x for x, is_needed in tensors if is_needed]
             total: list[Tensor | None] = [None] * len(inputs)  # None for an input that is not used
-            for rows in blocks_of(queries, call.chunk_size):
+            for rows in blocks_of(len(queries), call.chunk_size):
                 losses = function(rows, queries, references)[0]
                 if losses.requires_grad:
                     _check_leaves(losses, inputs)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pml_pnp.ops.settings import Settings
-from pml_pnp.pairs import Relation
+from pml_pnp.pairs import Relation, blocks_of
 
 # Numbers of references and positives that a program handles at a time. A class usually has four.
 BLOCK_M = 1024
@@ -224,7 +224,7 @@ def losses_and_gradient(
     n, m = s.shape
     if overwrite and with_gradient and n * m > GRADIENT_BLOCK:
         height, found = max(1, GRADIENT_BLOCK // m), []
-        for rows in (slice(i, min(i + height, n)) for i in range(0, n, height)):
+        for rows in blocks_of(n, height):
             own = None if self_similarity is None else self_similarity[rows]
             part = losses_and_gradient(s[rows], own, relation.of(rows), settings, True)
             s[rows] = part[1]
